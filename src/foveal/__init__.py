@@ -1,0 +1,46 @@
+"""foveal: every efficient attention mechanism behind one interface."""
+
+from foveal import _errors as errors
+from foveal._attend import attend
+from foveal.patterns import (
+    Axial,
+    Blocks,
+    BlockSelection,
+    Causal,
+    Dense,
+    Documents,
+    Extent,
+    Fixed,
+    Neighborhood,
+    Partition,
+    Pattern,
+    Sliding,
+    Strided,
+)
+from foveal.scores import Alibi, Bias, KeyBias, RelativeBias, Score, Softmax
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alibi",
+    "Axial",
+    "Bias",
+    "BlockSelection",
+    "Blocks",
+    "Causal",
+    "Dense",
+    "Documents",
+    "Extent",
+    "Fixed",
+    "KeyBias",
+    "Neighborhood",
+    "Partition",
+    "Pattern",
+    "RelativeBias",
+    "Score",
+    "Sliding",
+    "Softmax",
+    "Strided",
+    "attend",
+    "errors",
+]

@@ -1,0 +1,73 @@
+"""Every exception of the library, each with its message template."""
+
+from __future__ import annotations
+
+
+class FovealError(Exception):
+    """Base class of all errors raised by foveal."""
+
+
+class _Argument(FovealError):
+    """An argument that cannot be used: names it, shows what came, says what is needed."""
+
+    def __init__(self, argument: str, got: object, needed: str) -> None:
+        super().__init__(f"{argument}: got {got}; {needed}")
+        self.argument = argument
+        self.got = got
+        self.needed = needed
+
+
+class ShapeError(_Argument, ValueError):
+    """A tensor has the wrong rank or sizes, or head counts do not divide."""
+
+
+class DtypeError(_Argument, TypeError):
+    """Tensors of different or unsupported element types."""
+
+
+class DeviceError(_Argument, ValueError):
+    """Tensors on different devices."""
+
+
+class PatternError(_Argument, ValueError):
+    """A pattern whose parameters are out of range, or do not fit the grid."""
+
+
+class ScoreError(_Argument, ValueError):
+    """A score whose parameters or tensors do not fit the problem."""
+
+
+class SelectionError(_Argument, ValueError):
+    """A block selection that breaks its contract."""
+
+
+class PackingError(_Argument, ValueError):
+    """`cu_seqlens` that do not describe the packed tensors."""
+
+
+class RefusedError(FovealError, ValueError):
+    """The named implementation cannot run this problem."""
+
+    def __init__(self, implementation: str, reason: str) -> None:
+        super().__init__(f"implementation {implementation!r} refuses: {reason}")
+        self.implementation = implementation
+        self.reason = reason
+
+
+class UnknownNameError(FovealError, ValueError):
+    """A name that is not in a written list (system, implementation, suite, baseline)."""
+
+    def __init__(self, kind: str, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"{kind}: got {name!r}; known: {', '.join(known)}")
+        self.name = name
+        self.known = known
+
+
+class MissingDependencyError(FovealError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, purpose: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed; {purpose} needs it: pip install 'foveal[{extra}]'"
+        )
+        self.package = package

@@ -1,0 +1,240 @@
+"""The problems that are timed: frozen cases, written-out suites, and the shapes of the catalogue."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from foveal._errors import UnknownNameError
+from foveal.bench.measure import BOTH, FORWARD, Budget
+from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan, Requirement
+from foveal.patterns import Causal, Extent, Neighborhood, Partition, Pattern, Sliding
+from foveal.scores import Score, Softmax
+
+if TYPE_CHECKING:
+    from foveal.systems import System
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a case stands in a plot: on line `line`, at `x` tokens (length) or at window side `x`."""
+
+    axis: Literal["length", "window"]
+    line: str
+    x: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem: q [batch, *grid, q_heads, head_dim], k and v with kv_heads.
+
+    `name` is unique in its suite and says what a reader must know; `score` holds no tensors.
+    """
+
+    name: str
+    pattern: Pattern
+    grid: tuple[int, ...]
+    score: Score = Softmax()
+    batch: int = 1
+    q_heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 64
+    value_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    backward: bool = True
+    points: tuple[Point, ...] = ()
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.grid, self.grid)
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    def inputs(self, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v from a standard normal distribution, the same on every device."""
+        source = torch.Generator().manual_seed(seed)
+        shapes = (
+            (self.batch, *self.grid, self.q_heads, self.head_dim),
+            (self.batch, *self.grid, self.kv_heads, self.head_dim),
+            (self.batch, *self.grid, self.kv_heads, self.value_dim),
+        )
+        q, k, v = (torch.randn(s, generator=source).to(device, self.dtype) for s in shapes)
+        return q, k, v
+
+    def describe(self) -> dict[str, Any]:
+        """The case as JSON data."""
+        return {
+            "name": self.name,
+            "pattern": self.pattern.key,
+            "score": self.score.key,
+            "grid": list(self.grid),
+            "batch": self.batch,
+            "q_heads": self.q_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backward": self.backward,
+            "points": [{"axis": p.axis, "line": p.line, "x": p.x} for p in self.points],
+        }
+
+    def key(self, device: torch.device, threads: int) -> str:
+        """The identity of a measurement across runs: the problem, and what it runs on."""
+        about = self.describe()
+        about.pop("points")
+        values = " ".join(f"{name}={value}" for name, value in about.items())
+        return f"{values} device={device.type} threads={threads}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases measured in one run, against which peers, and what is required of the result."""
+
+    name: str
+    summary: str
+    cases: tuple[Case, ...]
+    against: tuple[str, ...]
+    requirements: tuple[Requirement, ...] = ()
+    budget: Budget = Budget()
+
+
+def _image(side: int, window: int, *axes: Literal["length", "window"]) -> Case:
+    points = {
+        "length": Point("length", "2-D neighborhood 13x13, 4 heads of 64", side * side),
+        "window": Point("window", "2-D neighborhood on 96x96 tokens, 4 heads of 64", window),
+    }
+    return Case(
+        f"image {side}x{side}, window {window}x{window}",
+        Neighborhood(window=(window, window)),
+        (side, side),
+        points=tuple(points[axis] for axis in axes),
+    )
+
+
+def _text(length: int, window: int, *axes: Literal["length", "window"]) -> Case:
+    points = {"length": Point("length", "causal window of 512, 4 heads of 64", length)}
+    return Case(
+        f"text {length}, causal window {window}",
+        Sliding(left=window - 1),
+        (length,),
+        points=tuple(points[axis] for axis in axes),
+    )
+
+
+_IMAGE = _image(96, 13, "length", "window")
+_SMALL_IMAGE = _image(48, 13, "length")
+_LARGE_IMAGE = _image(192, 13, "length")
+_TEXT = _text(16384, 512, "length")
+
+CPU = Suite(
+    "cpu",
+    "what is required of the tiled CPU implementation, with the sweeps around it",
+    (
+        _IMAGE,
+        _TEXT,
+        _SMALL_IMAGE,
+        _LARGE_IMAGE,
+        _image(24, 13, "length"),
+        *(_image(96, window, "window") for window in (3, 7, 25, 49)),
+        *(_text(length, 512, "length") for length in (2048, 4096, 8192)),
+        Case(
+            "text 8192, look-around windows of 512",
+            Partition(size=512, before=512) & Causal(),
+            (8192,),
+        ),
+    ),
+    against=("masked", "dense", "flex", "natten", "local_attention"),
+    requirements=(
+        FasterThan("masked", _IMAGE.name, FORWARD, at_least=10, goal=20),
+        FasterThan("masked", _IMAGE.name, BOTH, at_least=10, goal=20),
+        FasterThan("flex", _IMAGE.name, FORWARD, at_least=3, goal=6),
+        FasterThan("flex", _IMAGE.name, BOTH, at_least=3, goal=6),
+        AtMostTakes("masked", _IMAGE.name, FORWARD, share=0.1),
+        AtMostTakes("masked", _IMAGE.name, BOTH, share=0.1),
+        FasterThan("masked", _TEXT.name, FORWARD, at_least=20),
+        FasterThan("masked", _TEXT.name, BOTH, at_least=20),
+        AtMostGrows(_SMALL_IMAGE.name, _IMAGE.name, FORWARD, factor=4.6),
+        AtMostGrows(_SMALL_IMAGE.name, _IMAGE.name, BOTH, factor=4.6),
+        AtMostGrows(_IMAGE.name, _LARGE_IMAGE.name, FORWARD, factor=4.6),
+        AtMostGrows(_IMAGE.name, _LARGE_IMAGE.name, BOTH, factor=4.6),
+    ),
+)
+
+DEMO = Suite(
+    "demo",
+    "the shapes of the demonstration: an image and a small language model",
+    (
+        _image(48, 13, "length"),
+        _image(96, 13, "length", "window"),
+        *(_image(96, window, "window") for window in (5, 25)),
+        Case(
+            "Gemma-3 270M sliding layer, 2048 tokens",
+            Sliding(left=511),
+            (2048,),
+            kv_heads=1,
+            head_dim=256,
+            value_dim=256,
+        ),
+        _text(4096, 512, "length"),
+        _text(8192, 512, "length"),
+    ),
+    against=("masked", "dense"),
+    budget=Budget(seconds=4.0),
+)
+
+SMOKE = Suite(
+    "smoke",
+    "tiny cases that show in seconds that everything runs",
+    (
+        Case("image 12x10, window 5x5", Neighborhood(window=5), (12, 10), q_heads=2, kv_heads=2,
+             head_dim=16, value_dim=16, points=(Point("length", "2-D neighborhood 5x5", 120),)),
+        Case("image 24x20, window 5x5", Neighborhood(window=5), (24, 20), q_heads=2, kv_heads=2,
+             head_dim=16, value_dim=16, points=(Point("length", "2-D neighborhood 5x5", 480),)),
+        Case("text 256, causal window 32", Sliding(left=31), (256,), q_heads=4, kv_heads=2,
+             head_dim=16, value_dim=24),
+    ),
+    against=("masked", "dense"),
+    budget=Budget(seconds=0.3, warm_up=0.02),
+)  # fmt: skip
+
+SUITES = (CPU, DEMO, SMOKE)
+
+
+def suite(name: str) -> Suite:
+    """The written-out suite of that name."""
+    for each in SUITES:
+        if each.name == name:
+            return each
+    raise UnknownNameError("suite", name, tuple(each.name for each in SUITES))
+
+
+def system_suite(system: System) -> Suite:
+    """A suite of the reference shapes of a system of the catalogue."""
+    cases = tuple(_system_case(system, shape) for shape in system.reference_shapes)
+    return Suite(system.name, system.title, cases, ("masked", "dense", "flex", "natten"))
+
+
+def _system_case(system: System, shape: Mapping[str, Any]) -> Case:
+    grid = tuple(shape["grid"])
+    heads, head_dim = shape["heads"], shape["head_dim"]
+    return Case(
+        f"{system.name} {'x'.join(str(n) for n in grid)}, {heads} heads of {head_dim}",
+        system.pattern(grid),
+        grid,
+        q_heads=heads,
+        kv_heads=shape.get("kv_heads", heads),
+        head_dim=head_dim,
+        value_dim=shape.get("value_dim", head_dim),
+    )
+
+
+def with_dtype(cases: tuple[Case, ...], dtype: torch.dtype | None) -> tuple[Case, ...]:
+    """The same cases in another precision."""
+    return cases if dtype is None else tuple(replace(case, dtype=dtype) for case in cases)

@@ -1,0 +1,137 @@
+"""Plotly figures as plain data, in one style.  Every axis title carries its unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PALETTE = ("#0b7285", "#e8590c", "#5f3dc4", "#868e96", "#2b8a3e", "#c2255c", "#1864ab", "#e67700")
+SEQUENTIAL = ((0.0, "#f1f6f8"), (0.35, "#9fd0d9"), (0.7, "#2f94a5"), (1.0, "#083d48"))
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: what it shows, in which unit, on which scale."""
+
+    title: str
+    unit: str = ""
+    log: bool = False
+    ticks: Sequence[float] = ()
+
+    def layout(self) -> Data:
+        label = f"{self.title} [{self.unit}]" if self.unit else self.title
+        style: Data = {"title": {"text": label}, "automargin": True, "linecolor": "#adb5bd"}
+        style |= {"gridcolor": "#edf0f4", "zerolinecolor": "#ced4da", "ticks": "outside"}
+        style |= {"tickcolor": "#ced4da"}
+        if self.log:
+            style |= {"type": "log", "dtick": "D2", "exponentformat": "SI"}
+        if self.ticks:
+            style |= {"tickvals": list(self.ticks), "ticktext": [f"{x:g}" for x in self.ticks]}
+        return style
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one line or one group of bars; `low` and `high` bound the spread."""
+
+    name: str
+    x: Sequence[Any]
+    y: Sequence[float | None]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    colour: str | None = None
+    dashed: bool = False
+    notes: Sequence[str] = ()
+
+    def error_bars(self) -> Data:
+        if not self.low:
+            return {}
+        above = [h - y for h, y in zip(self.high, self.y, strict=True) if y is not None]
+        below = [y - lo for lo, y in zip(self.low, self.y, strict=True) if y is not None]
+        bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+        return {"error_y": bars | {"thickness": 1.2, "width": 3}}
+
+
+def layout(title: str, x: Axis, y: Axis, height: int = 400, legend: bool = True) -> Data:
+    """The common look: title on top left, legend below the plot."""
+    return {
+        "title": {"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}},
+        "font": {"family": "system-ui, 'Segoe UI', 'Liberation Sans', sans-serif", "size": 13},
+        "paper_bgcolor": "#fff",
+        "plot_bgcolor": "#fff",
+        "height": height,
+        "margin": {"l": 64, "r": 16, "t": 44, "b": 48},
+        "xaxis": x.layout(),
+        "yaxis": y.layout(),
+        "showlegend": legend,
+        "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        "hoverlabel": {"align": "left"},
+    }
+
+
+def lines(
+    title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 400, legend: bool = True
+) -> Data:
+    """Lines with points, one per series."""
+    data = []
+    for index, each in enumerate(series):
+        colour = each.colour or PALETTE[index % len(PALETTE)]
+        trace: Data = {"type": "scatter", "mode": "lines+markers", "name": each.name}
+        trace |= {"x": list(each.x), "y": list(each.y), "marker": {"size": 7, "color": colour}}
+        trace |= {"line": {"color": colour, "width": 2, "dash": "dot" if each.dashed else "solid"}}
+        data.append(trace | each.error_bars() | _hover(each))
+    return {"data": data, "layout": layout(title, x, y, height, legend)}
+
+
+def bars(
+    title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 400, legend: bool = True
+) -> Data:
+    """Groups of vertical bars, one colour per series."""
+    data = []
+    for index, each in enumerate(series):
+        colour = each.colour or PALETTE[index % len(PALETTE)]
+        trace: Data = {"type": "bar", "name": each.name, "x": list(each.x), "y": list(each.y)}
+        trace |= {"marker": {"color": colour, "opacity": 0.45 if each.dashed else 1.0}}
+        data.append(trace | each.error_bars() | _hover(each))
+    arrangement = {"barmode": "group", "bargap": 0.28, "bargroupgap": 0.06}
+    return {"data": data, "layout": layout(title, x, y, height, legend) | arrangement}
+
+
+def heat_map(
+    title: str,
+    values: Sequence[Sequence[float | None]],
+    x: Axis,
+    y: Axis,
+    unit: str,
+    *,
+    x_labels: Sequence[Any] | None = None,
+    y_labels: Sequence[Any] | None = None,
+    limits: tuple[float, float] | None = None,
+    height: int = 400,
+) -> Data:
+    """A matrix as colours, first row on top; `unit` labels the colour bar."""
+    trace: Data = {"type": "heatmap", "z": values, "colorscale": [list(c) for c in SEQUENTIAL]}
+    trace |= {"colorbar": {"title": {"text": unit, "side": "right"}, "thickness": 14}}
+    trace |= {
+        "xgap": 1,
+        "ygap": 1,
+        "hovertemplate": "%{x}, %{y}: %{z:.4g} " + unit + "<extra></extra>",
+    }
+    for name, labels in (("x", x_labels), ("y", y_labels)):
+        if labels is not None:
+            trace[name] = list(labels)
+    if limits is not None:
+        trace |= {"zmin": limits[0], "zmax": limits[1]}
+    style = layout(title, x, y, height, legend=False)
+    style["yaxis"] |= {"autorange": "reversed", "gridcolor": "#fff"}
+    style["xaxis"] |= {"gridcolor": "#fff"}
+    return {"data": [trace], "layout": style}
+
+
+def _hover(series: Series) -> Mapping[str, Any]:
+    if not series.notes:
+        return {}
+    return {"text": list(series.notes), "hovertemplate": "%{text}<extra>%{fullData.name}</extra>"}

@@ -1,0 +1,247 @@
+"""`foveal bench`: measure a suite or a system against its peers, or compare two runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveal._errors import FovealError, MissingDependencyError, UnknownNameError
+from foveal.cli._progress import Progress
+
+if TYPE_CHECKING:
+    from foveal.bench.cases import Suite
+    from foveal.bench.compare import Change
+    from foveal.bench.record import Record
+    from foveal.bench.requirements import Judgement
+    from foveal.bench.run import Job
+
+RESULTS = Path("bench-results")
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_INTERRUPTED = 130
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `bench` to the command line."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure time and memory against peers",
+        description="Time and memory of a suite or a system of the catalogue, against its peers. Every "
+        "competitor must first agree with the float64 reference; what does not is never timed.",
+        epilog="Exit status: 0; 1 when a gate is red, a requirement is missed or --compare finds a "
+        "slowdown; 2 for bad usage. Results are kept in %s/ and survive an interruption." % RESULTS,
+    )
+    parser.add_argument("name", nargs="?", help="a suite or a system of the catalogue")
+    parser.add_argument("--suite", help="a suite: cpu, demo, smoke (default)")
+    parser.add_argument("--against", metavar="A,B", help="peers by name, or none; default: the suite's")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", choices=_DTYPES, help="instead of the precision of the cases")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--passes", choices=("forward", "both"), default="both")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing per case")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {RESULTS}/NAME-TIME")
+    parser.add_argument("--resume", action="store_true", help="continue --out, or the newest run")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="default: report.html in --out")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--render", type=Path, metavar="RUN", help="print and render an old run again")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="mark what moved beyond noise"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    try:
+        if args.compare:
+            return _compare(*args.compare, as_json=args.json)
+        if args.render:
+            return _render(args)
+        return _measure(args)
+    except (UnknownNameError, _Usage) as error:
+        print(f"foveal bench: {error}", file=sys.stderr)
+        return 2
+
+
+class _Usage(FovealError):
+    """Options that do not fit together."""
+
+
+def _measure(args: argparse.Namespace) -> int:
+    import torch
+
+    from foveal.bench.record import RecordFile
+    from foveal.bench.report import judge, terminal, terminal_judgements
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    suite = _suite(args)
+    folder = _folder(args, suite.name)
+    file = RecordFile(folder / "records.jsonl")
+    job = _job(args, suite, file)
+    interrupted = False
+    try:
+        with Progress(f"bench {suite.name}") as progress:
+            for records in job.run(progress):
+                progress.clear()
+                if not args.json:
+                    print(terminal(records), end="\n\n", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    keys = {case.key(job.device, torch.get_num_threads()) for case in job.cases}
+    records = [record for record in file.read() if record.key in keys]
+    judgements = judge(records, suite.requirements)
+    if args.json:
+        print(json.dumps(_as_json(records, judgements)))
+    elif judgements:
+        print(terminal_judgements(judgements), end="\n\n")
+    if records:
+        _write_html(records, judgements, args.html or folder / "report.html", suite)
+    if interrupted:
+        print(f"interrupted; {file.path} keeps what was measured, --resume continues it", file=sys.stderr)
+        return _INTERRUPTED
+    return _status(records, judgements)
+
+
+def _render(args: argparse.Namespace) -> int:
+    from foveal.bench.cases import CPU
+    from foveal.bench.report import judge, terminal, terminal_judgements
+
+    records = _read(args.render)
+    judgements = judge(records, CPU.requirements)
+    if args.json:
+        print(json.dumps(_as_json(records, judgements)))
+    else:
+        print(terminal(records), end="\n\n")
+        if judgements:
+            print(terminal_judgements(judgements), end="\n\n")
+    _write_html(records, judgements, args.html or _records_path(args.render).with_name("report.html"))
+    return _status(records, judgements)
+
+
+def _compare(old: Path, new: Path, as_json: bool) -> int:
+    from foveal.bench.compare import SLOWER, compare, other_machine
+
+    before, after = _read(old), _read(new)
+    changes = compare(before, after)
+    if as_json:
+        print(json.dumps([change.as_dict() for change in changes]))
+    else:
+        print(_changes_table(changes))
+    if warning := other_machine(before, after):
+        print(warning, file=sys.stderr)
+    return int(any(change.verdict == SLOWER for change in changes))
+
+
+def _changes_table(changes: Sequence[Change]) -> str:
+    from foveal.bench.report import aligned, milliseconds
+
+    header = ("case", "competitor", "pass", "old", "new", "new/old", "p", "verdict")
+    rows = [
+        (
+            change.case,
+            change.competitor,
+            change.part,
+            milliseconds(change.old),
+            milliseconds(change.new),
+            f"{change.factor:.2f}x",
+            f"{change.p_value:.1g}",
+            change.verdict,
+        )
+        for change in changes
+    ]
+    return aligned([header, *rows], left=3) if rows else "the two runs have no case in common"
+
+
+def _suite(args: argparse.Namespace) -> Suite:
+    from foveal.bench.cases import SUITES, suite, system_suite
+
+    name = args.suite or args.name or "smoke"
+    if args.suite and args.name:
+        raise _Usage(f"name: got {args.name!r} and --suite {args.suite}; one of the two is needed")
+    if args.suite or name in {each.name for each in SUITES}:
+        return suite(name)
+    from foveal.systems import system
+
+    return system_suite(system(name))
+
+
+def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
+    import torch
+
+    from foveal.bench.baselines import baselines
+    from foveal.bench.cases import with_dtype
+    from foveal.bench.record import command_line
+    from foveal.bench.run import Job
+
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise _Usage("--device: got cuda; this machine has no CUDA device that PyTorch can use")
+    names = suite.against
+    if args.against:
+        names = () if args.against == "none" else tuple(args.against.split(","))
+    cases = with_dtype(suite.cases, getattr(torch, args.dtype) if args.dtype else None)
+    if args.passes == "forward":
+        cases = tuple(replace(case, backward=False) for case in cases)
+    budget = replace(suite.budget, seconds=args.budget) if args.budget else suite.budget
+    return Job(cases, baselines(names), device, file, budget, command_line())
+
+
+def _folder(args: argparse.Namespace, name: str) -> Path:
+    if args.resume:
+        runs = [args.out] if args.out else sorted(RESULTS.glob(f"{name}-*"))
+        if not runs:
+            raise _Usage(f"--resume: got no run of {name} in {RESULTS}/; one is needed to continue it")
+        return Path(runs[-1])
+    folder: Path = args.out or RESULTS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "records.jsonl").exists():
+        raise _Usage(f"--out: got {folder}, which holds a run; --resume continues it")
+    return folder
+
+
+def _read(path: Path) -> list[Record]:
+    from foveal.bench.record import RecordFile
+
+    records = RecordFile(_records_path(path)).read()
+    if not records:
+        raise _Usage(f"{path}: got no records; a run folder or a records.jsonl is needed")
+    return records
+
+
+def _records_path(path: Path) -> Path:
+    return path / "records.jsonl" if path.is_dir() else path
+
+
+def _write_html(
+    records: Sequence[Record], judgements: Sequence[Judgement], path: Path, suite: Suite | None = None
+) -> None:
+    from foveal.bench.report import html
+
+    title = f"foveal benchmark: {suite.name}" if suite else "foveal benchmark"
+    try:
+        print(f"report: {html(records, judgements, title).write(path)}", file=sys.stderr)
+    except MissingDependencyError as error:
+        print(f"no HTML report: {error}", file=sys.stderr)
+
+
+def _as_json(records: Sequence[Record], judgements: Sequence[Judgement]) -> dict[str, Any]:
+    return {
+        "records": [asdict(record) for record in records],
+        "requirements": [asdict(judgement) for judgement in judgements],
+    }
+
+
+def _status(records: Sequence[Record], judgements: Sequence[Judgement]) -> int:
+    from foveal.bench.record import FAILED, WRONG
+    from foveal.bench.requirements import OURS
+
+    red = any(
+        record.status == WRONG or (record.status == FAILED and record.competitor == OURS)
+        for record in records
+    )
+    return int(red or any(judgement.met is False for judgement in judgements))

@@ -1,0 +1,123 @@
+"""Attention over a list of key blocks per query block, found from the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveal._errors import SelectionError
+from foveal.patterns.base import FULL, Extent, Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSelection:
+    """Which key blocks each query block visits, per head.
+
+    Shapes: indices int32 or int64 [B or 1, heads, q_blocks, n]; heads is 1, the key heads or the
+    query heads.  Every list ascends, holds no block twice and ends in -1 where it is shorter than n.
+    Options: q_block, kv_block >= 1 tokens per block.
+    """
+
+    indices: Tensor
+    q_block: int = 64
+    kv_block: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("q_block", "kv_block"):
+            if getattr(self, name) < 1:
+                raise SelectionError(name, getattr(self, name), "at least 1 token is needed")
+        if self.indices.dim() != 4 or self.indices.is_floating_point():
+            raise SelectionError(
+                "indices", list(self.indices.shape), "integers [B, heads, q_blocks, n] are needed"
+            )
+        before, after = self.indices[..., :-1], self.indices[..., 1:]
+        ordered = (after == -1) | ((before != -1) & (after > before))
+        if not bool(ordered.all()) or bool((self.indices < -1).any()):
+            raise SelectionError(
+                "indices", "lists out of order", "ascending, unique, -1 only at the end is needed"
+            )
+
+    @classmethod
+    def from_block_mask(cls, mask: Tensor, q_block: int = 64, kv_block: int = 64) -> BlockSelection:
+        """The selection of the blocks that are true in `mask` [B, heads, q_blocks, kv_blocks]."""
+        width = int(mask.sum(-1).max()) if mask.numel() else 0
+        order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
+        chosen = order[..., : max(width, 1)]
+        kept = mask.gather(-1, chosen)
+        return cls(torch.where(kept, chosen, -1).to(torch.int32), q_block, kv_block)
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of blocks in each list.  [B, heads, q_blocks]"""
+        return (self.indices >= 0).sum(-1)
+
+    def density(self, Lk: int) -> float:
+        """Share of the key blocks that a query block visits, on average."""
+        return float(self.counts.double().mean()) / max(-(-Lk // self.kv_block), 1)
+
+    def block_mask(self, kv_blocks: int) -> Tensor:
+        """bool [B, heads, q_blocks, kv_blocks]"""
+        mask = torch.zeros(*self.indices.shape[:-1], kv_blocks + 1, dtype=torch.bool)
+        place = torch.where(self.indices < 0, kv_blocks, self.indices).long()
+        return mask.scatter_(-1, place, True)[..., :kv_blocks]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks(Pattern):
+    """A query sees the keys of the blocks that the selection lists for its block and head.
+
+    Equals: all blocks listed is Dense().  Cost: selection.density(Lk) of dense.
+    """
+
+    selection: BlockSelection
+
+    @property
+    def key(self) -> str:
+        shape = "x".join(str(size) for size in self.selection.indices.shape)
+        return f"Blocks({shape}, {self.selection.q_block}, {self.selection.kv_block})"
+
+    @property
+    def depends_on_data(self) -> bool:
+        return True
+
+    def validate(self, extent: Extent) -> None:
+        selection = self.selection
+        q_blocks = -(-extent.Lq // selection.q_block)
+        if selection.indices.shape[2] != q_blocks:
+            raise SelectionError(
+                "indices",
+                list(selection.indices.shape),
+                f"{extent.Lq} queries in blocks of {selection.q_block} need {q_blocks} lists",
+            )
+        kv_blocks = -(-extent.Lk // selection.kv_block)
+        if selection.indices.numel() and int(selection.indices.max()) >= kv_blocks:
+            raise SelectionError(
+                "indices",
+                f"block {int(selection.indices.max())}",
+                f"{extent.Lk} keys in blocks of {selection.kv_block} make {kv_blocks} blocks",
+            )
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        mask = self.selection.block_mask(-(-extent.Lk // self.selection.kv_block))
+        q_index = q_pos - (extent.Lk - extent.Lq)
+        return mask[..., q_index // self.selection.q_block, k_pos // self.selection.kv_block]
+
+    def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        mask = self.selection.block_mask(-(-extent.Lk // self.selection.kv_block))
+        rows = mask[:, :, (q_pos - (extent.Lk - extent.Lq)) // self.selection.q_block]
+        columns = (k_pos // self.selection.kv_block)[:, :, None, :]
+        shape = torch.broadcast_shapes(rows.shape[:-1], (*columns.shape[:2], 1))
+        return rows.expand(*shape, -1).gather(-1, columns.expand(*shape, -1))
+
+    def tile_unit(self) -> tuple[int, int]:
+        return self.selection.q_block, self.selection.kv_block
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        kv_blocks = -(-extent.Lk // self.selection.kv_block)
+        states = self.selection.block_mask(kv_blocks).to(torch.uint8) * FULL
+        q_tiles, kv_tiles = -(-extent.Lq // q_tile), -(-extent.Lk // kv_tile)
+        rows = torch.arange(q_tiles) * q_tile // self.selection.q_block
+        columns = torch.arange(kv_tiles) * kv_tile // self.selection.kv_block
+        return states[..., rows[:, None], columns[None]]

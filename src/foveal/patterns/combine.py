@@ -1,0 +1,132 @@
+"""Patterns made of patterns: pairs in all of them, pairs in any of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveal.patterns.base import Bounds, Extent, Pattern
+from foveal.patterns.dense import Dense
+
+
+@dataclass(frozen=True, slots=True)
+class _Combination(Pattern):
+    """Two or more patterns over the same tokens."""
+
+    members: tuple[Pattern, ...]
+
+    @property
+    def rank(self) -> int | None:
+        return next((p.rank for p in self.members if p.rank is not None), None)
+
+    @property
+    def depends_on_data(self) -> bool:
+        return any(p.depends_on_data for p in self.members)
+
+    def validate(self, extent: Extent) -> None:
+        for member in self.members:
+            member.validate(extent)
+
+    def tile_unit(self) -> tuple[int, int] | None:
+        units = [unit for p in self.members if (unit := p.tile_unit()) is not None]
+        if not units:
+            return None
+        return math.gcd(*(unit[0] for unit in units)), math.gcd(*(unit[1] for unit in units))
+
+    def offsets(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> tuple[Tensor, ...]:
+        return self._measure().offsets(q_pos, k_pos, extent)
+
+    def _measure(self) -> Pattern:
+        """The member whose steps count the offsets: the first with steps of its own."""
+        special = (p for p in self.members if type(p).offsets is not Pattern.offsets)
+        return next(special, Dense())
+
+    def _flattened(self) -> tuple[Pattern, ...]:
+        """Members with nested combinations of the same kind opened."""
+        opened: list[Pattern] = []
+        for member in self.members:
+            nested = isinstance(member, type(self))
+            opened.extend(member._flattened() if nested else [member])  # type: ignore[attr-defined]
+        return tuple(dict.fromkeys(opened))
+
+    def _merged(
+        self, extent: Extent, q_tile: int, kv_tile: int, join: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        maps = (p.tile_map(extent, q_tile, kv_tile) for p in self.members)
+        return functools.reduce(join, maps)
+
+
+@dataclass(frozen=True, slots=True)
+class Intersection(_Combination):
+    """Pairs that every member allows; written `a & b`."""
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        visible = (p.allows(q_pos, k_pos, extent) for p in self.members)
+        return functools.reduce(torch.logical_and, visible)
+
+    def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        visible = (p.allows_listed(q_pos, k_pos, extent) for p in self.members)
+        return functools.reduce(torch.logical_and, visible)
+
+    def simplify(self, extent: Extent) -> Pattern:
+        members = dict.fromkeys(p.simplify(extent) for p in self._flattened())
+        members.pop(Dense(), None)
+        if len(members) > 1:
+            return Intersection(tuple(members))
+        return next(iter(members), Dense())
+
+    def bounds(self, extent: Extent) -> Bounds | None:
+        each = [p.bounds(extent) for p in self.members]
+        found = [b for b in each if b is not None]
+        if len(found) < len(each) or len({b.extent for b in found}) > 1:
+            return None
+        lower = tuple(
+            functools.reduce(torch.maximum, los)
+            for los in zip(*(b.lower for b in found), strict=True)
+        )
+        upper = tuple(
+            functools.reduce(torch.minimum, his)
+            for his in zip(*(b.upper for b in found), strict=True)
+        )
+        upper = tuple(hi.maximum(lo) for lo, hi in zip(lower, upper, strict=True))
+        return Bounds(found[0].extent, lower, upper)
+
+    def reach(self, extent: Extent) -> tuple[int, ...]:
+        own = Pattern.reach(self, extent)
+        measured = self._measure().reach(extent)
+        return tuple(min(pair) for pair in zip(own, measured, strict=True))
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        return self._merged(extent, q_tile, kv_tile, torch.minimum)
+
+
+@dataclass(frozen=True, slots=True)
+class Union(_Combination):
+    """Pairs that any member allows; written `a | b`."""
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        visible = (p.allows(q_pos, k_pos, extent) for p in self.members)
+        return functools.reduce(torch.logical_or, visible)
+
+    def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        visible = (p.allows_listed(q_pos, k_pos, extent) for p in self.members)
+        return functools.reduce(torch.logical_or, visible)
+
+    def simplify(self, extent: Extent) -> Pattern:
+        members = dict.fromkeys(p.simplify(extent) for p in self._flattened())
+        if Dense() in members:
+            return Dense()
+        return Union(tuple(members)) if len(members) > 1 else next(iter(members))
+
+    def reach(self, extent: Extent) -> tuple[int, ...]:
+        return tuple(
+            max(axis) for axis in zip(*(p.reach(extent) for p in self.members), strict=True)
+        )
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        return self._merged(extent, q_tile, kv_tile, torch.maximum)

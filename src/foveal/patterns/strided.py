@@ -1,0 +1,131 @@
+"""The two factorised patterns of Sparse Transformers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveal._errors import PatternError
+from foveal.patterns.base import Extent, Part, Pattern
+from foveal.patterns.dense import Causal, Dense
+from foveal.patterns.partition import Partition
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PatternError(name, value, "an integer of at least 1 is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Strided(Pattern):
+    """Query i sees keys j with (i - j) mod stride = 0, and j <= i when causal.
+
+    Options: stride >= 1 tokens.
+    Equals: stride 1 is Causal(), or Dense() when not causal; each residue class on its own is plain
+    attention.  Cost: 1 / stride of causal.
+    Paper: Generating Long Sequences with Sparse Transformers (1904.10509).
+    """
+
+    stride: int
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least_one("stride", self.stride)
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        visible = (q_pos - k_pos) % self.stride == 0
+        return visible & (k_pos <= q_pos) if self.causal else visible
+
+    def simplify(self, extent: Extent) -> Pattern:
+        return self._inner() if self.stride == 1 else self
+
+    def parts(self, extent: Extent) -> tuple[Part, ...]:
+        q_index, q_class = torch.arange(extent.Lq), extent.q_positions() % self.stride
+        k_class = extent.k_positions() % self.stride
+        groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for residue in range(self.stride):
+            queries, keys = q_index[q_class == residue], torch.nonzero(k_class == residue)[:, 0]
+            if len(queries):
+                groups.setdefault((len(queries), len(keys)), []).append((queries, keys))
+        return tuple(
+            Part(
+                self._inner(),
+                Extent((lengths[0],), (lengths[1],)),
+                torch.stack([queries for queries, _ in members]),
+                torch.stack([keys for _, keys in members]),
+            )
+            for lengths, members in groups.items()
+        )
+
+    def _inner(self) -> Pattern:
+        return Causal() if self.causal else Dense()
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(Pattern):
+    """Query i sees, up to itself, its own block of `stride` keys and the last `summary` keys of every block.
+
+    j <= i  and  (j // stride = i // stride  or  j mod stride >= stride - summary).
+
+    Options: stride >= 1 tokens, 1 <= summary <= stride.
+    Equals: summary = stride is Causal().  Cost: about summary / stride of causal.
+    Paper: Generating Long Sequences with Sparse Transformers (1904.10509).
+    """
+
+    stride: int
+    summary: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least_one("stride", self.stride)
+        _at_least_one("summary", self.summary)
+        if self.summary > self.stride:
+            raise PatternError(
+                "summary", self.summary, f"at most the stride, {self.stride}, is needed"
+            )
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        return self._composed().allows(q_pos, k_pos, extent)
+
+    def simplify(self, extent: Extent) -> Pattern:
+        return Causal() if self.summary == self.stride else self
+
+    def tile_unit(self) -> tuple[int, int]:
+        return self.stride, math.gcd(self.stride, self.summary)
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        return self._composed().tile_map(extent.flat(), q_tile, kv_tile)
+
+    def _composed(self) -> Pattern:
+        return (_SummaryKeys(self.stride, self.summary) | _OwnBlock(self.stride)) & Causal()
+
+
+@dataclass(frozen=True, slots=True)
+class _SummaryKeys(Pattern):
+    """Every query sees the last `summary` keys of each block."""
+
+    stride: int
+    summary: int
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        return (k_pos % self.stride >= self.stride - self.summary) & (q_pos == q_pos)
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        chosen = extent.k_positions() % self.stride >= self.stride - self.summary
+        tiles = [int(tile.any()) + int(tile.all()) for tile in chosen.split(kv_tile)]
+        return torch.tensor(tiles, dtype=torch.uint8).expand(-(-extent.Lq // q_tile), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnBlock(Pattern):
+    """Blocks in raster order, whatever the grid."""
+
+    stride: int
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        return Partition(self.stride).allows(q_pos, k_pos, extent.flat())
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        return Partition(self.stride).tile_map(extent.flat(), q_tile, kv_tile)

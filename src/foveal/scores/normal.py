@@ -1,0 +1,49 @@
+"""The one form in which engines see a score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foveal._errors import ScoreError
+from foveal.scores.base import Additive, Composed, Geometry, Score
+from foveal.scores.softmax import Softmax
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """softmax(cap(scale q.k) + terms), with a sink in the denominator."""
+
+    scale: float
+    soft_cap: float | None
+    sink: Tensor | None
+    terms: tuple[Additive, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but a scale."""
+        return self.soft_cap is None and self.sink is None and not self.terms
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors of the terms, then the sink if there is one."""
+        sink = () if self.sink is None else (self.sink,)
+        return (*(term.parameter for term in self.terms), *sink)
+
+
+def normal_form(score: Score, head_dim: int, geometry: Geometry) -> NormalForm:
+    """Collects the members of a score and checks that they fit together and fit the problem."""
+    members = score.members if isinstance(score, Composed) else (score,)
+    softmaxes = [member for member in members if isinstance(member, Softmax)]
+    terms = tuple(member for member in members if isinstance(member, Additive))
+    if len(softmaxes) > 1:
+        raise ScoreError("score", score.key, "at most one Softmax is needed in a sum")
+    if len(softmaxes) + len(terms) < len(members):
+        raise ScoreError("score", score.key, "a sum of Softmax and additive terms is needed")
+    softmax = softmaxes[0] if softmaxes else Softmax()
+    softmax.validate(geometry)
+    for term in terms:
+        term.validate(geometry)
+    scale = head_dim**-0.5 if softmax.scale is None else softmax.scale
+    return NormalForm(scale, softmax.soft_cap, softmax.sink, terms)

@@ -1,0 +1,45 @@
+"""The exponential weight, its scale, its cap and its sink."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foveal._errors import ScoreError
+from foveal.scores.base import Geometry, Score
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Softmax(Score):
+    """w_ij = exp(s_ij - lse_i),  s_ij = c tanh(scale q_i.k_j / c),  lse_i = log(sum_j exp(s_ij) + exp(sink)).
+
+    Options: scale, default D ** -0.5; soft_cap c > 0 in units of the score, default none; sink, one
+    logit per query head [Hq], an extra term of the denominator with no value behind it, default none.
+    Without soft_cap s_ij = scale q_i.k_j, without sink its term is 0.
+    Paper: soft cap: Gemma 2 (2408.00118); sink logit: gpt-oss (2508.10925).
+    """
+
+    scale: float | None = None
+    soft_cap: float | None = None
+    sink: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ScoreError("scale", self.scale, "a finite number is needed")
+        if self.soft_cap is not None and not (0 < self.soft_cap < math.inf):
+            raise ScoreError("soft_cap", self.soft_cap, "a finite number above 0 is needed")
+
+    @property
+    def key(self) -> str:
+        sink = "no sink" if self.sink is None else "sink"
+        return f"Softmax(scale={self.scale}, soft_cap={self.soft_cap}, {sink})"
+
+    def validate(self, geometry: Geometry) -> None:
+        if self.sink is not None and tuple(self.sink.shape) != (geometry.q_heads,):
+            raise ScoreError(
+                "sink",
+                list(self.sink.shape),
+                f"one logit per query head, [{geometry.q_heads}], is needed",
+            )

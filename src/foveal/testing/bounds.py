@@ -1,0 +1,61 @@
+"""When a result counts as correct: no error bound by taste, only by what the precision allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_DOUBLE_BAND = 64
+"""Roundings granted to a float64 result, which has no wider arithmetic to be compared with."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A comparison: the largest error, what was allowed at that element, and whether all fit."""
+
+    name: str
+    ok: bool
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        sign = "<=" if self.ok else ">"
+        return f"{self.name}: error {self.error:.3g} {sign} {self.allowed:.3g} allowed"
+
+
+def check(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Verdict:
+    """Whether `got` is as good as its precision allows.
+
+    |got - exact| <= 2 max |plain - exact| + eps |exact|  for every element, where `exact` is a float64
+    computation, `plain` the same computation in the precision under test, and eps one rounding in the
+    dtype of `got`.  Equal infinities have no error; a NaN on one side only has an infinite one.
+
+    Shapes: all three equal.  A float64 result has no wider arithmetic: it gets 64 roundings of max |exact|.
+    """
+    exact = exact.detach().double()
+    error = _distance(got, exact)
+    eps = torch.finfo(got.dtype).eps
+    size = torch.where(exact.isfinite(), exact.abs(), 0.0)
+    allowed = 2 * _distance(plain, exact).amax() + eps * size if exact.numel() else size
+    if got.dtype == torch.float64 and exact.numel():
+        allowed = allowed + _DOUBLE_BAND * eps * size.amax()
+    if not exact.numel():
+        return Verdict(name, True, 0.0, 0.0)
+    worst = int((error - allowed).flatten().argmax())
+    return Verdict(
+        name,
+        bool((error <= allowed).all()),
+        float(error.flatten()[worst]),
+        float(allowed.flatten()[worst]),
+    )
+
+
+def _distance(got: Tensor, exact: Tensor) -> Tensor:
+    got = got.detach().to(exact.device, torch.float64)
+    if got.shape != exact.shape:
+        raise ValueError(f"got: got {list(got.shape)}; the shape {list(exact.shape)} is needed")
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    distance = torch.where(same, 0.0, (got - exact).abs())
+    return torch.where(distance.isnan(), torch.inf, distance)
