@@ -2,6 +2,7 @@
 
 from foveal import _errors as errors
 from foveal._attend import attend
+from foveal._explain import Explanation, explain
 from foveal.patterns import (
     Axial,
     Blocks,
@@ -30,6 +31,7 @@ __all__ = [
     "Causal",
     "Dense",
     "Documents",
+    "Explanation",
     "Extent",
     "Fixed",
     "KeyBias",
@@ -43,4 +45,5 @@ __all__ = [
     "Strided",
     "attend",
     "errors",
+    "explain",
 ]

@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from foveal._memory import memory_note
 from foveal._plan import TILE_IMPLEMENTATIONS, Plan, choose
 from foveal._problem import Problem, describe
 from foveal.patterns.base import Pattern
@@ -68,9 +69,10 @@ def attend(
         q, k, v, pattern, score, cu_seqlens, return_lse, implementation
     )
     flat = (x.flatten(1, -3) for x in (q, k, v))
-    o, lse = TILE_IMPLEMENTATIONS[plan.implementation].attend(
-        problem, plan.pattern, form, geometry, *flat
-    )
+    with memory_note(problem, plan):
+        o, lse = TILE_IMPLEMENTATIONS[plan.implementation].attend(
+            problem, plan.pattern, form, geometry, *flat
+        )
     grid = problem.extent.q_grid
     o = o.unflatten(1, grid)
     return (o, lse.to(problem.lse_dtype).unflatten(1, grid)) if return_lse else o

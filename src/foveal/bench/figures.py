@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,18 @@ class Axis:
     log: bool = False
     ticks: Sequence[float] = ()
 
-    def layout(self) -> Data:
+    def layout(self, values: Iterable[float | None] = ()) -> Data:
+        """The axis as plotly wants it; a logarithmic one gets ticks that suit the values."""
         label = f"{self.title} [{self.unit}]" if self.unit else self.title
         style: Data = {"title": {"text": label}, "automargin": True, "linecolor": "#adb5bd"}
         style |= {"gridcolor": "#edf0f4", "zerolinecolor": "#ced4da", "ticks": "outside"}
         style |= {"tickcolor": "#ced4da"}
+        ticks = self.ticks
         if self.log:
-            style |= {"type": "log", "dtick": "D2", "exponentformat": "SI"}
-        if self.ticks:
-            style |= {"tickvals": list(self.ticks), "ticktext": [f"{x:g}" for x in self.ticks]}
+            style["type"] = "log"
+            ticks = ticks or _log_ticks([value for value in values if value])
+        if ticks:
+            style |= {"tickvals": list(ticks), "ticktext": [f"{tick:,g}" for tick in ticks]}
         return style
 
 
@@ -55,8 +59,16 @@ class Series:
         return {"error_y": bars | {"thickness": 1.2, "width": 3}}
 
 
-def layout(title: str, x: Axis, y: Axis, height: int = 400, legend: bool = True) -> Data:
+def layout(
+    title: str,
+    x: Axis,
+    y: Axis,
+    height: int = 400,
+    legend: bool = True,
+    series: Sequence[Series] = (),
+) -> Data:
     """The common look: title on top left, legend below the plot."""
+    heights = [value for each in series for value in (*each.y, *each.low, *each.high)]
     return {
         "title": {"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}},
         "font": {"family": "system-ui, 'Segoe UI', 'Liberation Sans', sans-serif", "size": 13},
@@ -65,7 +77,7 @@ def layout(title: str, x: Axis, y: Axis, height: int = 400, legend: bool = True)
         "height": height,
         "margin": {"l": 64, "r": 16, "t": 44, "b": 48},
         "xaxis": x.layout(),
-        "yaxis": y.layout(),
+        "yaxis": y.layout(heights),
         "showlegend": legend,
         "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
         "hoverlabel": {"align": "left"},
@@ -83,7 +95,7 @@ def lines(
         trace |= {"x": list(each.x), "y": list(each.y), "marker": {"size": 7, "color": colour}}
         trace |= {"line": {"color": colour, "width": 2, "dash": "dot" if each.dashed else "solid"}}
         data.append(trace | each.error_bars() | _hover(each))
-    return {"data": data, "layout": layout(title, x, y, height, legend)}
+    return {"data": data, "layout": layout(title, x, y, height, legend, series)}
 
 
 def bars(
@@ -94,10 +106,11 @@ def bars(
     for index, each in enumerate(series):
         colour = each.colour or PALETTE[index % len(PALETTE)]
         trace: Data = {"type": "bar", "name": each.name, "x": list(each.x), "y": list(each.y)}
-        trace |= {"marker": {"color": colour, "opacity": 0.45 if each.dashed else 1.0}}
+        pattern = {"shape": "/", "size": 5, "fillmode": "replace"} if each.dashed else {}
+        trace |= {"marker": {"color": colour, "pattern": pattern}}
         data.append(trace | each.error_bars() | _hover(each))
     arrangement = {"barmode": "group", "bargap": 0.28, "bargroupgap": 0.06}
-    return {"data": data, "layout": layout(title, x, y, height, legend) | arrangement}
+    return {"data": data, "layout": layout(title, x, y, height, legend, series) | arrangement}
 
 
 def heat_map(
@@ -129,6 +142,15 @@ def heat_map(
     style["yaxis"] |= {"autorange": "reversed", "gridcolor": "#fff"}
     style["xaxis"] |= {"gridcolor": "#fff"}
     return {"data": [trace], "layout": style}
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5, 10, ... over the values; only powers of ten when they span four decades."""
+    if not values:
+        return []
+    first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    steps = (1,) if last - first > 4 else (1, 2, 5)
+    return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
 def _hover(series: Series) -> Mapping[str, Any]:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from foveal._attend import attend
-from foveal._plan import explain
+import foveal as fv
 from foveal.bench.baselines.base import Competitor, Inputs, Prepared
 from foveal.bench.requirements import OURS
 
@@ -23,15 +22,15 @@ class Foveal(Competitor):
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out: Tensor = attend(q, k, v, case.pattern, case.score)
+            out: Tensor = fv.attend(q, k, v, case.pattern, case.score)
             return out
 
         def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            out, lse = attend(q, k, v, case.pattern, case.score, return_lse=True)
+            out, lse = fv.attend(q, k, v, case.pattern, case.score, return_lse=True)
             return out, lse
 
         return Prepared(inputs, run, with_lse=with_lse)
 
     def plan(self, case: Case, inputs: Inputs) -> dict[str, Any]:
         """What `explain` answers, as JSON data."""
-        return dict(explain(*inputs, case.pattern, case.score).as_dict())
+        return dict(fv.explain(*inputs, case.pattern, case.score).as_dict())

@@ -54,17 +54,21 @@ class Section:
     def table(
         self,
         header: Sequence[str],
-        rows: Iterable[Sequence[object]],
+        rows: Iterable[Sequence[object] | str],
         caption: str = "",
         text_columns: int = 1,
     ) -> Section:
-        """A table; the first `text_columns` are flush left, the others are aligned as numbers."""
+        """A table; the first `text_columns` are flush left, the others are aligned as numbers.
 
-        def cells(tag: str, row: Sequence[object]) -> str:
-            kinds = ("<{}>" if i >= text_columns else '<{} class="text">' for i in range(len(row)))
-            opened = (kind.format(tag) for kind in kinds)
-            pairs = zip(opened, row, strict=True)
-            return "<tr>" + "".join(f"{o}{_inline(str(c))}</{tag}>" for o, c in pairs) + "</tr>"
+        A row that is one string is a heading over the rows that follow.
+        """
+
+        def cells(tag: str, row: Sequence[object] | str) -> str:
+            if isinstance(row, str):
+                return f'<tr><th class="group" colspan="{len(header)}">{_inline(row)}</th></tr>'
+            kinds = (' class="text"' if i < text_columns else "" for i in range(len(row)))
+            shown = (f"<{tag}{k}>{_inline(str(c))}</{tag}>" for k, c in zip(kinds, row, strict=True))
+            return "<tr>" + "".join(shown) + "</tr>"
 
         head, body = cells("th", header), "".join(cells("td", row) for row in rows)
         grid = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
@@ -220,11 +224,13 @@ figcaption { color: var(--soft); font-size: 13.5px; margin-top: 6px; max-width: 
 .cell img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .cell span { display: block; color: var(--soft); font-size: 13.5px; padding: 5px 2px; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13.5px; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th, td { text-align: right; padding: 5px 12px; border-bottom: 1px solid var(--line); }
-.text { text-align: left; }
-th:first-child, td:first-child { padding-left: 2px; }
+th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+.text, .group { text-align: left; white-space: normal; }
+th.group { color: var(--ink); padding-top: 14px; }
+th:first-child, td:first-child { padding-left: 2px; } th:last-child, td:last-child { padding-right: 2px; }
 tbody tr:hover { background: var(--ground); }
 footer { padding-top: 6px; padding-bottom: 44px; color: var(--soft); font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 16px; margin: 0; }
@@ -237,6 +243,7 @@ for (const cell of document.querySelectorAll(".plot")) {
   const figure = JSON.parse(cell.firstElementChild.textContent);
   cell.replaceChildren();
   Plotly.newPlot(cell, figure.data, figure.layout,
-    {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+    {responsive: true, displayModeBar: false});
+  cell.title = "Drag to zoom, double-click to see everything again.";
 }
 """

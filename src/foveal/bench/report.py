@@ -150,6 +150,9 @@ def _ours(group: Sequence[Record]) -> Record | None:
 
 
 def _label(record: Record) -> str:
+    """The title, with what ran of ours, and with a warning on yardsticks."""
+    if implementation := record.plan.get("implementation"):
+        return f"{record.title}, {implementation}"
     return record.title + ("" if record.same_result else _ANOTHER_RESULT)
 
 
@@ -166,7 +169,8 @@ def _time(record: Record, part: str) -> str:
 def _against(record: Record, ours: Record | None, part: str) -> str:
     if ours is None or record is ours or not ours.samples.get(part) or not record.samples.get(part):
         return "" if record is ours else "-"
-    return f"{ratio(record.samples[part], ours.samples[part]).median:.1f}x"
+    factor = ratio(record.samples[part], ours.samples[part]).median
+    return f"{factor:.1f}x" if factor >= 1 else f"{factor:.2f}x"
 
 
 def _peak(record: Record, part: str) -> str:
@@ -338,22 +342,22 @@ def _memory(page: Page, records: Sequence[Record]) -> None:
 
 
 def _all_numbers(page: Page, records: Sequence[Record]) -> None:
-    header = ("case", "competitor", FORWARD, "ratio", BACKWARD, BOTH, "ratio")
+    header = ("competitor", FORWARD, "ratio", BACKWARD, BOTH, "ratio")
     header = (*header, "peak", "peak " + BOTH, "held", "samples")
-    rows = []
+    rows: list[Sequence[object] | str] = []
     for group in _by_case(records):
         ours = _ours(group)
+        rows.append(_case_line(group))
         for record in group:
             if record.status != MEASURED:
                 continue
             forward, both = ((_time(record, p), _against(record, ours, p)) for p in (FORWARD, BOTH))
             peaks = (_peak(record, FORWARD), _peak(record, BOTH), megabytes(record.held_bytes))
             count = len(record.samples.get(FORWARD, ()))
-            first = (record.name if record is group[0] else "", _label(record))
-            rows.append((*first, *forward, _time(record, BACKWARD), *both, *peaks, count))
+            rows.append((_label(record), *forward, _time(record, BACKWARD), *both, *peaks, count))
     if rows:
         prose = "Median, and half the distance of the quartiles. Ratio: how many times our time."
-        page.section("All numbers", prose).table(header, rows, text_columns=2)
+        page.section("All numbers", prose).table(header, rows)
 
 
 def _not_measured(page: Page, records: Sequence[Record]) -> None:

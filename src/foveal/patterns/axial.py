@@ -14,7 +14,7 @@ from foveal.patterns.dense import Causal, Dense
 from foveal.patterns.grid import raster
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Axial(Pattern):
     """A query sees the keys that differ from it on `axis` only (up to its own place when causal).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,8 +135,18 @@ class Pattern:
 
     @property
     def key(self) -> str:
-        """A written identity: equal keys mean equal sets of pairs on every extent."""
-        return repr(self)
+        """A written identity, as the pattern is written in code; equal keys mean equal patterns."""
+        shown = []
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            if entry.default is MISSING:
+                shown.append(f"{value}" if not shown else f"{entry.name}={value!r}")
+            elif value != entry.default:
+                shown.append(f"{entry.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __repr__(self) -> str:
+        return self.key
 
     @property
     def rank(self) -> int | None:

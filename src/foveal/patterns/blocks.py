@@ -64,7 +64,7 @@ class BlockSelection:
         return mask.scatter_(-1, place, True)[..., :kv_blocks]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Blocks(Pattern):
     """A query sees the keys of the blocks that the selection lists for its block and head.
 

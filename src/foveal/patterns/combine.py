@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +15,18 @@ from foveal.patterns.base import Bounds, Extent, Pattern
 from foveal.patterns.dense import Dense
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Combination(Pattern):
     """Two or more patterns over the same tokens."""
 
     members: tuple[Pattern, ...]
+
+    symbol: ClassVar[str]
+
+    @property
+    def key(self) -> str:
+        keys = (f"({p.key})" if isinstance(p, _Combination) else p.key for p in self.members)
+        return f" {self.symbol} ".join(keys)
 
     @property
     def rank(self) -> int | None:
@@ -61,9 +69,11 @@ class _Combination(Pattern):
         return functools.reduce(join, maps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Intersection(_Combination):
     """Pairs that every member allows; written `a & b`."""
+
+    symbol: ClassVar[str] = "&"
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows(q_pos, k_pos, extent) for p in self.members)
@@ -105,9 +115,11 @@ class Intersection(_Combination):
         return self._merged(extent, q_tile, kv_tile, torch.minimum)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Union(_Combination):
     """Pairs that any member allows; written `a | b`."""
+
+    symbol: ClassVar[str] = "|"
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows(q_pos, k_pos, extent) for p in self.members)

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveal.patterns.base import Bounds, Extent, Pattern
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Dense(Pattern):
     """Every query sees every key.
 
@@ -26,7 +26,7 @@ class Dense(Pattern):
         return Bounds(extent.flat(), (zero,), (zero + extent.Lk,))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Causal(Pattern):
     """Query i sees keys j <= i in raster order; with Lq != Lk the last query sees every key.
 

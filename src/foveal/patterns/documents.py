@@ -15,7 +15,7 @@ from foveal.patterns.combine import Intersection
 from foveal.patterns.dense import Dense
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Documents(Pattern):
     """A query sees the keys of its own document, as cut by the `cu_seqlens` of the call.
 
@@ -28,7 +28,7 @@ class Documents(Pattern):
         raise PatternError("pattern", repr(self), "pass cu_seqlens to say where documents begin")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Packed(Pattern):
     """`inner` applied to each of the packed documents on its own; positions restart at 0 in each."""
 

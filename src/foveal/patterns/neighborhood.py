@@ -19,7 +19,7 @@ from foveal.patterns.partition import Partition
 Border = Literal["shift", "clip", "wrap"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Neighborhood(Pattern):
     """Each token sees a window of `window` keys around it, on every axis of the grid.
 
@@ -271,7 +271,7 @@ def _class_groups(rule: _Axis, length: int) -> list[_ClassGroup]:
     return groups
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _ClassWindows(Pattern):
     """Windows among the tokens of one dilation class, wrapped axes unrolled."""
 

@@ -15,7 +15,7 @@ from foveal.patterns.dense import Dense
 from foveal.patterns.grid import common_rank, raster
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Partition(Pattern):
     """Every axis is cut in pieces of `size`; a query sees its own piece and a margin on both sides.
 

@@ -11,7 +11,7 @@ from foveal.patterns.base import Bounds, Extent, Pattern
 from foveal.patterns.dense import Causal, Dense
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Sliding(Pattern):
     """Query i sees keys j with i - left <= j <= i + right, and the first `sink_tokens` keys j <= i + right.
 
@@ -67,7 +67,7 @@ class Sliding(Pattern):
         return bounds.tile_counts(0, q_tile, kv_tile)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _FirstKeys(Pattern):
     """Every query sees the first `count` keys."""
 

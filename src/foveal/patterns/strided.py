@@ -19,7 +19,7 @@ def _at_least_one(name: str, value: int) -> None:
         raise PatternError(name, value, "an integer of at least 1 is needed")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Strided(Pattern):
     """Query i sees keys j with (i - j) mod stride = 0, and j <= i when causal.
 
@@ -64,7 +64,7 @@ class Strided(Pattern):
         return Causal() if self.causal else Dense()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Fixed(Pattern):
     """Query i sees, up to itself, its own block of `stride` keys and the last `summary` keys of every block.
 
@@ -102,7 +102,7 @@ class Fixed(Pattern):
         return (_SummaryKeys(self.stride, self.summary) | _OwnBlock(self.stride)) & Causal()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _SummaryKeys(Pattern):
     """Every query sees the last `summary` keys of each block."""
 
@@ -118,7 +118,7 @@ class _SummaryKeys(Pattern):
         return torch.tensor(tiles, dtype=torch.uint8).expand(-(-extent.Lq // q_tile), -1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _OwnBlock(Pattern):
     """Blocks in raster order, whatever the grid."""
 

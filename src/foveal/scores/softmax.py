@@ -33,8 +33,14 @@ class Softmax(Score):
 
     @property
     def key(self) -> str:
-        sink = "no sink" if self.sink is None else "sink"
-        return f"Softmax(scale={self.scale}, soft_cap={self.soft_cap}, {sink})"
+        shown = [
+            f"{name}={value}"
+            for name, value in (("scale", self.scale), ("soft_cap", self.soft_cap))
+            if value is not None
+        ]
+        if self.sink is not None:
+            shown.append(f"sink[{len(self.sink)}]")
+        return f"Softmax({', '.join(shown)})"
 
     def validate(self, geometry: Geometry) -> None:
         if self.sink is not None and tuple(self.sink.shape) != (geometry.q_heads,):

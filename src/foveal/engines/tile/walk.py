@@ -51,16 +51,16 @@ class Runs:
         return sum(s.stop - s.start for s in self.slices)
 
     def take(self, keys: Tensor) -> Tensor:
-        """[..., columns, D] of keys [..., C, D]"""
+        """[M, columns, D] of keys [M, C, D]"""
         if len(self.slices) == 1:
-            return keys[..., self.slices[0], :]
-        return torch.cat([keys[..., s, :] for s in self.slices], dim=-2)
+            return keys[:, self.slices[0]]
+        return torch.cat([keys[:, s] for s in self.slices], dim=1)
 
-    def add(self, total: Tensor, part: Tensor) -> None:
-        """total[columns] += part"""
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """total[:, columns] += left [M, columns, rows] @ right [M, rows, D]"""
         widths = [s.stop - s.start for s in self.slices]
-        for run, piece in zip(self.slices, part.split(widths, dim=-2), strict=True):
-            total[..., run, :] += piece
+        for run, piece in zip(self.slices, left.split(widths, dim=1), strict=True):
+            total[:, run].baddbmm_(piece, right)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Listed:
     def take(self, keys: Tensor) -> Tensor:
         return keys.gather(1, self._rows(keys.shape[-1]))
 
-    def add(self, total: Tensor, part: Tensor) -> None:
-        total.scatter_add_(1, self._rows(part.shape[-1]), part)
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        total.scatter_add_(1, self._rows(total.shape[-1]), torch.bmm(left, right))
 
     def _rows(self, width: int) -> Tensor:
         return self.index[..., None].expand(-1, -1, width)
@@ -111,19 +111,23 @@ class Sweep:
         """[..., C, D] of tokens [..., Lk, D]"""
         return _box(tokens, self.extent.kv_grid, self.k_box)
 
-    def store_queries(self, total: Tensor, part: Tensor) -> None:
+    def query_buffer(self, total: Tensor) -> Tensor:
+        """Where a result [..., R, D] is gathered; without a box the result itself."""
+        return torch.empty_like(self.queries(total)) if self.q_box else total
+
+    def key_buffer(self, total: Tensor) -> Tensor:
+        """Where sums over queries are gathered [..., C, D]; without a box the result itself."""
+        return torch.zeros_like(self.keys(total)) if self.k_box else total
+
+    def store_queries(self, total: Tensor, buffer: Tensor) -> None:
         if self.q_box:
             view = _on_grid(total, self.extent.q_grid)[(..., *self.q_box, slice(None))]
-            view.copy_(part.reshape(view.shape))
-        elif total is not part:
-            total.copy_(part)
+            view.copy_(buffer.view(view.shape))
 
-    def add_keys(self, total: Tensor, part: Tensor) -> None:
+    def add_keys(self, total: Tensor, buffer: Tensor) -> None:
         if self.k_box:
             view = _on_grid(total, self.extent.kv_grid)[(..., *self.k_box, slice(None))]
-            view += part.reshape(view.shape)
-        else:
-            total += part
+            view += buffer.view(view.shape)
 
 
 def _on_grid(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -149,26 +153,32 @@ def walk(pattern: Pattern, extent: Extent, heads: int) -> Iterator[Sweep]:
         yield from _run_sweeps(pattern, extent)
 
 
-# A tile costs the time of its elements and a fixed time for its calls, here in elements: about 60 us
-# of calls against 3.2 ns an element (two products and a softmax at D = 64, two AVX-512 cores).
+# What a tile costs, in elements of its score matrices: its elements, more the fewer rows share the
+# keys they read (a product of 24 rows runs at half the speed of a tall one), and its calls (60 us
+# against 3.2 ns an element: two products and a softmax at D = 64 on two AVX-512 cores).
 _CALLS = 20_000
-_SIDES = {1: (16, 32, 64, 128, 256, 512), 2: (4, 8, 16, 32, 64), 3: (2, 4, 8, 16)}
+_HALF_SPEED_ROWS = 24
+_SIDES = {1: (16, 32, 64, 128, 256, 512), 2: (4, 8, 16, 32), 3: (2, 4, 8)}
 
 
 def choose_tile(bounds: Bounds, heads: int) -> tuple[int, ...]:
-    """The query tile, per axis, that visits the pattern at the least estimated cost."""
+    """The query tile, per axis, that visits the pattern at the least estimated cost.
+
+    `heads` is the number of score matrices that a tile computes (batch x query heads).
+    """
     grid = bounds.extent.q_grid
     options = []
     for axis, length in enumerate(grid):
         sides = sorted({min(side, max(length, 1)) for side in _SIDES[len(grid)]})
         options.append([(side, *_swept(bounds, axis, side)) for side in sides])
 
-    def cost(choice: tuple[tuple[int, int, int], ...]) -> int:
+    def cost(choice: tuple[tuple[int, int, int], ...]) -> float:
+        rows = math.prod(side for side, _, _ in choice)
         elements = math.prod(elements for _, elements, _ in choice)
-        return heads * elements + _CALLS * math.prod(tiles for _, _, tiles in choice)
+        tiles = math.prod(tiles for _, _, tiles in choice)
+        return heads * elements * (1 + _HALF_SPEED_ROWS / rows) + _CALLS * tiles
 
-    best = min(itertools.product(*options), key=cost)
-    return tuple(side for side, _, _ in best)
+    return tuple(side for side, _, _ in min(itertools.product(*options), key=cost))
 
 
 def _swept(bounds: Bounds, axis: int, side: int) -> tuple[int, int]:

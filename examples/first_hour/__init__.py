@@ -1,0 +1,1 @@
+"""foveal on real input, in one report: a photograph, a language model, and the speed on both."""

@@ -1,0 +1,1 @@
+"""Looking at attention: pictures of patterns, and how much softmax mass a pattern keeps."""

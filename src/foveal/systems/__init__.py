@@ -1,0 +1,32 @@
+"""The catalogue: every paper by its name.  Families load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from foveal._errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from foveal.systems.base import System
+
+__all__ = ["system", "systems"]
+
+_FAMILIES = ("locality",)
+
+
+def system(name: str) -> System:
+    """The entry of that name; raises UnknownNameError, with close matches, when there is none."""
+    entries = {entry.name: entry for entry in systems()}
+    if name not in entries:
+        raise UnknownNameError("system", name, tuple(entries))
+    return entries[name]
+
+
+def systems(family: str | None = None) -> tuple[System, ...]:
+    """All entries, or those of one family, in the order in which the families list them."""
+    if family is not None and family not in _FAMILIES:
+        raise UnknownNameError("family", family, _FAMILIES)
+    chosen = _FAMILIES if family is None else (family,)
+    modules = (importlib.import_module(f"foveal.systems.{each}") for each in chosen)
+    return tuple(entry for module in modules for entry in module.SYSTEMS)

@@ -1,0 +1,200 @@
+"""What an entry of the catalogue is: a named system, and the identities that it must satisfy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal._attend import attend
+from foveal._errors import PatternError
+from foveal._plan import TILE_IMPLEMENTATIONS
+from foveal._problem import Problem
+from foveal.patterns.base import Extent, Pattern
+from foveal.scores.base import Geometry, Score
+from foveal.scores.normal import normal_form
+
+Compose = Callable[..., tuple[Pattern, Score]]
+"""compose(grid, *, option=default, ...): the pattern and the score on a grid of keys."""
+
+
+class Draw:
+    """Fresh random inputs in float64, all from one generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def integer(self, least: int, most: int) -> int:
+        """A whole number, least <= n <= most."""
+        return int(torch.randint(least, most + 1, (), generator=self.generator))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def permutation(self, length: int) -> Tensor:
+        return torch.randperm(length, generator=self.generator)
+
+    def qkv(
+        self, grid: tuple[int, ...], heads: int = 2, kv_heads: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [2, *grid, heads, 3], k [2, *grid, kv_heads, 3], v [2, *grid, kv_heads, 4]"""
+        kv_heads = heads if kv_heads is None else kv_heads
+        return (
+            self.normal(2, *grid, heads, 3),
+            self.normal(2, *grid, kv_heads, 3),
+            self.normal(2, *grid, kv_heads, 4),
+        )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Two functions of the same inputs that must agree, values and gradients."""
+
+    inputs: tuple[Tensor, ...]
+    left: Callable[..., Tensor]
+    right: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An equation that a system satisfies, executable: `draw` makes a claim from fresh inputs."""
+
+    name: str
+    statement: str
+    draw: Callable[[Draw], Claim] = field(repr=False)
+
+    def pairs(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Tensors that must agree: ("output", left, right), then one gradient per input."""
+        draw = Draw(generator)
+        claim = self.draw(draw)
+        inputs = tuple(x.detach().requires_grad_() for x in claim.inputs)
+        left, right = claim.left(*inputs), claim.right(*inputs)
+        yield "output", left.detach(), right.detach()
+        weight = draw.normal(*left.shape)
+        gradients = (
+            torch.autograd.grad(side, inputs, weight, materialize_grads=True)
+            for side in (left, right)
+        )
+        for number, (a, b) in enumerate(zip(*gradients, strict=True)):
+            yield f"gradient of input {number}", a, b
+
+
+@dataclass(frozen=True)
+class System:
+    """A paper's operator under its name.
+
+    op(q, k, v, *, option=default, ...) is the operator as a function of tensors, with the paper's
+    options; `layer` an nn.Module where the paper has one; `compose` the pattern and score behind
+    `op` where it is a composition of the two.  `kind` is "operator" or "model" (a whole network whose
+    distinctive layer is offered); `engine` the machine that runs it, "tile" or "torch" (plain products).
+    `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"} taken from the paper.
+    """
+
+    name: str
+    title: str
+    year: int
+    paper: str
+    kind: str
+    summary: str
+    op: Callable[..., Any] = field(repr=False)
+    identities: tuple[Identity, ...] = field(repr=False)
+    reference_shapes: tuple[Mapping[str, Any], ...] = field(repr=False)
+    compose: Compose | None = field(default=None, repr=False)
+    layer: type[nn.Module] | None = field(default=None, repr=False)
+    family: str = "locality"
+    engine: str = "tile"
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Options of `op` and what they are when left out."""
+        parameters = inspect.signature(self.op).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return MappingProxyType({name: options[name] for name in options if name not in _COMMON})
+
+    def pattern(self, grid: tuple[int, ...], **options: Any) -> Pattern:
+        """Which pairs take part on a grid of keys; raises PatternError where there is no pattern."""
+        return self._composed(grid, options)[0]
+
+    def score(self, grid: tuple[int, ...], **options: Any) -> Score:
+        """How a pair counts on a grid of keys; raises PatternError where there is no pattern."""
+        return self._composed(grid, options)[1]
+
+    def supports(
+        self,
+        shape: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        **options: Any,
+    ) -> dict[str, str | None]:
+        """Every implementation by name, with None or the sentence by which it refuses.
+
+        `shape` is a dict like those of `reference_shapes`, by default the first of them.
+        """
+        if self.compose is None:
+            return {"torch": None}
+        shape = self.reference_shapes[0] if shape is None else shape
+        grid, heads, head_dim = tuple(shape["grid"]), shape["heads"], shape["head_dim"]
+        problem = Problem(
+            batch=1,
+            extent=Extent(grid, grid),
+            q_heads=heads,
+            kv_heads=shape.get("kv_heads", heads),
+            head_dim=head_dim,
+            value_dim=shape.get("value_dim", head_dim),
+            dtype=dtype,
+            device=device,
+            needs_grad=False,
+            return_lse=False,
+        )
+        pattern, score = self.compose(grid, **options)
+        pattern.validate(problem.extent)
+        geometry = Geometry(pattern, problem.extent, 1, heads, problem.kv_heads)
+        form = normal_form(score, head_dim, geometry)
+        simple = pattern.simplify(problem.extent)
+        return {
+            name: module.refuses(problem, simple, form)
+            for name, module in TILE_IMPLEMENTATIONS.items()
+        }
+
+    def _composed(
+        self, grid: tuple[int, ...], options: Mapping[str, Any]
+    ) -> tuple[Pattern, Score]:
+        if self.compose is None:
+            raise PatternError("pattern", self.name, "a system that selects pairs is needed")
+        return self.compose(tuple(grid), **options)
+
+
+_COMMON = ("return_lse", "implementation")
+
+
+def attending(compose: Compose) -> Callable[..., Any]:
+    """The operator of a composition: `attend` with its pattern and score, and its options."""
+
+    @functools.wraps(compose)
+    def op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: bool = False,
+        implementation: str | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        pattern, score = compose(tuple(k.shape[1:-2]), **options)
+        if return_lse:
+            return attend(q, k, v, pattern, score, return_lse=True, implementation=implementation)
+        return attend(q, k, v, pattern, score, implementation=implementation)
+
+    del op.__wrapped__
+    own = inspect.signature(op).parameters.values()
+    options = [p for p in inspect.signature(compose).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fixed = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    op.__signature__ = inspect.Signature([*fixed, *options])  # type: ignore[attr-defined]
+    return op

@@ -1,0 +1,260 @@
+"""A whole run: refusals, gates, resumption, reports, the command line."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveal._errors import UnknownNameError
+from foveal.bench.baselines import Competitor, baselines
+from foveal.bench.cases import SUITES, Case, suite
+from foveal.bench.measure import BOTH, FORWARD, Budget
+from foveal.bench.record import ABSENT, FAILED, MEASURED, REFUSED, WRONG, Record, RecordFile
+from foveal.bench.report import html, judge, terminal, terminal_judgements
+from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan
+from foveal.bench.run import Job
+from foveal.cli import bench
+from foveal.patterns import Neighborhood
+
+CPU = torch.device("cpu")
+TINY = Case("tiny", Neighborhood(window=3), (6, 5), q_heads=2, kv_heads=2, head_dim=4, value_dim=4)
+FAST = Budget(seconds=0.0, rounds=(2, 2), warm_up=0.0)
+
+
+class Absent(Competitor):
+    name, title, package = "absent", "Absent", "a_package_that_is_not_there"
+
+
+class Refusing(Competitor):
+    name, title = "refusing", "Refusing"
+
+    def refuses(self, case: Case) -> str | None:
+        return "it never wants to"
+
+
+class Failing(Competitor):
+    name, title = "failing", "Failing"
+
+    def prepare(self, case, inputs):
+        raise RuntimeError("no luck\nat all")
+
+
+class Wrong(Competitor):
+    name, title = "wrong", "Wrong"
+
+    def prepare(self, case, inputs):
+        good = baselines(["masked"])[0].prepare(case, inputs)
+        return replace(good, attend=lambda q, k, v: good.attend(q, k, v) * 1.01)
+
+
+class ForwardOnly(Competitor):
+    name, title = "forward_only", "Forward only"
+
+    def refuses_backward(self, case, device):
+        return "it has no backward"
+
+    def prepare(self, case, inputs):
+        return baselines(["masked"])[0].prepare(case, inputs)
+
+
+PEERS = (Absent(), Refusing(), Failing(), Wrong(), ForwardOnly(), *baselines(["dense"]))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    file = RecordFile(tmp_path_factory.mktemp("run") / "records.jsonl")
+    return next(Job((TINY,), PEERS, CPU, file, FAST).run())
+
+
+def _status(records: list[Record]) -> dict[str, str]:
+    return {record.competitor: record.status for record in records}
+
+
+def test_every_outcome_has_its_status(records: list[Record]) -> None:
+    assert _status(records) == {
+        "foveal": MEASURED,
+        "absent": ABSENT,
+        "refusing": REFUSED,
+        "failing": FAILED,
+        "wrong": WRONG,
+        "forward_only": MEASURED,
+        "dense": MEASURED,
+    }
+
+
+def test_what_is_wrong_is_never_timed(records: list[Record]) -> None:
+    wrong = next(record for record in records if record.status == WRONG)
+    assert not wrong.samples
+    assert "o: error" in wrong.reason
+    assert any(not verdict["ok"] for verdict in wrong.gate)
+
+
+def test_record_holds_plan_samples_and_environment(records: list[Record]) -> None:
+    ours = records[0]
+    assert ours.plan["implementation"] in ("cpu", "reference")
+    assert {part: len(values) for part, values in ours.samples.items()}.keys() >= {FORWARD, BOTH}
+    assert {len(values) for values in ours.samples.values()} == {2}
+    assert ours.environment["threads"] == torch.get_num_threads()
+
+
+def test_yardstick_is_known_to_compute_something_else(records: list[Record]) -> None:
+    assert [r.competitor for r in records if not r.same_result] == ["dense"]
+
+
+def test_missing_pass_keeps_its_sentence(records: list[Record]) -> None:
+    partial = next(record for record in records if record.competitor == "forward_only")
+    assert list(partial.samples) == [FORWARD]
+    assert partial.pass_reasons[BOTH] == "it has no backward"
+
+
+def test_killed_run_continues_with_what_is_missing(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "records.jsonl")
+    cases = (TINY, replace(TINY, name="second"))
+    first = next(Job(cases, (), CPU, file, FAST).run())
+    continued = list(Job(cases, (), CPU, file, FAST).run())
+    assert [records[0].name for records in continued] == ["second"]
+    assert file.read()[0] == first[0]
+    more = list(Job(cases, baselines(["dense"]), CPU, file, FAST).run())
+    assert [len(records) for records in more] == [2, 2]
+
+
+def test_terminal_says_each_status_in_words(records: list[Record]) -> None:
+    text = terminal(records)
+    for words in ("absent, the package", "refused, it never", "failed, RuntimeError: no luck", "wrong, "):
+        assert words in text
+    assert "SDPA, dense (another result)" in text
+    assert all(len(line) < 130 for line in text.splitlines())
+
+
+def test_page_can_be_made_from_an_old_file(records: list[Record], tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="HTML plots need the report extra")
+    file = RecordFile(tmp_path / "records.jsonl")
+    file.append(records)
+    text = html(file.read()).render()
+    assert "Not measured" in text and "it never wants to" in text
+
+
+def _fake(name: str, competitor: str, seconds: float, peak: int) -> Record:
+    return Record(
+        run="r",
+        case={"name": name},
+        key=name,
+        competitor=competitor,
+        title=competitor,
+        status=MEASURED,
+        samples={FORWARD: [seconds] * 3},
+        peak_bytes={FORWARD: peak},
+    )
+
+
+@pytest.mark.parametrize(
+    ("requirement", "met"),
+    [
+        (FasterThan("peer", "a", FORWARD, at_least=10), True),
+        (FasterThan("peer", "a", FORWARD, at_least=11), False),
+        (FasterThan("peer", "a", BOTH, at_least=1), None),
+        (AtMostTakes("peer", "a", FORWARD, share=0.1), False),
+        (AtMostTakes("peer", "a", FORWARD, share=0.2), True),
+        (AtMostGrows("a", "b", FORWARD, factor=4.6), True),
+        (AtMostGrows("a", "b", FORWARD, factor=4.4), False),
+    ],
+)
+def test_requirements_judge(requirement: FasterThan, met: bool | None) -> None:
+    records = [_fake("a", "foveal", 0.1, 10), _fake("a", "peer", 1.0, 100), _fake("b", "foveal", 0.45, 10)]
+    judgements = judge(records, [requirement])
+    assert [each.met for each in judgements] == [met]
+    assert judgements[0].verdict in terminal_judgements(judgements)
+
+
+def test_requirements_of_other_cases_are_left_out() -> None:
+    assert judge([_fake("a", "foveal", 1.0, 1)], [FasterThan("peer", "z", FORWARD, 2)]) == []
+
+
+@pytest.mark.parametrize("each", SUITES, ids=lambda each: each.name)
+def test_suites_are_sound(each) -> None:
+    names = [case.name for case in each.cases]
+    assert len(set(names)) == len(names)
+    assert {peer.name for peer in baselines(each.against)} == set(each.against)
+    for requirement in each.requirements:
+        mentioned = {getattr(requirement, f, None) for f in ("case", "smaller", "larger")} - {None}
+        assert mentioned <= set(names)
+    for case in each.cases:
+        case.pattern.validate(case.extent)
+        assert json.dumps(case.describe())
+
+
+def test_unknown_names_are_answered_with_the_known() -> None:
+    with pytest.raises(UnknownNameError, match="cpu, demo, smoke"):
+        suite("nothing")
+    with pytest.raises(UnknownNameError, match="masked, dense"):
+        baselines(["nothing"])
+
+
+Call = Callable[..., int]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+
+    def run(*words: str) -> int:
+        args = parser.parse_args(["bench", *words])
+        status: int = args.run(args)
+        return status
+
+    return run
+
+
+QUICK = ("--suite", "smoke", "--against", "none", "--budget", "0.01", "--passes", "forward")
+
+
+def test_command_measures_resumes_renders_and_compares(
+    call: Call, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(*QUICK, "--out", "one") == 0
+    assert "image 12x10, window 5x5" in capsys.readouterr().out
+    assert call(*QUICK, "--out", "one") == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    size = (tmp_path / "one" / "records.jsonl").stat().st_size
+    assert call(*QUICK, "--out", "one", "--resume", "--json") == 0
+    assert (tmp_path / "one" / "records.jsonl").stat().st_size == size
+    answer = json.loads(capsys.readouterr().out)
+    assert [record["status"] for record in answer["records"]] == [MEASURED] * 3
+    assert call("--render", "one") == 0
+    assert call("--compare", "one", "one") == 0
+    assert "same" in capsys.readouterr().out
+
+
+def test_interrupted_command_keeps_what_was_measured(
+    call: Call, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Job.run
+
+    def stop_after_one(self, progress):
+        yield next(whole(self, progress))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "run", stop_after_one)
+    assert call(*QUICK, "--out", "one") == 130
+    assert "--resume continues it" in capsys.readouterr().err
+    assert len(RecordFile(tmp_path / "one" / "records.jsonl").read()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--suite", "nothing"),
+        ("smoke", "--suite", "smoke"),
+        ("smoke", "--against", "nothing"),
+        ("smoke", "--resume"),
+        ("--render", "nowhere"),
+    ],
+)
+def test_bad_usage_is_status_two(call: Call, words: tuple[str, ...]) -> None:
+    assert call(*words) == 2
