@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 
 class FovealError(Exception):
     """Base class of all errors raised by foveal."""
@@ -58,7 +60,9 @@ class UnknownNameError(FovealError, ValueError):
     """A name that is not in a written list (system, implementation, suite, baseline)."""
 
     def __init__(self, kind: str, name: str, known: tuple[str, ...]) -> None:
-        super().__init__(f"{kind}: got {name!r}; known: {', '.join(known)}")
+        close = difflib.get_close_matches(name, known)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        super().__init__(f"{kind}: got {name!r}; {hint}known: {', '.join(known)}")
         self.name = name
         self.known = known
 

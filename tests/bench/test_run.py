@@ -228,7 +228,7 @@ def test_command_measures_resumes_renders_and_compares(
     assert [record["status"] for record in answer["records"]] == [MEASURED] * 3
     assert call("--render", "one") == 0
     assert call("--compare", "one", "one") == 0
-    assert "same" in capsys.readouterr().out
+    assert "1.00x" in capsys.readouterr().out
 
 
 def test_interrupted_command_keeps_what_was_measured(

@@ -66,7 +66,7 @@ def measure(
             spent = time.perf_counter() - start
             if done >= budget.rounds[0] and spent >= budget.seconds:
                 break
-            progress(max(done / budget.rounds[1], min(spent / budget.seconds, 0.99)))
+            progress(max(done / budget.rounds[1], min(spent / max(budget.seconds, 1e-9), 0.99)))
             turn = done % len(names)
             for name in names[turn:] + names[:turn]:
                 for part, seconds in _sample(runners[name], clock).items():
@@ -94,7 +94,6 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _cuda_growth(run: Callable[[], object], device: torch.device) -> int | None:
-    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -105,7 +104,6 @@ def _cuda_growth(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _resident_growth(run: Callable[[], object], device: torch.device) -> int | None:
-    gc.collect()
     if not _reset_high_water_mark():
         return None
     before = _status("VmRSS")

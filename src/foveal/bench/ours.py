@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -33,4 +34,6 @@ class Foveal(Competitor):
 
     def plan(self, case: Case, inputs: Inputs) -> dict[str, Any]:
         """What `explain` answers, as JSON data."""
-        return dict(fv.explain(*inputs, case.pattern, case.score).as_dict())
+        answer = fv.explain(*inputs, case.pattern, case.score).as_dict()
+        plan: dict[str, Any] = json.loads(json.dumps(answer))
+        return plan

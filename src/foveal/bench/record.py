@@ -50,7 +50,7 @@ class Record:
     reason: str = ""
     same_result: bool = True
     pass_reasons: Mapping[str, str] = field(default_factory=dict)
-    gate: Sequence[Mapping[str, Any]] = ()
+    gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
     samples: Samples = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
     held_bytes: int = 0

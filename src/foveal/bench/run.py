@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -62,6 +63,7 @@ class Job:
             yield records
 
     def _run_case(self, case: Case, base: Record, step: Progress) -> list[Record]:
+        gc.collect()
         inputs = case.inputs(self.device)
         gate = Gate(case, inputs)
         ours = Foveal()

@@ -38,6 +38,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("name", nargs="?", help="a suite or a system of the catalogue")
     parser.add_argument("--suite", help="a suite: cpu, demo, smoke (default)")
+    parser.add_argument("--only", metavar="TEXT", help="only cases with TEXT in their name")
     parser.add_argument("--against", metavar="A,B", help="peers by name, or none; default: the suite's")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=_DTYPES, help="instead of the precision of the cases")
@@ -185,7 +186,10 @@ def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
     names = suite.against
     if args.against:
         names = () if args.against == "none" else tuple(args.against.split(","))
-    cases = with_dtype(suite.cases, getattr(torch, args.dtype) if args.dtype else None)
+    cases = tuple(case for case in suite.cases if (args.only or "") in case.name)
+    if not cases:
+        raise _Usage(f"--only: got {args.only!r}; the cases are {[c.name for c in suite.cases]}")
+    cases = with_dtype(cases, getattr(torch, args.dtype) if args.dtype else None)
     if args.passes == "forward":
         cases = tuple(replace(case, backward=False) for case in cases)
     budget = replace(suite.budget, seconds=args.budget) if args.budget else suite.budget

@@ -22,11 +22,11 @@ _ROWS_AT_ONCE = 512
 class Visits:
     """The map of (query tile, key tile) pairs of a pattern on an extent.
 
-    states uint8 [q_tiles, kv_tiles] holds SKIPPED, PARTIAL, FULL.  `q_edges` and `k_edges` count the
-    tokens in front of each tile, [tiles + 1].  `q_cuts` and `k_cuts` are the token counts where one
-    independent sub-problem ends and the next begins.  `tiles` names the query tiles' sides, one entry
-    per shape that occurs.  `elements` bool [Lq, Lk] is the mask in the order of the map, or None where
-    it was not asked for.
+    states uint8 [q_tiles, kv_tiles] holds SKIPPED, PARTIAL, FULL.  `q_edges` and `k_edges` count
+    the tokens in front of each tile, [tiles + 1].  `q_cuts` and `k_cuts` are the token counts where
+    one independent sub-problem ends and the next begins.  `q_tile` and `kv_tile` are the sides of
+    the tiles of the first one.  `elements` bool [Lq, Lk] is the mask in the order of the map, or
+    None where it was not asked for.
     """
 
     states: Tensor
@@ -121,7 +121,7 @@ class _Piece:
     def pairs(self) -> int:
         if self.bounds is not None:
             return self.bounds.pairs
-        chunks = self.extent.q_positions().split(_ROWS_AT_ONCE)
+        chunks = torch.split(self.extent.q_positions(), _ROWS_AT_ONCE)
         return sum(int(visible(self.pattern, chunk, self.extent).sum()) for chunk in chunks)
 
 

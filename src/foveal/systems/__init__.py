@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from foveal._errors import UnknownNameError
+from foveal.systems.base import Identity, System
 
-if TYPE_CHECKING:
-    from foveal.systems.base import System
-
-__all__ = ["system", "systems"]
+__all__ = ["Identity", "System", "system", "systems"]
 
 _FAMILIES = ("locality",)
 

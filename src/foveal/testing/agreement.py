@@ -28,9 +28,9 @@ def check_attend(
 ) -> list[Verdict]:
     """Verdicts on o, lse and the gradients of q, k, v and of every tensor of the score.
 
-    Each result of `attend` is compared with the float64 `reference` on the same numbers, by the rule
-    of `foveal.testing.bounds`; the plain computation of that rule is the `reference` in the dtype of
-    q.  Options: as for `attend`; return_lse False also admits implementations without lse.
+    Each result of `attend` is compared with the float64 `reference` on the same numbers, by the
+    rule of `foveal.testing.bounds`; the plain computation of that rule is the `reference` in the
+    dtype of q.  Options: as for `attend`; return_lse False admits implementations without lse.
     Raises AssertionError that lists the verdicts when one of them is not ok.
     """
     call = _Call(q, k, v, pattern, score, cu_seqlens, return_lse)
@@ -42,8 +42,8 @@ def check_attend(
         shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in (("q", q), ("k", k), ("v", v)))
         lines = "\n  ".join(str(verdict) for verdict in verdicts)
         raise AssertionError(
-            f"attend({shapes}, {q.dtype}, {pattern!r}, {score.key}) by {implementation or 'the plan'}"
-            f"\n  {lines}"
+            f"attend({shapes}, {q.dtype}, {pattern!r}, {score.key})"
+            f" by {implementation or 'the plan'}\n  {lines}"
         )
     return verdicts
 

@@ -27,10 +27,10 @@ def check_pattern(
 ) -> None:
     """Everything that the pattern says about itself agrees with `allows`, on each extent.
 
-    Checked: `allows` itself (bool, any broadcasting, any subset of pairs), `key` and hash, `bounds`,
-    `parts`, `tile_map`, `simplify` (and what the simplified pattern says), `allows_listed`,
-    `offsets` within `reach`; then o, lse and the gradients of q, k and v of every implementation
-    against a masked softmax in float64.
+    Checked: `allows` itself (bool, any broadcasting, any subset of pairs), `key` and hash,
+    `bounds`, `parts`, `tile_map`, `simplify` (and what the simplified pattern says),
+    `allows_listed`, `offsets` within `reach`; then o, lse and the gradients of q, k and v of every
+    implementation against a masked softmax in float64.
     Options: extents (a grid stands for queries and keys alike; an integer for a sequence);
     random_extents more are drawn from those that `pattern.validate` accepts, small ones, with
     Lq < Lk and Lq > Lk where it accepts that.
@@ -50,9 +50,10 @@ def check_pattern(
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq] of flat q, k, v under a mask [..., Lq, Lk], written out.
+    """Masked softmax attention, written out and independent of the engines.
 
-    Independent of the engines.  Options: a mask with heads has 1, Hkv or Hq of them.
+    Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv], mask bool [Lq, Lk] or
+    [B or 1, one of 1, Hkv, Hq, Lq, Lk]; returns o [B, Lq, Hq, Dv] and lse [B, Lq, Hq].
     """
     groups = q.shape[2] // k.shape[2]
     if mask.dim() == 4 and mask.shape[1] == k.shape[2]:
@@ -96,8 +97,8 @@ class _Checked:
             *_, query, key = wrong[0].tolist()
             says = "sees" if bool(mask[tuple(wrong[0])]) else "does not see"
             raise AssertionError(
-                f"{self.pattern!r} on {self.extent}: {promise}; {len(wrong)} pairs differ, the first:"
-                f" by `allows`, query {query} {says} key {key}"
+                f"{self.pattern!r} on {self.extent}: {promise}; {len(wrong)} pairs differ, "
+                f"the first: by `allows`, query {query} {says} key {key}"
             )
 
 
@@ -273,8 +274,8 @@ def _implementations_agree(c: _Checked) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(sizes, c.source, torch.float64))
     do = torch.randn((*q.shape[:-1], 3), generator=c.source, dtype=torch.float64)
     dlse = torch.randn(q.shape[:-1], generator=c.source, dtype=torch.float64)
-    flat = (x.flatten(1, -3) for x in (q, k, v))
-    exact = _results(*definition(*flat, mask), q, k, v, do, dlse)
+    flat_q, flat_k, flat_v = (x.flatten(1, -3) for x in (q, k, v))
+    exact = _results(*definition(flat_q, flat_k, flat_v, mask), q, k, v, do, dlse)
     for implementation in _IMPLEMENTATIONS:
         found = attend(q, k, v, c.pattern, return_lse=True, implementation=implementation)
         got = _results(*found, q, k, v, do, dlse)

@@ -58,7 +58,7 @@ def qkv(
 
 
 def packed_lengths(total: int, documents: int, source: torch.Generator) -> Tensor:
-    """`cu_seqlens` int32 [documents + 1] that cut `total` tokens at random; documents may be empty."""
+    """`cu_seqlens` int32 [documents + 1] that cut `total` tokens at random; some may be empty."""
     cuts = torch.randint(0, total + 1, (max(documents - 1, 0),), generator=source).sort().values
     ends = (torch.zeros(1, dtype=torch.int64), cuts, torch.full((1,), total))
     return torch.cat(ends).to(torch.int32)

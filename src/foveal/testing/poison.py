@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils import deterministic
+from torch.utils import deterministic as _deterministic
+
+# Its settings are properties of the module itself, which type checkers do not see.
+_settings: Any = _deterministic
 
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Fills every uninitialised allocation: NaN for floating dtypes, the largest integer for others.
+    """Fills every uninitialised allocation: NaN for floating dtypes, else the largest integer.
 
     Covers `torch.empty` and all its relatives (`new_empty`, `empty_like`, `empty_strided`, the new
     part of `resize_`), also inside PyTorch's own operators.  Turns on PyTorch's deterministic
@@ -20,11 +24,11 @@ def poisoned_allocations() -> Iterator[None]:
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = deterministic.fill_uninitialized_memory
+    filled = _settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    _settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = filled
+        _settings.fill_uninitialized_memory = filled

@@ -8,39 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveal.engines.tile.parts import Task
 from foveal.engines.tile.walk import Tile
-from foveal.patterns.base import Extent, Pattern
-from foveal.scores.base import Geometry
-from foveal.scores.normal import NormalForm
 
 # Score matrices of one tile kept together: about the second-level cache of a current core.
 _WORKSPACE_BYTES = 2 << 20
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to compute: P sub-problems of one pattern, and where their tokens stand in the whole."""
-
-    pattern: Pattern
-    extent: Extent
-    q_tokens: Tensor  # [P, Lq]
-    k_tokens: Tensor  # [P, Lk]
-    score: NormalForm
-    geometry: Geometry
-    with_lse: bool
-
-    def bias(self, index: int, parameter: Tensor, tile: Tile, chunk: Chunk) -> Tensor:
-        """Values of one additive term for the rows and columns of a tile: [M or 1, G or 1, rows, columns]."""
-        q_tokens = self.q_tokens[:, tile.q_tokens]
-        term = self.score.terms[index]
-        if tile.runs is not None:
-            values = term.values(
-                parameter, q_tokens, self.k_tokens[:, tile.k_tokens], self.geometry
-            )
-        else:
-            whole = term.values(parameter, q_tokens, self.k_tokens, self.geometry)
-            values = chunk.listed_values(whole, tile.k_tokens)
-        return chunk.of_values(values)
 
 
 @dataclass(frozen=True)
@@ -172,7 +144,7 @@ class Scorer:
             products.mul_(cap)
         scores = products.view(len(q), -1, len(tile.q_tokens), k.shape[1])
         for index, parameter in enumerate(self.parameters[: len(self.task.score.terms)]):
-            scores += self.task.bias(index, parameter, tile, self.chunk)
+            scores += self._bias(index, parameter, tile)
         hidden = self._hide(tile, scores)
         blind = self._blind_rows(tile, scores)
         largest = scores.amax(-1) if self.with_lse else None
@@ -195,8 +167,20 @@ class Scorer:
         """Gradient of a term's parameter, given that of the scores of a tile [M, G, rows, columns]."""
         with torch.enable_grad():
             leaf = self.parameters[index].detach().requires_grad_()
-            values = self.task.bias(index, leaf, tile, self.chunk)
+            values = self._bias(index, leaf, tile)
             return torch.autograd.grad(values, leaf, ds.sum_to_size(values.shape))[0]
+
+    def _bias(self, index: int, parameter: Tensor, tile: Tile) -> Tensor:
+        """Values of one additive term on a tile.  [M or 1, G or 1, rows, columns]"""
+        task, term = self.task, self.task.score.terms[index]
+        q_tokens = task.q_tokens[:, tile.q_tokens]
+        if tile.runs is not None:
+            k_tokens = task.k_tokens[:, tile.k_tokens]
+            values = term.values(parameter, q_tokens, k_tokens, task.geometry)
+        else:
+            whole = term.values(parameter, q_tokens, task.k_tokens, task.geometry)
+            values = self.chunk.listed_values(whole, tile.k_tokens)
+        return self.chunk.of_values(values)
 
     def sink(self) -> Tensor | None:
         """Sink logits of the chunk's heads.  [M, G, 1]"""

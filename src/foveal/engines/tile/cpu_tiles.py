@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveal.engines.tile.cpu_scores import Chunk, Scorer, Task, Weights, Workspace, chunks
+from foveal.engines.tile.cpu_scores import Chunk, Scorer, Weights, Workspace, chunks
+from foveal.engines.tile.parts import Task
 from foveal.engines.tile.reference import visible_product
 from foveal.engines.tile.walk import Listed, Runs, Sweep, Tile, walk
 

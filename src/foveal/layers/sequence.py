@@ -1,0 +1,156 @@
+"""Layers for long sequences: factorised causal attention, and overlapping chunks of documents."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from foveal._attend import attend
+from foveal.layers.heads import MultiHead, Projections
+from foveal.patterns import Causal, Documents, Fixed, Partition, Pattern, Sliding, Strided
+
+Kind = Literal["strided", "fixed"]
+Arrangement = Literal["split", "interleaved", "merged"]
+
+
+def factors(kind: Kind, stride: int, summary: int) -> tuple[Pattern, Pattern]:
+    """The near and the far pattern of a Sparse Transformer."""
+    if kind == "strided":
+        return Sliding(stride - 1), Strided(stride)
+    return Partition(stride) & Causal(), Fixed(stride, summary)
+
+
+def factorised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    near: Pattern,
+    far: Pattern,
+    arrangement: Arrangement,
+    depth: int,
+) -> Tensor:
+    """Attention with two patterns: in two halves of the heads, in alternate layers, or united.
+
+    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; split needs an even Hkv, or one.
+    """
+    if arrangement == "merged":
+        return attend(q, k, v, near | far)
+    if arrangement == "interleaved":
+        return attend(q, k, v, far if depth % 2 else near)
+    halves = [x.chunk(2, dim=-2) if x.shape[-2] > 1 else (x, x) for x in (q, k, v)]
+    outputs = [attend(*x, p) for *x, p in zip(*halves, (near, far), strict=True)]
+    return torch.cat(outputs, dim=-2)
+
+
+class SparseTransformerAttention(MultiHead):
+    """Causal attention in two sparse factors.
+
+    Shapes: x and y [B, L, dim].
+    Options: kind "strided" (the last `stride` tokens; every stride-th token) or "fixed" (the own block
+    of `stride` tokens; also the last `summary` tokens of every block); arrangement "split" gives each
+    factor half of the heads, "interleaved" one factor per layer by the parity of `depth`, "merged" the
+    union to every head.
+    Paper: Generating Long Sequences with Sparse Transformers (1904.10509).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kind: Kind = "strided",
+        *,
+        stride: int = 128,
+        summary: int = 8,
+        arrangement: Arrangement = "split",
+        depth: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dim, heads, dropout=dropout)
+        self.near, self.far = factors(kind, stride, summary)
+        self.arrangement = arrangement
+        self.depth = depth
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return factorised(q, k, v, self.near, self.far, self.arrangement, self.depth)
+
+
+class ChunkedEncoder(nn.Module):
+    """Transformer layers on overlapping chunks of documents, of which the middles are kept.
+
+    Every chunk of `chunk` tokens is encoded together with `overlap` tokens on both sides; the overlap is
+    recomputed for each chunk, so two layers are not two applications of one local pattern.
+    Chunks and documents are packed one after the other: padding is never computed.
+
+    Shapes: x and y [B, L, dim]; lengths int64 [B], the tokens before the padding, default L; y is 0 on
+    padding.  positions [chunk + 2 overlap, dim], learned, added by the place in the chunk.
+    Equals: with one layer and no positions, one layer with Partition(chunk, before=overlap, after=overlap).
+    Paper: Local Self-Attention over Long Text for Efficient Document Retrieval (2005.04908).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        layers: int = 2,
+        *,
+        chunk: int = 40,
+        overlap: int = 5,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.chunk = chunk
+        self.overlap = overlap
+        self.positions = nn.Parameter(torch.zeros(chunk + 2 * overlap, dim))
+        self.layers = nn.ModuleList(
+            _PackedLayer(dim, heads, hidden or dim, dropout) for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        lengths = torch.full((x.shape[0],), x.shape[1]) if lengths is None else lengths
+        tokens, places, cu_seqlens = self._packed(lengths.tolist(), x.shape[1])
+        packed = (x.flatten(0, 1)[tokens] + self.positions[places])[None]
+        for layer in self.layers:
+            packed = layer(packed, cu_seqlens)
+        kept = (places >= self.overlap) & (places < self.overlap + self.chunk)
+        y = torch.zeros_like(x.flatten(0, 1)).index_copy(0, tokens[kept], packed[0, kept])
+        return y.unflatten(0, x.shape[:2])
+
+    def _packed(self, lengths: list[int], stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token and place in its chunk of everything to encode, and where chunks begin."""
+        tokens, places, sizes = [], [], [0]
+        for row, length in enumerate(lengths):
+            for start in range(0, length, self.chunk):
+                first = max(start - self.overlap, 0)
+                inside = torch.arange(first, min(start + self.chunk + self.overlap, length))
+                tokens.append(inside + row * stride)
+                places.append(inside - start + self.overlap)
+                sizes.append(len(inside))
+        nothing = torch.zeros(0, dtype=torch.int64)
+        cu_seqlens = torch.tensor(sizes).cumsum(0).to(torch.int32)
+        return torch.cat([*tokens, nothing]), torch.cat([*places, nothing]), cu_seqlens
+
+
+class _PackedLayer(nn.Module):
+    """Attention inside documents, then a feed-forward net, each added and normalised."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = _DocumentAttention(dim, heads, dropout=dropout)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+        )
+        self.norms = nn.ModuleList((nn.LayerNorm(dim), nn.LayerNorm(dim)))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = self.norms[0](x + self.attention(x, cu_seqlens))
+        y: Tensor = self.norms[1](x + self.drop(self.feed_forward(x)))
+        return y
+
+
+class _DocumentAttention(Projections):
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return self.join(attend(*self.split(x), Documents(), cu_seqlens=cu_seqlens))
