@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
+from foveal._errors import ShapeError
 from foveal.layers.heads import MultiHead, Projections
 from foveal.patterns import Causal, Documents, Fixed, Partition, Pattern, Sliding, Strided
 
@@ -33,12 +34,16 @@ def factorised(
 ) -> Tensor:
     """Attention with two patterns: in two halves of the heads, in alternate layers, or united.
 
-    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; split needs an even Hkv, or one.
+    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; split needs an even H, and an even Hkv or one.
     """
     if arrangement == "merged":
         return attend(q, k, v, near | far)
     if arrangement == "interleaved":
         return attend(q, k, v, far if depth % 2 else near)
+    if q.shape[-2] % 2 or (k.shape[-2] > 1 and k.shape[-2] % 2):
+        raise ShapeError(
+            "q", list(q.shape), "an even number of heads is needed to give half to each pattern"
+        )
     halves = [x.chunk(2, dim=-2) if x.shape[-2] > 1 else (x, x) for x in (q, k, v)]
     outputs = [attend(*x, p) for *x, p in zip(*halves, (near, far), strict=True)]
     return torch.cat(outputs, dim=-2)

@@ -1,0 +1,49 @@
+"""The command line: one file per sub-command, each with `add_parser` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from foveal import __version__
+from foveal._errors import FovealError
+from foveal.cli import bench, doctor, explain, list, show
+
+_COMMANDS = (list, show, explain, bench, doctor)
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one sub-command; returns its exit status: 0, 1 (a gate is red) or 2 (bad usage)."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except FovealError as error:
+        print(f"foveal {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`foveal list | head`); what is left of stdout goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="foveal",
+        description="Efficient attention behind one interface: what there is, what a call will do, "
+        "how fast it is.",
+        epilog="Exit status: 0 success, 1 a gate is red, 2 bad usage. `foveal COMMAND --help` "
+        "describes a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"foveal {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser

@@ -1,0 +1,205 @@
+"""`foveal explain`: what a call would run, visit and cost, without computing it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+from foveal._errors import DeviceError, UnknownNameError
+from foveal.cli import _arguments as arguments
+from foveal.cli._text import field, grid_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foveal.patterns.base import Pattern
+    from foveal.scores.base import Score
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `explain` to the command line."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="what a call would run, visit and cost",
+        description="The plan of one call: which implementation runs and why the others refuse, "
+        "tiles visited, FLOPs, bytes, and the time that this device needs at least. Nothing is "
+        "computed, so any size is allowed.",
+        epilog="Examples: foveal explain gna --grid 96x96;  foveal explain 'Sliding(512)' --grid "
+        "16384;  foveal explain 'Neighborhood(window=13, dilation=2) & Causal()' --grid 64x64",
+    )
+    parser.add_argument(
+        "what", metavar="NAME|PATTERN", help="a system of the catalogue, or a pattern as in Python"
+    )
+    parser.add_argument(
+        "--grid", type=arguments.grid, metavar="G", help="tokens per axis, such as 96x96 or 16384"
+    )
+    parser.add_argument(
+        "--kv-grid", type=arguments.grid, metavar="G", help="of the keys (default: --grid)"
+    )
+    parser.add_argument("--batch", type=arguments.positive, default=1, help="default: 1")
+    parser.add_argument("--heads", type=arguments.positive, help="query heads (default: 4)")
+    parser.add_argument("--kv-heads", type=arguments.positive, help="default: as many as --heads")
+    parser.add_argument("--head-dim", type=arguments.positive, help="default: 64")
+    parser.add_argument("--value-dim", type=arguments.positive, help="default: --head-dim")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--score", metavar="S", help="such as 'Softmax(soft_cap=30.0)' (default: Softmax())"
+    )
+    parser.add_argument(
+        "--documents",
+        type=arguments.lengths,
+        metavar="A,B",
+        help="lengths of the documents packed in the sequence",
+    )
+    parser.add_argument("--return-lse", action="store_true", help="the call asks for lse too")
+    parser.add_argument("--implementation", metavar="I", help="name it instead of asking the plan")
+    add_options(parser)
+    parser.add_argument(
+        "--no-bound", action="store_true", help="do not measure this device for the bound"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a system: the common ones by name, any by --set."""
+    for name in ("window", "stride", "dilation"):
+        parser.add_argument(
+            f"--{name}",
+            type=arguments.option_value,
+            metavar="N",
+            help=f"the {name} of a system, such as 7 or 7x7",
+        )
+    parser.add_argument(
+        "--set",
+        type=arguments.option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of a system; `foveal show NAME` lists them",
+    )
+
+
+def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_options` collected."""
+    named = {name: getattr(args, name) for name in ("window", "stride", "dilation")}
+    return {name: value for name, value in named.items() if value is not None} | dict(args.set)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    import foveal
+    from foveal.probe.ceilings import ceilings
+
+    options = chosen_options(args)
+    if arguments.reads_as_pattern(args.what):
+        shape = _Shape(args, {})
+        pattern: Pattern = arguments.pattern(args.what)
+        score: Score = foveal.Softmax()
+        if options:
+            raise UnknownNameError("option of a pattern expression", next(iter(options)), ())
+    else:
+        system = find(args.what)
+        shape = _Shape(args, system.reference_shapes[0] if system.reference_shapes else {})
+        checked = check_options(system, options)
+        pattern = system.pattern(shape.kv_grid, **checked)
+        score = system.score(shape.kv_grid, **checked)
+    if args.score:
+        score = arguments.score(args.score)
+    q, k, v = shape.tensors()
+    explanation = foveal.explain(
+        q,
+        k,
+        v,
+        pattern,
+        score,
+        cu_seqlens=_offsets(args.documents),
+        return_lse=args.return_lse,
+        implementation=args.implementation,
+        ceilings=None if args.no_bound else ceilings(args.device, q.dtype),
+    )
+    if args.json:
+        print(json.dumps({"problem": shape.as_dict()} | explanation.as_dict(), indent=2))
+        return 0
+    print(field("problem", str(shape)))
+    for line in str(explanation).splitlines():
+        print(field(line[:10].rstrip(), line[11:]))
+    return 0
+
+
+def find(name: str) -> Any:
+    """The system of that name; the error also lists the pattern classes."""
+    from foveal.systems import systems
+
+    entries = {entry.name: entry for entry in systems()}
+    if name not in entries:
+        known = (*entries, *arguments.PATTERNS)
+        raise UnknownNameError("system or pattern", name, known)
+    return entries[name]
+
+
+def check_options(system: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, when the system knows all of them."""
+    for name in options:
+        if name not in system.defaults:
+            raise UnknownNameError(f"option of {system.name}", name, tuple(system.defaults))
+    return options
+
+
+def _offsets(documents: tuple[int, ...] | None) -> Tensor | None:
+    import torch
+
+    if documents is None:
+        return None
+    return torch.tensor([*itertools.accumulate(documents, initial=0)], dtype=torch.int32)
+
+
+class _Shape:
+    """Sizes of the call: what the user named, else those of the paper, else small ones."""
+
+    def __init__(self, args: argparse.Namespace, paper: Any) -> None:
+        self.batch: int = args.batch
+        self.q_grid: tuple[int, ...] = args.grid or tuple(paper.get("grid", (4096,)))
+        self.kv_grid: tuple[int, ...] = args.kv_grid or self.q_grid
+        self.heads: int = args.heads or paper.get("heads", 4)
+        paper_kv = None if args.heads else paper.get("kv_heads")
+        self.kv_heads: int = args.kv_heads or paper_kv or self.heads
+        self.head_dim: int = args.head_dim or paper.get("head_dim", 64)
+        self.value_dim: int = args.value_dim or self.head_dim
+        self.dtype: str = args.dtype
+        self.device: str = args.device
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of these sizes that hold one element each."""
+        import torch
+
+        try:
+            element = torch.zeros((), dtype=getattr(torch, self.dtype), device=self.device)
+        except (RuntimeError, AssertionError):
+            raise DeviceError(
+                "--device", self.device, "a device that PyTorch can use here is needed"
+            ) from None
+        return (
+            element.expand(self.batch, *self.q_grid, self.heads, self.head_dim),
+            element.expand(self.batch, *self.kv_grid, self.kv_heads, self.head_dim),
+            element.expand(self.batch, *self.kv_grid, self.kv_heads, self.value_dim),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items()}
+
+    def __str__(self) -> str:
+        keys = "" if self.kv_grid == self.q_grid else f" on {grid_text(self.kv_grid)} keys"
+        shared = "" if self.kv_heads == self.heads else f" on {self.kv_heads} key heads"
+        dims = f"{self.head_dim}"
+        if self.value_dim != self.head_dim:
+            dims += f" (values {self.value_dim})"
+        return (
+            f"{grid_text(self.q_grid)} queries{keys}, batch {self.batch}, {self.heads} heads{shared} "
+            f"of {dims}, {self.dtype} on {self.device}"
+        )

@@ -1,0 +1,90 @@
+"""`foveal list`: every system of the catalogue, and what runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from foveal.cli._text import columns, field, table
+
+if TYPE_CHECKING:
+    from foveal.systems.base import System
+
+_WIDE = 110
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `list` to the command line."""
+    parser = subparsers.add_parser(
+        "list",
+        help="every system by name, and what runs it",
+        description="Every system of the catalogue: its engine, which implementation runs it with "
+        "its default options on the shape of its paper, and one line about it.",
+    )
+    parser.add_argument("--family", help="one family only, such as locality")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    from foveal.systems import systems
+
+    entries = systems(args.family)
+    if args.json:
+        print(json.dumps([as_dict(entry) for entry in entries], indent=2))
+        return 0
+    for family in dict.fromkeys(entry.family for entry in entries):
+        members = [entry for entry in entries if entry.family == family]
+        print(_family_table(family, members), end="\n\n")
+    print("yes: runs it with default options; `foveal show NAME` has the reasons and a picture")
+    return 0
+
+
+def as_dict(entry: System) -> dict[str, Any]:
+    """An entry as JSON data; `supports` holds null or the sentence of a refusal."""
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "year": entry.year,
+        "paper": entry.paper,
+        "family": entry.family,
+        "kind": entry.kind,
+        "engine": entry.engine,
+        "summary": entry.summary,
+        "layer": entry.layer.__name__ if entry.layer else None,
+        "supports": {device: entry.supports(device=device) for device in ("cpu", "cuda")},
+    }
+
+
+def support_header() -> tuple[str, ...]:
+    from foveal._plan import TILE_IMPLEMENTATIONS
+
+    return (*reversed(TILE_IMPLEMENTATIONS), "cuda")
+
+
+def support_row(entry: System) -> tuple[str, ...]:
+    """`yes` or `-` per implementation on the CPU, then who runs it on a CUDA device."""
+    on_cpu, on_cuda = entry.supports(device="cpu"), entry.supports(device="cuda")
+    here = tuple(_mark(on_cpu, name) for name in support_header()[:-1])
+    return (*here, next((name for name, refusal in on_cuda.items() if refusal is None), "-"))
+
+
+def _mark(supports: dict[str, str | None], name: str) -> str:
+    if "torch" in supports:
+        return "yes" if name == "reference" else "-"
+    return "yes" if supports.get(name, "absent") is None else "-"
+
+
+def _family_table(family: str, members: list[System]) -> str:
+    title = f"{family}: {len(members)} systems"
+    header = ("name", "engine", *support_header())
+    rows = [(entry.name, entry.engine, *support_row(entry)) for entry in members]
+    if columns() >= _WIDE:
+        wide = [(*row, entry.summary) for row, entry in zip(rows, members, strict=True)]
+        return f"{title}\n\n{table((*header, 'what it computes'), wide)}"
+    lines = table((*header, ""), [(*row, "") for row in rows]).splitlines()
+    summaries = (field("", entry.summary, 3) for entry in members)
+    body = (f"{line}\n{summary}" for line, summary in zip(lines[1:], summaries, strict=True))
+    return "\n".join([title, "", lines[0], *body])

@@ -1,0 +1,422 @@
+"""Attention in factors: two sparse patterns, one pattern per head, rows and columns, one axis each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveal._attend import attend
+from foveal._errors import PatternError
+from foveal.layers.cross_axis import CrossAxisAttention, attend_lines
+from foveal.layers.factorised_axes import FactorisedAxesAttention, Form, mix_axes
+from foveal.layers.sequence import (
+    Arrangement,
+    Kind,
+    SparseTransformerAttention,
+    factorised,
+    factors,
+)
+from foveal.patterns import Blocks, BlockSelection, Causal, Dense, Neighborhood, Pattern, Sliding
+from foveal.scores import Score, Softmax
+from foveal.systems.base import Claim, Draw, Identity, System, attending
+
+
+def sparse_transformer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: Kind = "strided",
+    stride: int = 128,
+    summary: int = 8,
+    arrangement: Arrangement = "split",
+    depth: int = 0,
+) -> Tensor:
+    """Causal attention in two sparse factors.
+
+    strided: { i - j < stride } and { (i - j) mod stride = 0 }; fixed: { j // stride = i // stride } and
+    the same with { j mod stride >= stride - summary }; all with j <= i.
+
+    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D].
+    Options: arrangement "split" gives each factor half of the heads, "interleaved" the factor of this
+    layer by the parity of `depth`, "merged" the union.
+    """
+    near, far = factors(kind, stride, summary)
+    return factorised(q, k, v, near, far, arrangement, depth)
+
+
+def _sparse_transformer(
+    grid: tuple[int, ...],
+    *,
+    kind: Kind = "strided",
+    stride: int = 128,
+    summary: int = 8,
+    arrangement: Arrangement = "merged",
+    depth: int = 0,
+) -> tuple[Pattern, Score]:
+    """The union of the two factors, or the one of a layer."""
+    near, far = factors(kind, stride, summary)
+    if arrangement == "interleaved":
+        return far if depth % 2 else near, Softmax()
+    return near | far, Softmax()
+
+
+def _near_window(draw: Draw) -> Claim:
+    stride, length = draw.integer(2, 5), draw.integer(6, 12)
+    return Claim(
+        draw.qkv((length,)),
+        lambda q, k, v: sparse_transformer(q, k, v, stride=stride, arrangement="interleaved"),
+        lambda q, k, v: attend(q, k, v, Neighborhood(stride, causal=True)),
+    )
+
+
+def _far_transposed(draw: Draw) -> Claim:
+    stride, count = draw.integer(2, 4), draw.integer(1, 4)
+
+    def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        classes = (
+            x.unflatten(1, (count, stride)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)
+        )
+        o = attend(*classes, Causal())
+        return o.unflatten(0, (-1, stride)).transpose(1, 2).flatten(1, 2)
+
+    return Claim(
+        draw.qkv((count * stride,)),
+        lambda q, k, v: sparse_transformer(
+            q, k, v, stride=stride, arrangement="interleaved", depth=1
+        ),
+        transposed,
+    )
+
+
+def _all_summary(draw: Draw) -> Claim:
+    stride = draw.integer(2, 4)
+    return Claim(
+        draw.qkv((9,), heads=4, kv_heads=2),
+        lambda q, k, v: sparse_transformer(
+            q, k, v, kind="fixed", stride=stride, summary=stride, arrangement="merged"
+        ),
+        lambda q, k, v: attend(q, k, v, Causal()),
+    )
+
+
+SPARSE_TRANSFORMER = System(
+    name="sparse_transformer",
+    title="Generating Long Sequences with Sparse Transformers",
+    year=2019,
+    paper="Child, Gray, Radford, Sutskever; arXiv 1904.10509",
+    kind="operator",
+    summary="Two causal patterns, strided or fixed, in two halves of the heads, in alternate layers, or "
+    "united.",
+    op=sparse_transformer,
+    compose=_sparse_transformer,
+    layer=SparseTransformerAttention,
+    identities=(
+        Identity(
+            "near_window", "The near factor is a causal neighborhood of `stride`.", _near_window
+        ),
+        Identity(
+            "far_transposed",
+            "The far factor is causal attention after transposing [L / stride, stride].",
+            _far_transposed,
+        ),
+        Identity(
+            "all_summary", "Fixed with summary = stride, united, is causal.", _all_summary
+        ),
+    ),
+    reference_shapes=(
+        {"grid": (12288,), "heads": 2, "kv_heads": 2, "head_dim": 64},
+        {"grid": (3072,), "heads": 2, "kv_heads": 2, "head_dim": 64},
+    ),
+)
+
+
+def head_shards(
+    blocks: int,
+    heads: int,
+    local_blocks: int,
+    vert_stride: int,
+    offset: int = 0,
+    dense_heads: int = 0,
+    causal: bool = True,
+) -> Tensor:
+    """Which key blocks each query block of each key head visits.  bool [1, heads, blocks, blocks]
+
+    Key block c of query block r and head h: r - c < local_blocks, or (c + h step + offset) a multiple of
+    vert_stride, with step = max(1, vert_stride // heads); the last dense_heads see all; c <= r when causal.
+    Not causal: the stride is counted from the edge of the local window and is the same for all heads.
+    """
+    row, column = torch.arange(blocks)[:, None], torch.arange(blocks)
+    head = torch.arange(heads)[:, None, None]
+    if causal:
+        step = max(1, vert_stride // heads)
+        near = row - column < local_blocks
+        far = (column + head * step + offset) % vert_stride == 0
+    else:
+        beyond = ((row - column).abs() - local_blocks + 1).clamp(min=0)
+        near = beyond == 0
+        far = beyond.expand(heads, -1, -1) % vert_stride == 0
+    chosen = near | far | (head >= heads - dense_heads)
+    return (chosen & (column <= row) if causal else chosen)[None]
+
+
+def coverage(mask: Tensor) -> float:
+    """Share of the causal blocks that at least one head visits.  mask [1, heads, blocks, blocks]
+
+    Heads together should see everything (1.0), which two heads with a stride of eight do not.
+    """
+    blocks = mask.shape[-1]
+    below = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+    return float((mask[0].any(0) & below).sum() / below.sum())
+
+
+def _shards(
+    grid: tuple[int, ...],
+    *,
+    kv_heads: int = 1,
+    block: int = 64,
+    local_blocks: int = 32,
+    vert_stride: int = 8,
+    offset: int = 0,
+    dense_heads: int = 0,
+    causal: bool = True,
+) -> tuple[Pattern, Score]:
+    if len(grid) != 1 or min(block, local_blocks, vert_stride) < 1:
+        raise PatternError("s2_attention", grid, "one axis and sizes of at least 1 are needed")
+    blocks = -(-grid[0] // block)
+    mask = head_shards(
+        blocks, kv_heads, local_blocks, vert_stride, offset, dense_heads, causal
+    )
+    chosen: Pattern = Blocks(BlockSelection.from_block_mask(mask, block, block))
+    return (chosen & Causal() if causal else chosen), Softmax()
+
+
+def s2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int = 64,
+    local_blocks: int = 32,
+    vert_stride: int = 8,
+    offset: int = 0,
+    dense_heads: int = 0,
+    causal: bool = True,
+    implementation: str | None = None,
+) -> Tensor:
+    """Attention in which every key head visits its own shard of the key blocks, as `head_shards` says.
+
+    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; the query heads of a group share its shard.
+    """
+    pattern, score = _shards(
+        tuple(k.shape[1:-2]),
+        kv_heads=k.shape[-2],
+        block=block,
+        local_blocks=local_blocks,
+        vert_stride=vert_stride,
+        offset=offset,
+        dense_heads=dense_heads,
+        causal=causal,
+    )
+    return attend(q, k, v, pattern, score, implementation=implementation)
+
+
+def _every_block(draw: Draw) -> Claim:
+    return Claim(
+        draw.qkv((draw.integer(5, 14),), heads=4, kv_heads=2),
+        lambda q, k, v: s2_attention(q, k, v, block=4, local_blocks=1, vert_stride=1),
+        lambda q, k, v: attend(q, k, v, Causal()),
+    )
+
+
+def _all_local(draw: Draw) -> Claim:
+    return Claim(
+        draw.qkv((draw.integer(5, 14),)),
+        lambda q, k, v: s2_attention(q, k, v, block=4, local_blocks=4, vert_stride=3),
+        lambda q, k, v: attend(q, k, v, Causal()),
+    )
+
+
+S2_ATTENTION = System(
+    name="s2_attention",
+    title="Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention Heads",
+    year=2024,
+    paper="Lin, Zhang, Ge, Ren et al.; arXiv 2407.17678",
+    kind="operator",
+    summary="Local blocks for every head and, per key head, its own column of blocks out of "
+    "vert_stride; heads together should cover the context.",
+    op=s2_attention,
+    compose=_shards,
+    identities=(
+        Identity("every_block", "vert_stride = 1 is causal attention.", _every_block),
+        Identity("all_local", "Local blocks for the whole sequence: causal attention.", _all_local),
+    ),
+    reference_shapes=({"grid": (8192,), "heads": 32, "kv_heads": 8, "head_dim": 128},),
+)
+
+
+def cross_axis_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, axis: Literal[0, 1] = 0
+) -> Tensor:
+    """Rows (axis 0) or columns (axis 1) of an image as tokens, q and k of length 1, q added to the output.
+
+    Shapes: q, k, v and o [B, H, W, heads, D].  In the paper q comes from the image smoothed along the
+    other axis than k and v.
+    """
+    return attend_lines(q, k, v, axis)
+
+
+def _lengths_are_free(draw: Draw) -> Claim:
+    length = draw.normal(2, 3, 1, 2, 1).exp()
+    return Claim(
+        draw.qkv((3, 4)),
+        lambda q, k, v: cross_axis_attention(q * length, k, v[..., :3]),
+        lambda q, k, v: cross_axis_attention(q, k, v[..., :3]),
+    )
+
+
+def _columns_are_rows(draw: Draw) -> Claim:
+    def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.transpose(1, 2) for x in (q, k, v[..., :3]))
+        return cross_axis_attention(*rows).transpose(1, 2)
+
+    return Claim(
+        draw.qkv((3, draw.integer(2, 5))),
+        lambda q, k, v: cross_axis_attention(q, k, v[..., :3], axis=1),
+        turned,
+    )
+
+
+CROSS_AXIS_ATTENTION = System(
+    name="cross_axis_attention",
+    title="MCANet: Medical Image Segmentation with Multi-Scale Cross-Axis Attention",
+    year=2023,
+    paper="Shao, Zeng, Hou, Yang; arXiv 2312.08866",
+    kind="model",
+    summary="Whole rows, then whole columns, as tokens; each direction asks with the features smoothed "
+    "along the other. Dense, few tokens, very wide heads, no scale.",
+    op=cross_axis_attention,
+    layer=CrossAxisAttention,
+    identities=(
+        Identity("lengths_are_free", "The length of a query does not matter.", _lengths_are_free),
+        Identity("columns_are_rows", "Columns are rows of the turned image.", _columns_are_rows),
+    ),
+    reference_shapes=({"grid": (64, 64), "heads": 8, "kv_heads": 8, "head_dim": 8},),
+    engine="torch",
+)
+
+
+def ifactformer(
+    q: tuple[Tensor, ...],
+    k: tuple[Tensor, ...],
+    v: Tensor,
+    *,
+    scale: float = 1.0,
+    form: Form = "parallel",
+) -> Tensor:
+    """Linear attention along every axis: v times q_a k_a^T on axis a, no softmax, no 1 / n.
+
+    Shapes: q[a], k[a] [B, grid[a], H, Dk]; v [B, *grid, H, D]; returns [B, *grid, H, axes * D], the axes
+    side by side ("parallel"), or [B, *grid, H, D], one axis after the other ("chained").
+    """
+    return mix_axes(q, k, v, scale, form)
+
+
+def _identity_weights(draw: Draw) -> Claim:
+    grid = (draw.integer(1, 3), 3, 2)
+    units = tuple(torch.eye(n, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1) for n in grid)
+    return Claim(
+        (draw.normal(2, *grid, 2, 3),),
+        lambda v: ifactformer(units, units, v),
+        lambda v: torch.cat([v, v, v], dim=-1),
+    )
+
+
+def _one_axis(draw: Draw) -> Claim:
+    return Claim(
+        draw.qkv((draw.integer(2, 6),)),
+        lambda q, k, v: ifactformer((q,), (k,), v),
+        lambda q, k, v: ifactformer((q,), (k,), v, form="chained"),
+    )
+
+
+IFACTFORMER = System(
+    name="ifactformer",
+    title="Implicit factorized transformer approach to fast prediction of turbulent channel flows",
+    year=2024,
+    paper="Yang, Wang, Wang; arXiv 2412.18840",
+    kind="model",
+    summary="Softmax-free attention along each axis of a volume, axes side by side (m) or chained (o).",
+    op=ifactformer,
+    layer=FactorisedAxesAttention,
+    identities=(
+        Identity("identity_weights", "q k^T = 1 on every axis copies v.", _identity_weights),
+        Identity("one_axis", "On one axis both forms are the same.", _one_axis),
+    ),
+    reference_shapes=({"grid": (32, 33, 16), "heads": 5, "kv_heads": 5, "head_dim": 32},),
+    engine="torch",
+)
+
+
+def ht_demucs(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 400, global_tokens: int = 100
+) -> Tensor:
+    """The static sparse self-attention: |i - j| <= window, or i or j among the first `global_tokens`.
+
+    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D].
+    Limits: queries and keys of one length (self-attention).
+    """
+    if q.shape[1] != k.shape[1]:
+        raise PatternError("ht_demucs", f"{q.shape[1]} queries", f"{k.shape[1]} are needed")
+    pattern, _ = _demucs(tuple(k.shape[1:-2]), window=window, global_tokens=global_tokens)
+    first, rest = q[:, :global_tokens], q[:, global_tokens:]
+    return torch.cat([attend(first, k, v), attend(rest, k, v, pattern)], dim=1)
+
+
+def _demucs(
+    grid: tuple[int, ...], *, window: int = 400, global_tokens: int = 100
+) -> tuple[Pattern, Score]:
+    """What the queries after the global ones see; those see every key."""
+    return Sliding(window, window, global_tokens), Softmax()
+
+
+def _wide_demucs(draw: Draw) -> Claim:
+    length = draw.integer(3, 9)
+    return Claim(
+        draw.qkv((length,)),
+        lambda q, k, v: ht_demucs(q, k, v, window=length, global_tokens=draw.integer(0, 2)),
+        attend,
+    )
+
+
+def _no_global(draw: Draw) -> Claim:
+    window = draw.integer(0, 3)
+    return Claim(
+        draw.qkv((9,)),
+        lambda q, k, v: ht_demucs(q, k, v, window=window, global_tokens=0),
+        lambda q, k, v: attend(
+            q, k, v, Neighborhood(2 * window + 1, border="clip") if window else Sliding(0)
+        ),
+    )
+
+
+HT_DEMUCS = System(
+    name="ht_demucs",
+    title="Hybrid Transformers for Music Source Separation",
+    year=2022,
+    paper="Rouard, Massa, Defossez; arXiv 2211.08553",
+    kind="model",
+    summary="The static sparse pattern of its self-attention: the diagonal and the global tokens. The "
+    "hashed, the random and the cross-domain patterns are not offered.",
+    op=ht_demucs,
+    compose=_demucs,
+    identities=(
+        Identity("wide", "A window as long as the sequence is dense attention.", _wide_demucs),
+        Identity(
+            "no_global", "Without global tokens it is a clipped neighborhood.", _no_global
+        ),
+    ),
+    reference_shapes=({"grid": (4096,), "heads": 8, "kv_heads": 8, "head_dim": 48},),
+)

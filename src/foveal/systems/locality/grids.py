@@ -1,0 +1,167 @@
+"""Several grids in one sequence, and the grid of the sphere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from foveal._attend import attend
+from foveal._errors import ShapeError
+from foveal.layers.sphere import Latitudes, SphereAttention, area_score
+from foveal.patterns import Dense, Neighborhood, Pattern
+from foveal.patterns.base import per_axis
+from foveal.patterns.documents import Packed
+from foveal.scores import Score, Softmax
+from foveal.systems.base import Claim, Draw, Identity, System, attending
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+"""Sides of the token maps of a picture of 256 x 256 pixels, 680 tokens in all."""
+
+
+def _scales(
+    grid: tuple[int, ...], *, scales: tuple[int, ...] = SCALES_256
+) -> tuple[Pattern, Score]:
+    _check_scales(grid, scales)
+    return Packed(Dense(), tuple(side * side for side in scales)), Softmax()
+
+
+def _check_scales(grid: tuple[int, ...], scales: tuple[int, ...]) -> None:
+    total = sum(side * side for side in scales)
+    if len(grid) != 1 or math.prod(grid) != total:
+        raise ShapeError("scales", scales, f"{total} tokens are needed, not {grid}")
+
+
+def _apart(draw: Draw) -> Claim:
+    scales = (1, 2, draw.integer(1, 3))
+    sizes = [side * side for side in scales]
+    op = attending(_scales)
+
+    def separate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = zip(*(x.split(sizes, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(*piece) for piece in pieces], dim=1)
+
+    return Claim(draw.qkv((sum(sizes),)), lambda q, k, v: op(q, k, v, scales=scales), separate)
+
+
+HMAR = System(
+    name="hmar",
+    title="HMAR: Efficient Hierarchical Masked Auto-Regressive Image Generation",
+    year=2025,
+    paper="Kumbong et al.; arXiv 2506.04421",
+    kind="model",
+    summary="Every scale of a picture attends to itself only: its input is already the sum of the "
+    "scales before it, so sampling needs no cache.",
+    op=attending(_scales),
+    compose=_scales,
+    identities=(Identity("apart", "It is attention of each scale on its own.", _apart),),
+    reference_shapes=({"grid": (680,), "heads": 16, "kv_heads": 16, "head_dim": 64},),
+)
+
+
+def mvar(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scales: tuple[int, ...] = SCALES_256,
+    window: int = 7,
+    implementation: str | None = None,
+) -> Tensor:
+    """Neighborhood attention inside every scale of a picture, the window cut to the scale.
+
+    Shapes: q, k, v [B, L, H, D] with L = sum of side * side over the scales, small scales first.
+    Options: window is not established by the paper; 7 stands in.
+    """
+    _check_scales(tuple(k.shape[1:-2]), scales)
+    outputs, start = [], 0
+    for side in scales:
+        own = slice(start, start + side * side)
+        tokens = (x[:, own].unflatten(1, (side, side)) for x in (q, k, v))
+        pattern = Neighborhood(min(window, side))
+        outputs.append(attend(*tokens, pattern, implementation=implementation).flatten(1, 2))
+        start = own.stop
+    return torch.cat(outputs, dim=1)
+
+
+def _one_scale(grid: tuple[int, ...], *, window: int = 7) -> tuple[Pattern, Score]:
+    """The pattern inside one scale; the operator takes all scales, one after the other."""
+    window_per_axis = zip(per_axis(window, len(grid)), grid, strict=True)
+    return Neighborhood(tuple(min(pair) for pair in window_per_axis)), Softmax()
+
+
+def _wide_mvar(draw: Draw) -> Claim:
+    scales = (1, draw.integer(1, 3), 3)
+    hmar = attending(_scales)
+    return Claim(
+        draw.qkv((sum(side * side for side in scales),)),
+        lambda q, k, v: mvar(q, k, v, scales=scales, window=3),
+        lambda q, k, v: hmar(q, k, v, scales=scales),
+    )
+
+
+MVAR = System(
+    name="mvar",
+    title="MVAR: Visual Autoregressive Modeling with Scale and Spatial Markovian Conditioning",
+    year=2025,
+    paper="Zhang, Long, Han, You, Gu; arXiv 2505.12742",
+    kind="model",
+    summary="Inside every scale each token attends to its nearest k x k tokens; k is not established "
+    "and an option.",
+    op=mvar,
+    compose=_one_scale,
+    identities=(
+        Identity(
+            "wide_window", "A window as large as every scale is scale-wise attention.", _wide_mvar
+        ),
+    ),
+    reference_shapes=({"grid": (16, 16), "heads": 16, "kv_heads": 16, "head_dim": 64},),
+)
+
+
+def _sphere(grid: tuple[int, ...], *, latitudes: Latitudes = "equiangular") -> tuple[Pattern, Score]:
+    return Dense(), area_score(grid, latitudes)
+
+
+def _rotation(draw: Draw) -> Claim:
+    op, turn = attending(_sphere), draw.integer(1, 5)
+    return Claim(
+        draw.qkv((draw.integer(2, 5), 6)),
+        lambda q, k, v: op(*(x.roll(turn, dims=2) for x in (q, k, v))),
+        lambda q, k, v: op(q, k, v).roll(turn, dims=2),
+    )
+
+
+def _area(draw: Draw) -> Claim:
+    op, rows = attending(_sphere), draw.integer(2, 7)
+    latitudes = ("equiangular", "gauss-legendre")[draw.integer(0, 1)]
+
+    def mean_weight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lse: Tensor = op(q * 0, k, v, latitudes=latitudes, return_lse=True)[1]
+        return lse
+
+    return Claim(
+        draw.qkv((rows, 4)),
+        mean_weight,
+        lambda q, k, v: q.sum(-1) * 0 + math.log(4 * math.pi),
+    )
+
+
+SPHERE_ATTENTION = System(
+    name="sphere_attention",
+    title="Attention on the Sphere",
+    year=2025,
+    paper="Bonev, Rietmann, Paris, Carpentieri, Kurth; arXiv 2505.11157",
+    kind="operator",
+    summary="Global attention as an integral over the sphere: key j counts with its quadrature weight. "
+    "The geodesic neighborhood is not offered yet.",
+    op=attending(_sphere),
+    compose=_sphere,
+    layer=SphereAttention,
+    identities=(
+        Identity("rotation", "Turning the longitudes commutes with it.", _rotation),
+        Identity("area", "With q = 0 the weights sum to 4 pi: lse = log(4 pi).", _area),
+    ),
+    reference_shapes=({"grid": (180, 360), "heads": 1, "kv_heads": 1, "head_dim": 64},),
+)

@@ -1,0 +1,23 @@
+"""Every identity of every system of the catalogue, outputs and gradients, on fresh inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveal.systems import Identity, systems
+
+CLAIMS = [
+    pytest.param(each, id=f"{system.name}-{each.name}")
+    for system in systems()
+    for each in system.identities
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("identity", CLAIMS)
+def test_identity_holds(identity: Identity, seed: int) -> None:
+    for what, left, right in identity.pairs(torch.Generator().manual_seed(seed)):
+        torch.testing.assert_close(
+            left, right, rtol=1e-9, atol=1e-9, msg=lambda text, what=what: f"{what}: {text}"
+        )
