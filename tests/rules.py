@@ -16,7 +16,7 @@ Grid = tuple[int, ...]
 
 
 def mask_of(Lq: int, Lk: int, keys_of: Callable[[int], Sequence[int]]) -> Tensor:
-    """bool [Lq, Lk]; `keys_of` maps the position of a query, aligned to the last key, to its keys."""
+    """bool [Lq, Lk]; `keys_of` gets the position of a query, aligned to the last key."""
     mask = torch.zeros(Lq, Lk, dtype=torch.bool)
     for query in range(Lq):
         for key in keys_of(query + Lk - Lq):
@@ -48,7 +48,7 @@ def product_mask(grid: Grid, keys_of_axis: Callable[[int, int], Sequence[int]]) 
 def neighborhood_keys(
     L: int, i: int, window: int, stride: int, dilation: int, causal: bool, border: str
 ) -> list[int]:
-    """Keys of token i on an axis of length L: leader of the stride group, window, dilation class."""
+    """Keys of token i on an axis of length L: dilation class, leader of the group, window."""
     mates = list(range(i % dilation, L, dilation))
     own = mates.index(i)
     group = own - own % stride

@@ -19,6 +19,7 @@ from foveal.patterns import (
     Strided,
 )
 from foveal.scores import Alibi, Bias, KeyBias, RelativeBias, Score, Softmax
+from foveal.systems import System, system, systems
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,10 @@ __all__ = [
     "Sliding",
     "Softmax",
     "Strided",
+    "System",
     "attend",
     "errors",
     "explain",
+    "system",
+    "systems",
 ]

@@ -9,7 +9,7 @@ class FovealError(Exception):
     """Base class of all errors raised by foveal."""
 
 
-class _Argument(FovealError):
+class _ArgumentError(FovealError):
     """An argument that cannot be used: names it, shows what came, says what is needed."""
 
     def __init__(self, argument: str, got: object, needed: str) -> None:
@@ -19,31 +19,31 @@ class _Argument(FovealError):
         self.needed = needed
 
 
-class ShapeError(_Argument, ValueError):
+class ShapeError(_ArgumentError, ValueError):
     """A tensor has the wrong rank or sizes, or head counts do not divide."""
 
 
-class DtypeError(_Argument, TypeError):
+class DtypeError(_ArgumentError, TypeError):
     """Tensors of different or unsupported element types."""
 
 
-class DeviceError(_Argument, ValueError):
+class DeviceError(_ArgumentError, ValueError):
     """Tensors on different devices."""
 
 
-class PatternError(_Argument, ValueError):
+class PatternError(_ArgumentError, ValueError):
     """A pattern whose parameters are out of range, or do not fit the grid."""
 
 
-class ScoreError(_Argument, ValueError):
+class ScoreError(_ArgumentError, ValueError):
     """A score whose parameters or tensors do not fit the problem."""
 
 
-class SelectionError(_Argument, ValueError):
+class SelectionError(_ArgumentError, ValueError):
     """A block selection that breaks its contract."""
 
 
-class PackingError(_Argument, ValueError):
+class PackingError(_ArgumentError, ValueError):
     """`cu_seqlens` that do not describe the packed tensors."""
 
 

@@ -7,7 +7,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from foveal._attend import prepare

@@ -36,7 +36,7 @@ def choose(
         if reason is not None:
             raise RefusedError(implementation, reason)
         return Plan(implementation, pattern, ())
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for name, module in TILE_IMPLEMENTATIONS.items():
         reason = module.refuses(problem, pattern, score)
         if reason is None:

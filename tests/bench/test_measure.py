@@ -39,7 +39,8 @@ def test_samples_are_paired_and_the_order_rotates() -> None:
     runners = {name: Sleeper(log, name, 0.001, name == "a") for name in "abc"}
     samples = measure(runners, CPU, SHORT)
     counts = {len(values) for each in samples.values() for values in each.values()}
-    assert len(counts) == 1 and 4 <= counts.pop() <= 6
+    assert len(counts) == 1
+    assert 4 <= counts.pop() <= 6
     assert "".join(log)[:12] == "abc" + "abc" + "bca" + "cab"
 
 
@@ -58,7 +59,8 @@ def test_runner_without_backward_has_forward_samples_only() -> None:
 def test_progress_ends_at_one() -> None:
     heard: list[float] = []
     measure({"a": Sleeper([], "a", 0.001, False)}, CPU, SHORT, heard.append)
-    assert heard == sorted(heard) and heard[-1] == 1.0
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
 
 
 def test_peak_memory_counts_what_is_freed_again() -> None:

@@ -14,12 +14,17 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(8)
 
 
 def _figures(text: str) -> list[dict]:
-    return [json.loads(each) for each in re.findall(r'<script type="application/json">(.*?)</script>', text)]
+    return [
+        json.loads(each)
+        for each in re.findall(r'<script type="application/json">(.*?)</script>', text)
+    ]
 
 
 def test_page_names_no_external_resource() -> None:
     page = Page("Title", "Summary", facts=[("device", "a `cpu`")])
-    page.section("Plots").figure(lines("time", [Series("a", [1], [2.0])], Axis("x"), Axis("y", "ms")))
+    page.section("Plots").figure(
+        lines("time", [Series("a", [1], [2.0])], Axis("x"), Axis("y", "ms"))
+    )
     page.section("Pictures").picture(("noisy", PNG))
     text = page.render()
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
@@ -40,7 +45,9 @@ def test_plotly_is_inlined_once_and_only_when_needed() -> None:
 
 
 def test_every_axis_title_carries_its_unit() -> None:
-    figure = lines("t", [Series("a", [1, 2], [3.0, 4.0])], Axis("length", "tokens"), Axis("time", "ms"))
+    figure = lines(
+        "t", [Series("a", [1, 2], [3.0, 4.0])], Axis("length", "tokens"), Axis("time", "ms")
+    )
     assert figure["layout"]["xaxis"]["title"]["text"] == "length [tokens]"
     assert figure["layout"]["yaxis"]["title"]["text"] == "time [ms]"
 
@@ -55,7 +62,8 @@ def test_text_is_escaped() -> None:
     page = Page("<b>")
     page.section("a & b", "if `x < 1`").table(("<i>",), [("</td>",), "a group"])
     text = page.render()
-    assert "<b>" not in text and "<i>" not in text
+    assert "<b>" not in text
+    assert "<i>" not in text
     assert "<code>x &lt; 1</code>" in text
     assert 'colspan="1">a group' in text
 

@@ -1,6 +1,5 @@
 """A whole run: refusals, gates, resumption, reports, the command line."""
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from foveal.bench.record import ABSENT, FAILED, MEASURED, REFUSED, WRONG, Record
 from foveal.bench.report import html, judge, terminal, terminal_judgements
 from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan
 from foveal.bench.run import Job
-from foveal.cli import bench
+from foveal.cli import main
 from foveal.patterns import Neighborhood
 
 CPU = torch.device("cpu")
@@ -124,7 +123,12 @@ def test_killed_run_continues_with_what_is_missing(tmp_path: Path) -> None:
 
 def test_terminal_says_each_status_in_words(records: list[Record]) -> None:
     text = terminal(records)
-    for words in ("absent, the package", "refused, it never", "failed, RuntimeError: no luck", "wrong, "):
+    for words in (
+        "absent, the package",
+        "refused, it never",
+        "failed, RuntimeError: no luck",
+        "wrong, ",
+    ):
         assert words in text
     assert "SDPA, dense (another result)" in text
     assert all(len(line) < 130 for line in text.splitlines())
@@ -135,7 +139,8 @@ def test_page_can_be_made_from_an_old_file(records: list[Record], tmp_path: Path
     file = RecordFile(tmp_path / "records.jsonl")
     file.append(records)
     text = html(file.read()).render()
-    assert "Not measured" in text and "it never wants to" in text
+    assert "Not measured" in text
+    assert "it never wants to" in text
 
 
 def _fake(name: str, competitor: str, seconds: float, peak: int) -> Record:
@@ -164,7 +169,11 @@ def _fake(name: str, competitor: str, seconds: float, peak: int) -> Record:
     ],
 )
 def test_requirements_judge(requirement: FasterThan, met: bool | None) -> None:
-    records = [_fake("a", "foveal", 0.1, 10), _fake("a", "peer", 1.0, 100), _fake("b", "foveal", 0.45, 10)]
+    records = [
+        _fake("a", "foveal", 0.1, 10),
+        _fake("a", "peer", 1.0, 100),
+        _fake("b", "foveal", 0.45, 10),
+    ]
     judgements = judge(records, [requirement])
     assert [each.met for each in judgements] == [met]
     assert judgements[0].verdict in terminal_judgements(judgements)
@@ -200,15 +209,7 @@ Call = Callable[..., int]
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     monkeypatch.chdir(tmp_path)
-    parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
-
-    def run(*words: str) -> int:
-        args = parser.parse_args(["bench", *words])
-        status: int = args.run(args)
-        return status
-
-    return run
+    return lambda *words: main(["bench", *words])
 
 
 QUICK = ("--suite", "smoke", "--against", "none", "--budget", "0.01", "--passes", "forward")

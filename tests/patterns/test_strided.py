@@ -27,8 +27,17 @@ def test_fixed_equals_the_rule(stride: int, summary: int, Lq: int, Lk: int) -> N
 
 @pytest.mark.parametrize(
     "pattern",
-    [Strided(1), Strided(3), Strided(5, causal=False), Strided(40), Fixed(4, 1), Fixed(6, 4)]
-    + [Fixed(1, 1), Fixed(40, 3), Fixed(8, 8)],
+    [
+        Strided(1),
+        Strided(3),
+        Strided(5, causal=False),
+        Strided(40),
+        Fixed(4, 1),
+        Fixed(6, 4),
+        Fixed(1, 1),
+        Fixed(40, 3),
+        Fixed(8, 8),
+    ],
 )
 def test_keeps_every_promise(pattern: Strided | Fixed, source: torch.Generator) -> None:
     extents = [1, 64, Extent((20,), (50,)), Extent((50,), (20,)), (4, 7)]

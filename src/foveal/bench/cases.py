@@ -1,4 +1,4 @@
-"""The problems that are timed: frozen cases, written-out suites, and the shapes of the catalogue."""
+"""The problems that are timed: frozen cases, written-out suites, the shapes of the catalogue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import UnknownNameError
-from foveal.bench.measure import BOTH, FORWARD, Budget
+from foveal.bench.measure import BOTH, DEFAULT_BUDGET, FORWARD, Budget
 from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan, Requirement
 from foveal.patterns import Causal, Extent, Neighborhood, Partition, Pattern, Sliding
 from foveal.scores import Score, Softmax
@@ -19,10 +19,12 @@ from foveal.scores import Score, Softmax
 if TYPE_CHECKING:
     from foveal.systems import System
 
+_PLAIN = Softmax()
+
 
 @dataclass(frozen=True)
 class Point:
-    """Where a case stands in a plot: on line `line`, at `x` tokens (length) or at window side `x`."""
+    """Where a case stands in a plot: on line `line`, at `x` tokens of length or of window side."""
 
     axis: Literal["length", "window"]
     line: str
@@ -39,7 +41,7 @@ class Case:
     name: str
     pattern: Pattern
     grid: tuple[int, ...]
-    score: Score = Softmax()
+    score: Score = _PLAIN
     batch: int = 1
     q_heads: int = 4
     kv_heads: int = 4
@@ -102,7 +104,7 @@ class Suite:
     cases: tuple[Case, ...]
     against: tuple[str, ...]
     requirements: tuple[Requirement, ...] = ()
-    budget: Budget = Budget()
+    budget: Budget = DEFAULT_BUDGET
 
 
 def _image(side: int, window: int, *axes: Literal["length", "window"]) -> Case:
@@ -215,21 +217,35 @@ def suite(name: str) -> Suite:
     raise UnknownNameError("suite", name, tuple(each.name for each in SUITES))
 
 
-def system_suite(system: System) -> Suite:
-    """A suite of the reference shapes of a system of the catalogue."""
-    cases = tuple(_system_case(system, shape) for shape in system.reference_shapes)
-    return Suite(system.name, system.title, cases, ("masked", "dense", "flex", "natten"))
+def system_suite(system: System, device: torch.device) -> Suite:
+    """A suite of the reference shapes of a system; on CPU with as many heads as it can bear.
+
+    Raises PatternError for a system that is not a pattern and a score.
+    """
+    most = _CPU_ELEMENTS if device.type == "cpu" else None
+    cases = tuple(_system_case(system, shape, most) for shape in system.reference_shapes)
+    against = ("masked", "dense", "flex", "natten", "local_attention")
+    return Suite(system.name, system.title, cases, against)
 
 
-def _system_case(system: System, shape: Mapping[str, Any]) -> Case:
-    grid = tuple(shape["grid"])
-    heads, head_dim = shape["heads"], shape["head_dim"]
+_CPU_ELEMENTS = 2**24
+"""Elements of q beyond which a reference shape made for GPUs is timed on fewer heads."""
+
+
+def _system_case(system: System, shape: Mapping[str, Any], most: int | None) -> Case:
+    grid, heads, head_dim = tuple(shape["grid"]), shape["heads"], shape["head_dim"]
+    kv_heads = shape.get("kv_heads", heads)
+    per_group = math.prod(grid) * head_dim * (heads // kv_heads)
+    groups = kv_heads if most is None else min(kv_heads, max(most // per_group, 1))
+    timed = heads // kv_heads * groups
+    share = f"{timed} of its {heads}" if timed < heads else f"{heads}"
     return Case(
-        f"{system.name} {'x'.join(str(n) for n in grid)}, {heads} heads of {head_dim}",
+        f"{system.name} on {'x'.join(str(n) for n in grid)}, {share} heads",
         system.pattern(grid),
         grid,
-        q_heads=heads,
-        kv_heads=shape.get("kv_heads", heads),
+        score=system.score(grid),
+        q_heads=timed,
+        kv_heads=groups,
         head_dim=head_dim,
         value_dim=shape.get("value_dim", head_dim),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +153,7 @@ def _log_ticks(values: Sequence[float]) -> list[float]:
     return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
-def _hover(series: Series) -> Mapping[str, Any]:
+def _hover(series: Series) -> Data:
     if not series.notes:
         return {}
     return {"text": list(series.notes), "hovertemplate": "%{text}<extra>%{fullData.name}</extra>"}

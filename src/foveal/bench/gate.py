@@ -32,6 +32,10 @@ class SampledRows(Pattern):
     extent: Extent
     rows: tuple[int, ...]
 
+    @property
+    def depends_on_data(self) -> bool:
+        return self.pattern.depends_on_data
+
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         rows = torch.tensor(self.rows, device=q_pos.device)
         chosen = rows[q_pos - (extent.Lk - extent.Lq)] + (self.extent.Lk - self.extent.Lq)
@@ -78,7 +82,7 @@ class _Truth:
     """Exact and plain results of a pattern, on some rows, by whether the loss takes the lse."""
 
     rows: Tensor
-    weights: Inputs
+    weights: tuple[Tensor, Tensor]
     exact: dict[bool, dict[str, Tensor]]
     plain: dict[bool, dict[str, Tensor]]
 

@@ -37,12 +37,14 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop: after `seconds` and at least `rounds[0]` rounds, at the latest after `rounds[1]`."""
+    """When to stop: after `seconds` and `rounds[0]` rounds, at the latest after `rounds[1]` rounds."""
 
     seconds: float = 20.0
     rounds: tuple[int, int] = (3, 40)
     warm_up: float = 0.3
 
+
+DEFAULT_BUDGET = Budget()
 
 Samples = dict[str, list[float]]
 """Seconds of every sample by pass; sample r of all competitors belongs to the same round."""
@@ -66,7 +68,8 @@ def measure(
             spent = time.perf_counter() - start
             if done >= budget.rounds[0] and spent >= budget.seconds:
                 break
-            progress(max(done / budget.rounds[1], min(spent / max(budget.seconds, 1e-9), 0.99)))
+            spent_share = spent / budget.seconds if budget.seconds else 1.0
+            progress(max(done / budget.rounds[1], min(spent_share, done / budget.rounds[0])))
             turn = done % len(names)
             for name in names[turn:] + names[:turn]:
                 for part, seconds in _sample(runners[name], clock).items():
@@ -86,7 +89,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     """
     count = _cuda_growth if device.type == "cuda" else _resident_growth
     start = time.perf_counter()
-    growths = []
+    growths: list[int | None] = []
     while len(growths) < _MEMORY_RUNS and (not growths or time.perf_counter() - start < 1.0):
         growths.append(count(run, device))
     found = [growth for growth in growths if growth is not None]
@@ -163,13 +166,13 @@ class _CudaClock:
         torch.cuda.synchronize(self.device)
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
 
 def _sample(runner: Runner, clock: _HostClock | _CudaClock) -> dict[str, float]:

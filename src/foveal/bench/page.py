@@ -67,7 +67,9 @@ class Section:
             if isinstance(row, str):
                 return f'<tr><th class="group" colspan="{len(header)}">{_inline(row)}</th></tr>'
             kinds = (' class="text"' if i < text_columns else "" for i in range(len(row)))
-            shown = (f"<{tag}{k}>{_inline(str(c))}</{tag}>" for k, c in zip(kinds, row, strict=True))
+            shown = (
+                f"<{tag}{k}>{_inline(str(c))}</{tag}>" for k, c in zip(kinds, row, strict=True)
+            )
             return "<tr>" + "".join(shown) + "</tr>"
 
         head, body = cells("th", header), "".join(cells("td", row) for row in rows)
@@ -78,8 +80,8 @@ class Section:
     def picture(self, *pictures: tuple[str, bytes], caption: str = "") -> Section:
         """Pictures side by side, each (label, file content as PNG, JPEG or SVG)."""
         cells = "".join(
-            f'<div class="cell"><img alt="{html.escape(label, quote=True)}" src="{_data_uri(content)}">'
-            f"<span>{_inline(label)}</span></div>"
+            f'<div class="cell"><img alt="{html.escape(label, quote=True)}" '
+            f'src="{_data_uri(content)}"><span>{_inline(label)}</span></div>'
             for label, content in pictures
         )
         self.blocks.append(_captioned(f'<div class="row">{cells}</div>', caption))
@@ -93,7 +95,7 @@ class Section:
 
 @dataclass
 class Page:
-    """A report.  `facts` are short (label, value) pairs for the footer: device, versions, command."""
+    """A report.  `facts` are (label, value) pairs for the footer: device, versions, command."""
 
     title: str
     summary: str = ""
@@ -224,13 +226,15 @@ figcaption { color: var(--soft); font-size: 13.5px; margin-top: 6px; max-width: 
 .cell img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .cell span { display: block; color: var(--soft); font-size: 13.5px; padding: 5px 2px; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13.5px; }
+table { border-collapse: collapse; width: 100%;
+  font-variant-numeric: tabular-nums; font-size: 13.5px; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
 .text, .group { text-align: left; white-space: normal; }
 th.group { color: var(--ink); padding-top: 14px; }
-th:first-child, td:first-child { padding-left: 2px; } th:last-child, td:last-child { padding-right: 2px; }
+th:first-child, td:first-child { padding-left: 2px; }
+th:last-child, td:last-child { padding-right: 2px; }
 tbody tr:hover { background: var(--ground); }
 footer { padding-top: 6px; padding-bottom: 44px; color: var(--soft); font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 16px; margin: 0; }

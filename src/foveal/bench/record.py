@@ -112,6 +112,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": _device_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load": load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -122,6 +123,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["driver_clock_mhz"] = _clock(device)
     return facts
+
+
+def load() -> float | None:
+    """Processes that wanted to run during the last minute; None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
+        return None
 
 
 def command_line() -> str:

@@ -80,7 +80,8 @@ def megabytes(count: float) -> str:
 def _terminal_case(group: Sequence[Record]) -> str:
     ours = _ours(group)
     header = ("", FORWARD, "ratio", BOTH, "ratio", "peak", "peak " + BOTH)
-    rows, sentences = [header], []
+    rows: list[Sequence[str]] = [header]
+    sentences = []
     for record in group:
         if record.status != MEASURED:
             sentences.append(f"  {_label(record)}: {record.status}, {record.reason}")
@@ -185,15 +186,21 @@ def _headline(records: Sequence[Record]) -> str:
     device = records[0].environment.get("device_name", "") if records else ""
     trouble = f" {wrong} were wrong or failed and were not timed." if wrong else ""
     return (
-        f"{cases} cases on {device}: {timed} of {len(records)} competitors passed the gate against the "
-        f"float64 reference and were timed.{trouble}"
+        f"{cases} cases on {device}: {timed} of {len(records)} competitors passed the gate against "
+        f"the float64 reference and were timed.{trouble}"
     )
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Where and how the records were made; several values of a fact are listed."""
-    names = {"device_name": "device", "threads": "threads", "cores": "cores", "system": "system"}
-    names |= {"python": "Python", "torch": "PyTorch", "foveal": "foveal", "commit": "commit"}
+    names = {"device_name": "device", "threads": "threads", "cores": "cores", "load": "load before"}
+    names |= {
+        "system": "system",
+        "python": "Python",
+        "torch": "PyTorch",
+        "foveal": "foveal",
+        "commit": "commit",
+    }
     facts = [
         (title, _distinct(record.environment.get(name, "") for record in records))
         for name, title in names.items()
@@ -263,7 +270,8 @@ def _sweep(line: str, x: Axis, points: Sequence[tuple[float, Record]]) -> list[D
 def _timed_series(x: Sequence[float], records: Sequence[Record], part: str) -> Series:
     summaries = [summarise(record.samples[part]) for record in records]
     notes = [
-        f"{r.name}<br>{milliseconds(s.median)} ({milliseconds(s.low)} to {milliseconds(s.high)}, {s.count} samples)"
+        f"{r.name}<br>{milliseconds(s.median)} "
+        f"({milliseconds(s.low)} to {milliseconds(s.high)}, {s.count} samples)"
         for r, s in zip(records, summaries, strict=True)
     ]
     return Series(
@@ -308,9 +316,9 @@ def _speed_up(page: Page, records: Sequence[Record]) -> None:
     )
     page.section(
         "Speed-up over dense attention",
-        "How many times longer PyTorch's fused attention takes when it computes every pair, beside what "
-        "the tile count would allow if every visited tile cost as much as a dense one. Bars above the "
-        "bound mean that a tile costs less here than inside the dense implementation.",
+        "How many times longer PyTorch's fused attention takes when it computes every pair, beside "
+        "what the tile count would allow if every visited tile cost as much as a dense one. Bars "
+        "above the bound mean that a tile costs less here than inside the dense implementation.",
     ).figure(figure)
 
 
@@ -334,16 +342,16 @@ def _memory(page: Page, records: Sequence[Record]) -> None:
     if figures:
         section = page.section(
             "Memory",
-            "Growth of memory at its highest during one call, result included; what a competitor keeps "
-            "between calls (a mask, block lists) is listed below and not in these bars.",
+            "Growth of memory at its highest during one call, result included; what a competitor "
+            "keeps between calls (a mask, block lists) is listed below and not in these bars.",
         )
         for figure in figures:
             section.figure(figure)
 
 
 def _all_numbers(page: Page, records: Sequence[Record]) -> None:
-    header = ("competitor", FORWARD, "ratio", BACKWARD, BOTH, "ratio")
-    header = (*header, "peak", "peak " + BOTH, "held", "samples")
+    times = (FORWARD, "ratio", BACKWARD, BOTH, "ratio")
+    header = ("competitor", *times, "peak", "peak " + BOTH, "held", "samples")
     rows: list[Sequence[object] | str] = []
     for group in _by_case(records):
         ours = _ours(group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from foveal.bench.measure import ratio, summarise
 from foveal.bench.record import MEASURED, Record
@@ -27,13 +26,30 @@ class Judgement:
         return {True: "met", False: "NOT MET", None: "not measured"}[self.met]
 
 
-class Requirement(Protocol):
-    def judge(self, records: Sequence[Record]) -> Judgement: ...
+class Requirement:
+    """A claim about the records of a run."""
+
+    def judge(self, records: Sequence[Record]) -> Judgement:
+        try:
+            measured, met = self._measured(records)
+        except _MissingError as reason:
+            return Judgement(self._claim(records), self._needed(), str(reason), None)
+        return Judgement(self._claim(records), self._needed(), measured, met)
+
+    def _claim(self, records: Sequence[Record]) -> str:
+        raise NotImplementedError
+
+    def _needed(self) -> str:
+        raise NotImplementedError
+
+    def _measured(self, records: Sequence[Record]) -> tuple[str, bool]:
+        """What was found, and whether it is enough; raises _MissingError."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class FasterThan:
-    """Ours takes at most 1 / `at_least` of the peer's time, by the median of paired samples."""
+class FasterThan(Requirement):
+    """The peer takes at least `at_least` times our time, by the median of paired samples."""
 
     peer: str
     case: str
@@ -41,45 +57,43 @@ class FasterThan:
     at_least: float
     goal: float | None = None
 
-    def judge(self, records: Sequence[Record]) -> Judgement:
-        claim = f"{self.case}: {self.part}, times faster than {_title(records, self.peer)}"
-        needed = f">= {self.at_least:g}x" + (f" (goal {self.goal:g}x)" if self.goal else "")
-        ours, peer = _find(records, self.case, OURS), _find(records, self.case, self.peer)
-        missing = _missing(ours, self.part) or _missing(peer, self.part)
-        if missing:
-            return Judgement(claim, needed, missing, None)
-        assert ours is not None and peer is not None
-        factor = ratio(peer.samples[self.part], ours.samples[self.part])
+    def _claim(self, records: Sequence[Record]) -> str:
+        return f"{self.case}, {self.part}: speed over {_title(records, self.peer)}"
+
+    def _needed(self) -> str:
+        return f">= {self.at_least:g}x" + (f" (goal {self.goal:g}x)" if self.goal else "")
+
+    def _measured(self, records: Sequence[Record]) -> tuple[str, bool]:
+        ours = _samples(records, self.case, OURS, self.part)
+        factor = ratio(_samples(records, self.case, self.peer, self.part), ours)
         shown = f"{factor.median:.1f}x ({factor.low:.1f} to {factor.high:.1f})"
-        return Judgement(claim, needed, shown, factor.median >= self.at_least)
+        return shown, factor.median >= self.at_least
 
 
 @dataclass(frozen=True)
-class AtMostTakes:
-    """Our peak memory is at most `share` of the peer's."""
+class AtMostTakes(Requirement):
+    """Our peak memory stays below `share` of the peer's."""
 
     peer: str
     case: str
     part: str
     share: float
 
-    def judge(self, records: Sequence[Record]) -> Judgement:
-        claim = f"{self.case}: {self.part}, peak memory over that of {_title(records, self.peer)}"
-        needed = f"< 1/{1 / self.share:g}"
-        ours, peer = _find(records, self.case, OURS), _find(records, self.case, self.peer)
-        for record in (ours, peer):
-            if record is None or record.peak_bytes.get(self.part) is None:
-                return Judgement(
-                    claim, needed, _missing(record, self.part) or "no memory count", None
-                )
-        assert ours is not None and peer is not None
-        mine, theirs = ours.peak_bytes[self.part], peer.peak_bytes[self.part]
-        shown = f"1/{theirs / max(mine, 1):.1f} ({mine / 1e6:.1f} of {theirs / 1e6:.0f} MB)"
-        return Judgement(claim, needed, shown, mine < self.share * theirs)
+    def _claim(self, records: Sequence[Record]) -> str:
+        return f"{self.case}, {self.part}: memory over {_title(records, self.peer)}"
+
+    def _needed(self) -> str:
+        return f"< 1/{1 / self.share:g}"
+
+    def _measured(self, records: Sequence[Record]) -> tuple[str, bool]:
+        ours = _peak(records, self.case, OURS, self.part)
+        peer = _peak(records, self.case, self.peer, self.part)
+        shown = f"1/{peer / max(ours, 1):.1f} ({ours / 1e6:.1f} of {peer / 1e6:.0f} MB)"
+        return shown, ours < self.share * peer
 
 
 @dataclass(frozen=True)
-class AtMostGrows:
+class AtMostGrows(Requirement):
     """From the smaller case to the larger our median time grows at most by `factor`."""
 
     smaller: str
@@ -87,34 +101,44 @@ class AtMostGrows:
     part: str
     factor: float
 
-    def judge(self, records: Sequence[Record]) -> Judgement:
-        claim = f"{self.smaller} to {self.larger}: {self.part}, growth of our time"
-        needed = f"<= {self.factor:g}x"
-        small, large = _find(records, self.smaller, OURS), _find(records, self.larger, OURS)
-        missing = _missing(small, self.part) or _missing(large, self.part)
-        if missing:
-            return Judgement(claim, needed, missing, None)
-        assert small is not None and large is not None
-        growth = (
-            summarise(large.samples[self.part]).median / summarise(small.samples[self.part]).median
-        )
-        return Judgement(claim, needed, f"{growth:.2f}x", growth <= self.factor)
+    def _claim(self, records: Sequence[Record]) -> str:
+        return f"{self.smaller} to {self.larger}, {self.part}: growth of time"
+
+    def _needed(self) -> str:
+        return f"<= {self.factor:g}x"
+
+    def _measured(self, records: Sequence[Record]) -> tuple[str, bool]:
+        small = summarise(_samples(records, self.smaller, OURS, self.part)).median
+        large = summarise(_samples(records, self.larger, OURS, self.part)).median
+        return f"{large / small:.2f}x", large / small <= self.factor
 
 
-def _find(records: Sequence[Record], case: str, competitor: str) -> Record | None:
-    return next((r for r in records if r.name == case and r.competitor == competitor), None)
+class _MissingError(Exception):
+    """Why a requirement cannot be judged."""
+
+
+def _record(records: Sequence[Record], case: str, competitor: str) -> Record:
+    for record in records:
+        if record.name == case and record.competitor == competitor:
+            if record.status != MEASURED:
+                raise _MissingError(f"{record.status}: {record.reason}")
+            return record
+    raise _MissingError(NOT_IN_RUN)
+
+
+def _samples(records: Sequence[Record], case: str, competitor: str, part: str) -> Sequence[float]:
+    record = _record(records, case, competitor)
+    if part not in record.samples:
+        raise _MissingError(record.pass_reasons.get(part, "this pass was not timed"))
+    return record.samples[part]
+
+
+def _peak(records: Sequence[Record], case: str, competitor: str, part: str) -> int:
+    record = _record(records, case, competitor)
+    if part not in record.peak_bytes:
+        raise _MissingError(record.pass_reasons.get(part, "memory cannot be counted here"))
+    return record.peak_bytes[part]
 
 
 def _title(records: Sequence[Record], competitor: str) -> str:
     return next((r.title for r in records if r.competitor == competitor), competitor)
-
-
-def _missing(record: Record | None, part: str) -> str:
-    """Why there are no samples, or nothing."""
-    if record is None:
-        return NOT_IN_RUN
-    if record.status != MEASURED:
-        return f"{record.status}: {record.reason}"
-    if part not in record.samples:
-        return record.pass_reasons.get(part, "this pass was not timed")
-    return ""

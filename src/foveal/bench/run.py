@@ -15,7 +15,15 @@ from foveal.bench import record
 from foveal.bench.baselines import Competitor, Prepared
 from foveal.bench.cases import Case
 from foveal.bench.gate import Gate
-from foveal.bench.measure import BACKWARD, BOTH, FORWARD, Budget, measure, peak_memory
+from foveal.bench.measure import (
+    BACKWARD,
+    BOTH,
+    DEFAULT_BUDGET,
+    FORWARD,
+    Budget,
+    measure,
+    peak_memory,
+)
 from foveal.bench.ours import Foveal
 from foveal.bench.record import Record, RecordFile
 
@@ -31,7 +39,7 @@ class Job:
     peers: tuple[Competitor, ...]
     device: torch.device
     file: RecordFile
-    budget: Budget = Budget()
+    budget: Budget = DEFAULT_BUDGET
     command: str = ""
     run_id: str = field(default_factory=lambda: f"{_now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}")
 

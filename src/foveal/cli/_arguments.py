@@ -87,17 +87,18 @@ def pattern(text: str) -> Pattern:
         return _joined(_parsed(text))
     except SyntaxError as error:
         raise PatternError("pattern", repr(text), f"it does not parse: {error.msg}") from None
-    except _Unreadable as error:
+    except _UnreadableError as error:
         raise PatternError("pattern", repr(text), str(error)) from None
 
 
 def score(text: str) -> Score:
     """A score written as in Python: `Softmax(soft_cap=30.0)`."""
     try:
-        return _constructed(_parsed(text), "score", _SCORES)
+        built: Score = _constructed(_parsed(text), "score", _SCORES)
+        return built
     except SyntaxError as error:
         raise ScoreError("score", repr(text), f"it does not parse: {error.msg}") from None
-    except _Unreadable as error:
+    except _UnreadableError as error:
         raise ScoreError("score", repr(text), str(error)) from None
 
 
@@ -106,13 +107,13 @@ def reads_as_pattern(text: str) -> bool:
     return not text.isidentifier() or text in PATTERNS
 
 
-class _Unreadable(Exception):
+class _UnreadableError(Exception):
     """A well-formed expression that is not a pattern or a score."""
 
 
 def _parsed(text: str) -> ast.expr:
     if len(text) > _LONGEST:
-        raise _Unreadable(f"at most {_LONGEST} characters are needed")
+        raise _UnreadableError(f"at most {_LONGEST} characters are needed")
     return ast.parse(text.strip(), mode="eval").body
 
 
@@ -122,8 +123,9 @@ def _joined(node: ast.expr) -> Pattern:
             if isinstance(node.op, kind):
                 joined: Pattern = join(_joined(node.left), _joined(node.right))
                 return joined
-        raise _Unreadable("patterns are joined by & and | only")
-    return _constructed(node, "pattern", PATTERNS)
+        raise _UnreadableError("patterns are joined by & and | only")
+    built: Pattern = _constructed(node, "pattern", PATTERNS)
+    return built
 
 
 def _constructed(node: ast.expr, kind: str, known: dict[str, Callable[..., Any]]) -> Any:
@@ -133,19 +135,19 @@ def _constructed(node: ast.expr, kind: str, known: dict[str, Callable[..., Any]]
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
         name = ast.Name(name.attr)
     if not isinstance(name, ast.Name):
-        raise _Unreadable(f"{ast.unparse(node)} is not a {kind}; write {_example(kind)}")
+        raise _UnreadableError(f"{ast.unparse(node)} is not a {kind}; write {_example(kind)}")
     if name.id not in known:
         raise UnknownNameError(kind, name.id, tuple(known))
     build = known[name.id]
     arguments = [_literal(each) for each in positional]
     options = {each.arg: _literal(each.value) for each in named if each.arg is not None}
     if len(options) < len(named):
-        raise _Unreadable("** is not understood; write each argument by its name")
+        raise _UnreadableError("** is not understood; write each argument by its name")
     try:
         bound = inspect.signature(build).bind(*arguments, **options)
     except TypeError as error:
         signature = ", ".join(str(p) for p in _untyped(build))
-        raise _Unreadable(f"{error}; {name.id}({signature}) is needed") from None
+        raise _UnreadableError(f"{error}; {name.id}({signature}) is needed") from None
     return functools.partial(build, *bound.args, **bound.kwargs)()
 
 
@@ -153,7 +155,9 @@ def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise _Unreadable(f"{ast.unparse(node)} is not a literal number, tuple or text") from None
+        raise _UnreadableError(
+            f"{ast.unparse(node)} is not a literal number, tuple or text"
+        ) from None
 
 
 def _untyped(build: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for everything longer than two seconds; plain lines where it is no terminal."""
+"""A progress bar on stderr for everything longer than two seconds."""
 
 from __future__ import annotations
 

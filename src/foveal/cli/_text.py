@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
 _NARROWEST, _WIDEST = 60, 120
+_SECTION = re.compile(r" +((?:Shapes|Options|Cost|Limits|Equals|Paper): )")
 
 
 def columns() -> int:
@@ -30,11 +33,21 @@ def fields(pairs: Iterable[tuple[str, str]], indent: int = 11) -> str:
     return "\n".join(field(label, text, indent) for label, text in pairs)
 
 
-def preformatted(label: str, text: str, indent: int = 11) -> str:
-    """As `field`, with the lines of the text kept."""
-    lines = text.splitlines() or [""]
-    first = f"{label:<{indent - 1}} {lines[0]}".rstrip()
-    return "\n".join([first, *(f"{'':<{indent}}{line}".rstrip() for line in lines[1:])])
+def formula(text: str, indent: int = 11) -> str:
+    """Prose of a docstring wrapped; its indented lines kept, those too long continued further in."""
+    room = columns() - indent
+    lines: list[str] = []
+    for is_prose, group in itertools.groupby(
+        text.splitlines(), lambda line: line[:1].strip() != ""
+    ):
+        if is_prose:
+            for paragraph in _SECTION.sub(r"\n\1", " ".join(group)).splitlines():
+                lines += textwrap.wrap(paragraph, room, break_on_hyphens=False)
+            continue
+        for line in group:
+            own = " " * (len(line) - len(line.lstrip()) + 2)
+            lines += textwrap.wrap(line, room, subsequent_indent=own) or [""]
+    return "\n".join(f"{'':<{indent}}{line}".rstrip() for line in lines)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveal._errors import FovealError, MissingDependencyError, UnknownNameError
+from foveal._errors import FovealError, MissingDependencyError
 from foveal.cli._progress import Progress
 
 if TYPE_CHECKING:
@@ -31,15 +32,17 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure time and memory against peers",
-        description="Time and memory of a suite or a system of the catalogue, against its peers. Every "
-        "competitor must first agree with the float64 reference; what does not is never timed.",
+        description="Time and memory of a suite or a system of the catalogue, against its peers. "
+        "Every competitor must first agree with the float64 reference; what does not is never timed.",
         epilog="Exit status: 0; 1 when a gate is red, a requirement is missed or --compare finds a "
-        "slowdown; 2 for bad usage. Results are kept in %s/ and survive an interruption." % RESULTS,
+        f"slowdown; 2 for bad usage. Results are kept in {RESULTS}/ and survive an interruption.",
     )
     parser.add_argument("name", nargs="?", help="a suite or a system of the catalogue")
     parser.add_argument("--suite", help="a suite: cpu, demo, smoke (default)")
     parser.add_argument("--only", metavar="TEXT", help="only cases with TEXT in their name")
-    parser.add_argument("--against", metavar="A,B", help="peers by name, or none; default: the suite's")
+    parser.add_argument(
+        "--against", metavar="A,B", help="peers by name, or none; default: the suite's"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=_DTYPES, help="instead of the precision of the cases")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
@@ -49,7 +52,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue --out, or the newest run")
     parser.add_argument("--html", type=Path, metavar="FILE", help="default: report.html in --out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--render", type=Path, metavar="RUN", help="print and render an old run again")
+    parser.add_argument(
+        "--render", type=Path, metavar="RUN", help="print and render an old run again"
+    )
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="mark what moved beyond noise"
     )
@@ -58,18 +63,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        if args.compare:
-            return _compare(*args.compare, as_json=args.json)
-        if args.render:
-            return _render(args)
-        return _measure(args)
-    except (UnknownNameError, _Usage) as error:
-        print(f"foveal bench: {error}", file=sys.stderr)
-        return 2
+    if args.compare:
+        return _compare(args.compare[0], args.compare[1], args.json)
+    if args.render:
+        return _render(args)
+    return _measure(args)
 
 
-class _Usage(FovealError):
+class _UsageError(FovealError):
     """Options that do not fit together."""
 
 
@@ -85,6 +86,7 @@ def _measure(args: argparse.Namespace) -> int:
     folder = _folder(args, suite.name)
     file = RecordFile(folder / "records.jsonl")
     job = _job(args, suite, file)
+    _warn_if_busy()
     interrupted = False
     try:
         with Progress(f"bench {suite.name}") as progress:
@@ -104,9 +106,24 @@ def _measure(args: argparse.Namespace) -> int:
     if records:
         _write_html(records, judgements, args.html or folder / "report.html", suite)
     if interrupted:
-        print(f"interrupted; {file.path} keeps what was measured, --resume continues it", file=sys.stderr)
+        print(
+            f"interrupted; {file.path} keeps what was measured, --resume continues it",
+            file=sys.stderr,
+        )
         return _INTERRUPTED
     return _status(records, judgements)
+
+
+def _warn_if_busy() -> None:
+    from foveal.bench.record import load
+
+    busy, cores = load(), os.cpu_count() or 1
+    if busy is not None and busy > max(cores / 2, 1):
+        print(
+            f"the machine is busy (load {busy:g} on {cores} cores): threads that wait for each "
+            "other make such timings useless",
+            file=sys.stderr,
+        )
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -121,7 +138,9 @@ def _render(args: argparse.Namespace) -> int:
         print(terminal(records), end="\n\n")
         if judgements:
             print(terminal_judgements(judgements), end="\n\n")
-    _write_html(records, judgements, args.html or _records_path(args.render).with_name("report.html"))
+    _write_html(
+        records, judgements, args.html or _records_path(args.render).with_name("report.html")
+    )
     return _status(records, judgements)
 
 
@@ -164,12 +183,16 @@ def _suite(args: argparse.Namespace) -> Suite:
 
     name = args.suite or args.name or "smoke"
     if args.suite and args.name:
-        raise _Usage(f"name: got {args.name!r} and --suite {args.suite}; one of the two is needed")
+        raise _UsageError(
+            f"name: got {args.name!r} and --suite {args.suite}; one of the two is needed"
+        )
     if args.suite or name in {each.name for each in SUITES}:
         return suite(name)
+    import torch
+
     from foveal.systems import system
 
-    return system_suite(system(name))
+    return system_suite(system(name), torch.device(args.device))
 
 
 def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
@@ -182,13 +205,17 @@ def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
 
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise _Usage("--device: got cuda; this machine has no CUDA device that PyTorch can use")
+        raise _UsageError(
+            "--device: got cuda; this machine has no CUDA device that PyTorch can use"
+        )
     names = suite.against
     if args.against:
         names = () if args.against == "none" else tuple(args.against.split(","))
     cases = tuple(case for case in suite.cases if (args.only or "") in case.name)
     if not cases:
-        raise _Usage(f"--only: got {args.only!r}; the cases are {[c.name for c in suite.cases]}")
+        raise _UsageError(
+            f"--only: got {args.only!r}; the cases are {[c.name for c in suite.cases]}"
+        )
     cases = with_dtype(cases, getattr(torch, args.dtype) if args.dtype else None)
     if args.passes == "forward":
         cases = tuple(replace(case, backward=False) for case in cases)
@@ -200,11 +227,13 @@ def _folder(args: argparse.Namespace, name: str) -> Path:
     if args.resume:
         runs = [args.out] if args.out else sorted(RESULTS.glob(f"{name}-*"))
         if not runs:
-            raise _Usage(f"--resume: got no run of {name} in {RESULTS}/; one is needed to continue it")
+            raise _UsageError(
+                f"--resume: got no run of {name} in {RESULTS}/; one is needed to continue it"
+            )
         return Path(runs[-1])
     folder: Path = args.out or RESULTS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "records.jsonl").exists():
-        raise _Usage(f"--out: got {folder}, which holds a run; --resume continues it")
+        raise _UsageError(f"--out: got {folder}, which holds a run; --resume continues it")
     return folder
 
 
@@ -213,7 +242,7 @@ def _read(path: Path) -> list[Record]:
 
     records = RecordFile(_records_path(path)).read()
     if not records:
-        raise _Usage(f"{path}: got no records; a run folder or a records.jsonl is needed")
+        raise _UsageError(f"{path}: got no records; a run folder or a records.jsonl is needed")
     return records
 
 
@@ -222,7 +251,10 @@ def _records_path(path: Path) -> Path:
 
 
 def _write_html(
-    records: Sequence[Record], judgements: Sequence[Judgement], path: Path, suite: Suite | None = None
+    records: Sequence[Record],
+    judgements: Sequence[Judgement],
+    path: Path,
+    suite: Suite | None = None,
 ) -> None:
     from foveal.bench.report import html
 

@@ -7,7 +7,7 @@ import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
-from foveal._errors import DeviceError, UnknownNameError
+from foveal._errors import DeviceError, PatternError, UnknownNameError
 from foveal.cli import _arguments as arguments
 from foveal.cli._text import field, grid_text
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         help="what a call would run, visit and cost",
         description="The plan of one call: which implementation runs and why the others refuse, "
         "tiles visited, FLOPs, bytes, and the time that this device needs at least. Nothing is "
-        "computed, so any size is allowed.",
+        "computed and no tensor is allocated.",
         epilog="Examples: foveal explain gna --grid 96x96;  foveal explain 'Sliding(512)' --grid "
         "16384;  foveal explain 'Neighborhood(window=13, dilation=2) & Causal()' --grid 64x64",
     )
@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
         pattern: Pattern = arguments.pattern(args.what)
         score: Score = foveal.Softmax()
         if options:
-            raise UnknownNameError("option of a pattern expression", next(iter(options)), ())
+            name, value = next(iter(options.items()))
+            raise PatternError(name, value, "a pattern expression carries its own options")
     else:
         system = find(args.what)
         shape = _Shape(args, system.reference_shapes[0] if system.reference_shapes else {})
@@ -191,7 +192,7 @@ class _Shape:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items()}
+        return dict(vars(self))
 
     def __str__(self) -> str:
         keys = "" if self.kv_grid == self.q_grid else f" on {grid_text(self.kv_grid)} keys"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from foveal.cli._text import columns, field, table
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from foveal.systems.base import System
 
 _WIDE = 110
+_FOOT = (
+    "reference, cpu, sdpa: whether it runs the defaults on the CPU; cuda: what runs them on a GPU. "
+    "`foveal show NAME` has the reasons, the formula and a picture."
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for family in dict.fromkeys(entry.family for entry in entries):
         members = [entry for entry in entries if entry.family == family]
         print(_family_table(family, members), end="\n\n")
-    print("yes: runs it with default options; `foveal show NAME` has the reasons and a picture")
+    print(textwrap.fill(_FOOT, columns()))
     return 0
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal.layers.heads import each
 from foveal.patterns import Dense
 from foveal.scores import Softmax
 
@@ -17,31 +18,32 @@ from foveal.scores import Softmax
 def attend_lines(q: Tensor, k: Tensor, v: Tensor, axis: Literal[0, 1]) -> Tensor:
     """o = softmax(q' k'^T) v + q', q' and k' of length 1; tokens are the lines along `axis`.
 
-    With axis 0 the tokens are the H rows and a token's feature the W * D numbers of its row and head;
-    with axis 1 the W columns, of H * D numbers.
+    With axis 0 the tokens are the H rows and a token's feature the W * D numbers of its row and
+    head; with axis 1 the W columns, of H * D numbers.
 
     Shapes: q, k, v and o [B, H, W, heads, D].
     """
     if axis == 1:
-        turned = (x.transpose(1, 2) for x in (q, k, v))
-        return attend_lines(*turned, axis=0).transpose(1, 2)
+        turned = each(lambda x: x.transpose(1, 2), q, k, v)
+        return attend_lines(*turned, 0).transpose(1, 2)
     width = q.shape[2]
-    q, k, v = (x.transpose(2, 3).flatten(3) for x in (q, k, v))  # [B, H, heads, W D]
+    q, k, v = each(lambda x: x.transpose(2, 3).flatten(3), q, k, v)  # [B, H, heads, W D]
     q, k = normalize(q, dim=-1), normalize(k, dim=-1)
     o = attend(q, k, v, Dense(), Softmax(scale=1.0)) + q
-    return o.unflatten(3, (width, -1)).transpose(2, 3)
+    return o.view(*o.shape[:3], width, -1).transpose(2, 3)
 
 
 class CrossAxisAttention(nn.Module):
     """The multi-scale cross-axis attention of MCANet.
 
-    a and b are sums of three horizontal and of three vertical depthwise convolutions of norm(x), both
-    through one 1x1 convolution P.  Rows attend with q = b, k = v = a, columns with q = a, k = v = b, and
-    y = P(rows) + P(columns) + x.
+    a and b are sums of three horizontal and of three vertical depthwise convolutions of norm(x),
+    both through one 1x1 convolution P.  Rows attend with q = b, k = v = a, columns with q = a, k =
+    v = b, and y = P(rows) + P(columns) + x.
 
     Shapes: x and y [B, dim, H, W].
     Options: heads divides dim; sizes of the strip convolutions are odd.
-    Paper: MCANet (2312.08866); the temperature of its released code is not used there, and is left out.
+    Paper: MCANet (2312.08866); the temperature of its released code is not used there, and is left
+    out.
     """
 
     def __init__(self, dim: int, heads: int = 8, sizes: tuple[int, ...] = (7, 11, 21)) -> None:
@@ -58,7 +60,7 @@ class CrossAxisAttention(nn.Module):
         normed = self.norm(x.movedim(1, -1)).movedim(-1, 1)
         a = self._heads(torch.stack([strip(normed) for strip in self.horizontal]).sum(0))
         b = self._heads(torch.stack([strip(normed) for strip in self.vertical]).sum(0))
-        rows, columns = attend_lines(b, a, a, axis=0), attend_lines(a, b, b, axis=1)
+        rows, columns = attend_lines(b, a, a, 0), attend_lines(a, b, b, 1)
         y: Tensor = x
         for part in (rows, columns):
             y = y + self.proj(part.flatten(-2).movedim(-1, 1))
@@ -66,8 +68,8 @@ class CrossAxisAttention(nn.Module):
 
     def _heads(self, image: Tensor) -> Tensor:
         """[B, H, W, heads, D] of an image [B, dim, H, W], projected."""
-        projected: Tensor = self.proj(image)
-        return projected.movedim(1, -1).unflatten(-1, (self.heads, -1))
+        projected: Tensor = self.proj(image).movedim(1, -1).unflatten(-1, (self.heads, -1))
+        return projected
 
 
 def _strip(dim: int, size: tuple[int, int]) -> nn.Conv2d:

@@ -60,12 +60,14 @@ def rotate(x: Tensor, place: Tensor, lowest: float = 1 / 64) -> Tensor:
 class FactorisedAxesAttention(nn.Module):
     """One layer of IFactFormer-m, iterated `iterations` times: u <- u + layer(u) / iterations.
 
-    Per axis a: u_a = MLP(mean over the other axes of W_in norm(u)), q_a, k_a linear in u_a and rotated by
-    the coordinate; `mix_axes` acts on v = W_v norm(u); then InstanceNorm and two linear maps with a GELU.
+    Per axis a: u_a = MLP(mean over the other axes of W_in norm(u)), q_a, k_a linear in u_a and
+    rotated by the coordinate; `mix_axes` acts on v = W_v norm(u); then InstanceNorm and two linear
+    maps with a GELU.
 
-    Shapes: u and y [B, X, Y, Z, dim]; coordinates, one [n] per axis, default evenly spaced in [0, 1).
-    Options: heads of head_dim; q and k have multiplier * head_dim, scaled by its -1/2 power only when
-    multiplier > 4.  On an uneven grid nothing weighs the sum, as in the released code.
+    Shapes: u and y [B, X, Y, Z, dim]; coordinates, one [n] per axis, default evenly spaced in [0,
+    1).
+    Options: heads of head_dim; q and k have multiplier * head_dim, scaled by its -1/2 power only
+    when multiplier > 4.  On an uneven grid nothing weighs the sum, as in the released code.
     Paper: IFactFormer-m (2412.18840).
     """
 
@@ -90,9 +92,7 @@ class FactorisedAxesAttention(nn.Module):
             nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
             for _ in range(axes)
         )
-        self.qk = nn.ModuleList(nn.Linear(dim, 2 * heads * width, bias=False) for _ in range(axes))
-        for linear in self.qk:
-            nn.init.xavier_uniform_(linear.weight, gain=0.02)
+        self.qk = nn.ModuleList(_near_zero(dim, 2 * heads * width) for _ in range(axes))
         self.v = nn.Linear(dim, heads * head_dim, bias=False)
         self.leave = nn.Sequential(
             nn.Linear(axes * heads * head_dim, dim, bias=False), nn.GELU(), nn.Linear(dim, dim)
@@ -123,3 +123,9 @@ class FactorisedAxesAttention(nn.Module):
         variance, mean = torch.var_mean(y, dim=grid, correction=0, keepdim=True)
         left: Tensor = self.leave((y - mean) * torch.rsqrt(variance + 1e-5))
         return left
+
+
+def _near_zero(dim: int, width: int) -> nn.Linear:
+    linear = nn.Linear(dim, width, bias=False)
+    nn.init.xavier_uniform_(linear.weight, gain=0.02)
+    return linear

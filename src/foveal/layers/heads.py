@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from foveal._errors import ShapeError
+
+
+def each(
+    change: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same change of layout of q, k and v."""
+    return change(q), change(k), change(v)
 
 
 class Projections(nn.Module):

@@ -85,7 +85,7 @@ class MedViTAttention(nn.Module):
         batch, dim, height, width = x.shape
         normed = self.norm(x)
         if self.released_layout:
-            y = self.attention(normed.reshape(batch, height, width, dim))
-            return x + y.reshape(batch, dim, height, width)
-        y = self.attention(normed.permute(0, 2, 3, 1))
-        return x + y.permute(0, 3, 1, 2)
+            mixed: Tensor = self.attention(normed.reshape(batch, height, width, dim))
+            return x + mixed.reshape(batch, dim, height, width)
+        mixed = self.attention(normed.movedim(1, -1))
+        return x + mixed.movedim(-1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
-from foveal.layers.heads import MultiHead, Projections
+from foveal.layers.heads import MultiHead, Projections, each
 from foveal.patterns import Causal, Documents, Fixed, Partition, Pattern, Sliding, Strided
 
 Kind = Literal["strided", "fixed"]
@@ -44,19 +45,23 @@ def factorised(
         raise ShapeError(
             "q", list(q.shape), "an even number of heads is needed to give half to each pattern"
         )
-    halves = [x.chunk(2, dim=-2) if x.shape[-2] > 1 else (x, x) for x in (q, k, v)]
-    outputs = [attend(*x, p) for *x, p in zip(*halves, (near, far), strict=True)]
-    return torch.cat(outputs, dim=-2)
+    first, second = (each(partial(_half, number), q, k, v) for number in (0, 1))
+    return torch.cat([attend(*first, near), attend(*second, far)], dim=-2)
+
+
+def _half(number: int, x: Tensor) -> Tensor:
+    """The first or the second half of the heads; a single head is in both."""
+    return x.chunk(2, dim=-2)[number] if x.shape[-2] > 1 else x
 
 
 class SparseTransformerAttention(MultiHead):
     """Causal attention in two sparse factors.
 
     Shapes: x and y [B, L, dim].
-    Options: kind "strided" (the last `stride` tokens; every stride-th token) or "fixed" (the own block
-    of `stride` tokens; also the last `summary` tokens of every block); arrangement "split" gives each
-    factor half of the heads, "interleaved" one factor per layer by the parity of `depth`, "merged" the
-    union to every head.
+    Options: kind "strided" (the last `stride` tokens; every stride-th token) or "fixed" (the own
+    block of `stride` tokens; also the last `summary` tokens of every block); arrangement "split"
+    gives each factor half of the heads, "interleaved" one factor per layer by the parity of
+    `depth`, "merged" the union to every head.
     Paper: Generating Long Sequences with Sparse Transformers (1904.10509).
     """
 
@@ -84,13 +89,14 @@ class SparseTransformerAttention(MultiHead):
 class ChunkedEncoder(nn.Module):
     """Transformer layers on overlapping chunks of documents, of which the middles are kept.
 
-    Every chunk of `chunk` tokens is encoded together with `overlap` tokens on both sides; the overlap is
-    recomputed for each chunk, so two layers are not two applications of one local pattern.
-    Chunks and documents are packed one after the other: padding is never computed.
+    Every chunk of `chunk` tokens is encoded together with `overlap` tokens on both sides; the
+    overlap is recomputed for each chunk, so two layers are not two applications of one local
+    pattern. Chunks and documents are packed one after the other: padding is never computed.
 
-    Shapes: x and y [B, L, dim]; lengths int64 [B], the tokens before the padding, default L; y is 0 on
-    padding.  positions [chunk + 2 overlap, dim], learned, added by the place in the chunk.
-    Equals: with one layer and no positions, one layer with Partition(chunk, before=overlap, after=overlap).
+    Shapes: x and y [B, L, dim]; lengths int64 [B], the tokens before the padding, default L; y is 0
+    on padding.  positions [chunk + 2 overlap, dim], learned, added by the place in the chunk.
+    Equals: with one layer and no positions, one layer with Partition(chunk, before=overlap,
+    after=overlap).
     Paper: Local Self-Attention over Long Text for Efficient Document Retrieval (2005.04908).
     """
 
@@ -121,7 +127,7 @@ class ChunkedEncoder(nn.Module):
             packed = layer(packed, cu_seqlens)
         kept = (places >= self.overlap) & (places < self.overlap + self.chunk)
         y = torch.zeros_like(x.flatten(0, 1)).index_copy(0, tokens[kept], packed[0, kept])
-        return y.unflatten(0, x.shape[:2])
+        return y.view_as(x)
 
     def _packed(self, lengths: list[int], stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Token and place in its chunk of everything to encode, and where chunks begin."""

@@ -22,8 +22,8 @@ Latitudes = Literal["equiangular", "gauss-legendre"]
 def latitude_weights(count: int, latitudes: Latitudes = "equiangular") -> Tensor:
     """Weights of a quadrature over cos(colatitude), which sum to 2.  float64 [count]
 
-    Options: "equiangular": rows at pi t / (count - 1), poles included, Clenshaw-Curtis weights, exact for
-    polynomials up to degree count - 1; "gauss-legendre": exact up to degree 2 count - 1.
+    Options: "equiangular": rows at pi t / (count - 1), poles included, Clenshaw-Curtis weights,
+    exact for polynomials up to degree count - 1; "gauss-legendre": exact up to degree 2 count - 1.
     Limits: count >= 2 when equiangular, else >= 1.
     """
     if latitudes == "gauss-legendre":
@@ -39,9 +39,9 @@ def latitude_weights(count: int, latitudes: Latitudes = "equiangular") -> Tensor
     last = count - 1
     colatitude = torch.arange(count, dtype=torch.float64) * math.pi / last
     weights = torch.ones(count, dtype=torch.float64)
-    for n in range(1, last // 2 + 1):
-        half = 1 if 2 * n == last else 2
-        weights -= half * torch.cos(2 * n * colatitude) / (4 * n**2 - 1)
+    for degree in range(1, last // 2 + 1):
+        half = 1 if 2 * degree == last else 2
+        weights -= torch.cos(2 * degree * colatitude) * (half / (4 * degree**2 - 1))
     ends = torch.full((count,), 2.0, dtype=torch.float64)
     ends[0] = ends[-1] = 1.0
     return weights * ends / last
@@ -59,7 +59,8 @@ def area_score(grid: tuple[int, ...], latitudes: Latitudes = "equiangular") -> S
 class SphereAttention(MultiHead):
     """Global attention on the sphere: o_i = sum_j w_j exp(s_ij) v_j / sum_j w_j exp(s_ij).
 
-    Shapes: x and y [B, rows, columns, dim]; rows are colatitudes from pole to pole, columns longitudes.
+    Shapes: x and y [B, rows, columns, dim]; rows are colatitudes from pole to pole, columns
+    longitudes.
     Options: latitudes as in `latitude_weights`; the rest as in `MultiHead`.
     Paper: Attention on the Sphere (2505.11157).
     """

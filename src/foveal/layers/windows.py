@@ -90,8 +90,8 @@ class DilatedWindowAttention(MultiHead):
     """The two attentions of D-Former: groups of neighbours, or combs over the whole volume.
 
     Shapes: x and y [B, X, Y, Z, dim].
-    Options: scope "local": contiguous groups of `group` tokens per axis; "global": as many tokens per
-    axis, spread evenly over it.  A group longer than an axis becomes the axis.
+    Options: scope "local": contiguous groups of `group` tokens per axis; "global": as many tokens
+    per axis, spread evenly over it.  A group longer than an axis becomes the axis.
     Limits: with scope "global" the group must divide the grid.
     Paper: D-Former (2201.00462).
     """

@@ -136,7 +136,7 @@ class Pattern:
     @property
     def key(self) -> str:
         """A written identity, as the pattern is written in code; equal keys mean equal patterns."""
-        shown = []
+        shown: list[str] = []
         for entry in fields(self):  # type: ignore[arg-type]
             value = getattr(self, entry.name)
             if entry.default is MISSING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from foveal._errors import MissingDependencyError, PatternError
 from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern, per_axis
-from foveal.patterns.combine import Intersection, Union
 from foveal.probe.visits import Visits, visible, visits
 
 WIDTH, HEIGHT = 960, 640
@@ -38,13 +36,15 @@ def picture(
     q_grid: int | tuple[int, ...],
     kv_grid: int | tuple[int, ...] | None = None,
     title: str | None = None,
+    caption: str = "",
 ) -> str:
     """The pattern as one SVG document: its map of tiles, three queries with their keys, counts.
 
     Options: q_grid and kv_grid in tokens per axis (an integer is one axis; kv_grid None: the grid
-    of the queries); title, by default the class of the pattern.  Data-dependent patterns show the
-    first head of the first batch entry.  Tiles are chosen for the eye: `explain` tells those of an
-    engine.  Limits: raises PatternError where the pattern does not fit the grid.
+    of the queries); title, by default the class of the pattern, and a caption beside it.
+    Data-dependent patterns show the first head of the first batch entry.  Tiles are chosen for the
+    eye: `explain` tells those of an engine.
+    Limits: raises PatternError where the pattern does not fit the grid.
     """
     q_grid = per_axis(q_grid, 1)
     extent = Extent(q_grid, q_grid if kv_grid is None else per_axis(kv_grid, 1))
@@ -54,7 +54,8 @@ def picture(
     small = max(extent.Lq, extent.Lk) <= _MOST_ELEMENTS
     shown = visits(pattern, extent, with_elements=small)
     body = [
-        *_header(pattern, extent, shown, title or type(pattern).__name__),
+        *_title(title or type(pattern).__name__, caption),
+        *_header(pattern, extent, shown),
         *_map_panel(shown, extent),
     ]
     if len(extent.kv_grid) == 1:
@@ -75,30 +76,18 @@ def write_png(svg: str, path: Path) -> None:
     raise MissingDependencyError("cairosvg", "writing a PNG", "png")
 
 
-def written(pattern: Pattern) -> str:
-    """The pattern as one would type it: `Neighborhood(window=(7, 7)) & Causal()`."""
-    for kind, sign in ((Intersection, " & "), (Union, " | ")):
-        if isinstance(pattern, kind):
-            return sign.join(
-                f"({written(p)})" if isinstance(p, Intersection | Union) else written(p)
-                for p in pattern.members
-            )
-    if pattern.depends_on_data or not dataclasses.is_dataclass(pattern):
-        return pattern.key
-    given = (
-        f"{field.name}={getattr(pattern, field.name)!r}"
-        for field in dataclasses.fields(pattern)
-        if getattr(pattern, field.name) != field.default
-    )
-    return f"{type(pattern).__name__}({', '.join(given)})"
+def _title(title: str, caption: str) -> list[str]:
+    title = _shortened(title, 62)
+    name = escape(title)
+    rest = escape(_shortened(caption, 118 - 2 * len(title))) if len(title) < 50 else ""
+    beside = f'<tspan dx="14" font-size="13" font-weight="400" fill="{_SOFT}">{rest}</tspan>'
+    return [
+        f'<text x="32" y="46" font-size="22" font-weight="600">{name}{beside if rest else ""}</text>'
+    ]
 
 
-def _header(pattern: Pattern, extent: Extent, shown: Visits, title: str) -> list[str]:
-    lines = [_text(32, 46, title, size=22, weight=600)]
-    expression = written(pattern)
-    if len(expression) > 112:
-        expression = expression[:109] + "..."
-    lines.append(_text(32, 74, expression, size=13, fill=_SOFT, mono=True))
+def _header(pattern: Pattern, extent: Extent, shown: Visits) -> list[str]:
+    lines = [_text(32, 74, _shortened(pattern.key, 112), size=13, fill=_SOFT, mono=True)]
     queries, keys = _by(extent.q_grid), _by(extent.kv_grid)
     tokens = f"{queries} tokens" if queries == keys else f"{queries} queries, {keys} keys"
     order = ""
@@ -106,6 +95,8 @@ def _header(pattern: Pattern, extent: Extent, shown: Visits, title: str) -> list
         order = f"; sorted into {shown.parts} groups that are attended one by one"
     if shown.k_edges[-1] > extent.Lk:
         order += "; keys across the border are repeated"
+    if pattern.depends_on_data:
+        order += "; the first of the heads"
     lines.append(_text(32, 98, f"{tokens}{order}", size=13, fill=_SOFT))
     return lines
 
@@ -150,7 +141,7 @@ def _map_panel(shown: Visits, extent: Extent) -> list[str]:
     above = _TOP - (26 if raster else 10)
     lines.append(_text(_MAP_X + width / 2, above, f"{keys} \N{RIGHTWARDS ARROW}", anchor="middle"))
     if height > 160:
-        x, y = _MAP_X - (38 if raster else 14), _TOP + height / 2
+        x, y = _MAP_X - (16 + 7 * len(str(q_total)) if raster else 14), _TOP + height / 2
         turned = f'transform="rotate(-90 {x:.4g} {y:.4g})"'
         label = f"\N{LEFTWARDS ARROW} {queries}"
         lines.append(_text(x, y, label, anchor="middle", extra=turned))
@@ -407,6 +398,10 @@ def _by(sides: tuple[int, ...]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3].rstrip() + "..."
 
 
 def _px(value: float) -> str:

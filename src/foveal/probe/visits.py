@@ -79,7 +79,7 @@ def visits(pattern: Pattern, extent: Extent, with_elements: bool = False) -> Vis
     k_edges, k_cuts = _joined([each.k_sizes for each in maps])
     elements = None
     if with_elements:
-        elements = torch.block_diag(*(each.elements.float() for each in maps)).bool()  # type: ignore[no-untyped-call]
+        elements = torch.block_diag(*(each.elements.float() for each in maps)).bool()
     first = maps[0] if maps else None
     return Visits(
         states,
@@ -170,9 +170,10 @@ def _piece_map(piece: _Piece, volume: int, with_elements: bool) -> _Map:
 
 
 def tile_sides(grid: tuple[int, ...], volume: int) -> tuple[int, ...]:
-    """Sides of a box of about `volume` tokens that divides the grid into equal counts per axis."""
+    """Sides of a box of at least `volume` tokens that cuts every axis into about as many pieces."""
     sides = [1] * len(grid)
-    while math.prod(sides) < volume:
+    cube = len(set(grid)) == 1
+    while math.prod(sides) < volume or (cube and len(set(sides)) > 1):
         counts = [length / side for length, side in zip(grid, sides, strict=True)]
         if max(counts) <= 1:
             break

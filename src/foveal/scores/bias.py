@@ -108,7 +108,7 @@ class Alibi(Additive):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RelativeBias(Additive):
-    """s_ij += table[h, offset(i, j) + reach], offset per axis from the query to the key in steps of the pattern.
+    """s_ij += table[h, offset(i, j) + reach], offsets per axis from query to key in pattern steps.
 
     Shapes: table [Hq or 1, 2 reach + 1 per axis]; for a Neighborhood or Partition of window w a table of
     2 w - 1 per axis, as in the original neighborhood attention and in Swin.  A step is a token, or

@@ -91,9 +91,10 @@ class System:
 
     op(q, k, v, *, option=default, ...) is the operator as a function of tensors, with the paper's
     options; `layer` an nn.Module where the paper has one; `compose` the pattern and score behind
-    `op` where it is a composition of the two.  `kind` is "operator" or "model" (a whole network whose
-    distinctive layer is offered); `engine` the machine that runs it, "tile" or "torch" (plain products).
-    `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"} taken from the paper.
+    `op` where it is a composition of the two.  `kind` is "operator" or "model" (a whole network
+    whose distinctive layer is offered); `engine` the machine that runs it, "tile" or "torch" (plain
+    products). `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"} taken from the
+    paper.
     """
 
     name: str
@@ -118,11 +119,11 @@ class System:
         return MappingProxyType({name: options[name] for name in options if name not in _COMMON})
 
     def pattern(self, grid: tuple[int, ...], **options: Any) -> Pattern:
-        """Which pairs take part on a grid of keys; raises PatternError where there is no pattern."""
+        """Which pairs take part on a grid of keys; PatternError where nothing is selected."""
         return self._composed(grid, options)[0]
 
     def score(self, grid: tuple[int, ...], **options: Any) -> Score:
-        """How a pair counts on a grid of keys; raises PatternError where there is no pattern."""
+        """How a pair counts on a grid of keys; PatternError where nothing is selected."""
         return self._composed(grid, options)[1]
 
     def supports(
@@ -163,9 +164,7 @@ class System:
             for name, module in TILE_IMPLEMENTATIONS.items()
         }
 
-    def _composed(
-        self, grid: tuple[int, ...], options: Mapping[str, Any]
-    ) -> tuple[Pattern, Score]:
+    def _composed(self, grid: tuple[int, ...], options: Mapping[str, Any]) -> tuple[Pattern, Score]:
         if self.compose is None:
             raise PatternError("pattern", self.name, "a system that selects pairs is needed")
         return self.compose(tuple(grid), **options)
@@ -194,7 +193,9 @@ def attending(compose: Compose) -> Callable[..., Any]:
 
     del op.__wrapped__
     own = inspect.signature(op).parameters.values()
-    options = [p for p in inspect.signature(compose).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options = [
+        p for p in inspect.signature(compose).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
     fixed = [p for p in own if p.kind is not p.VAR_KEYWORD]
     op.__signature__ = inspect.Signature([*fixed, *options])  # type: ignore[attr-defined]
     return op

@@ -25,24 +25,34 @@ class Verdict:
         return f"{self.name}: error {self.error:.3g} {sign} {self.allowed:.3g} allowed"
 
 
-def check(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Verdict:
+def check(
+    name: str, got: Tensor, plain: Tensor, exact: Tensor, terms: Tensor | None = None
+) -> Verdict:
     """Whether `got` is as good as its precision allows.
 
     max |got - exact| <= 2 max |plain - exact| + eps max |exact|,  where `exact` is a float64
-    computation, `plain` the same computation in the precision under test, and eps one rounding in the
-    dtype of `got`.  Equal infinities have no error; a NaN on one side only has an infinite one.
+    computation, `plain` the same computation in the precision under test, and eps one rounding in
+    the dtype of `got`.  Equal infinities have no error; a NaN on one side only has an infinite one.
 
-    Shapes: all three equal.  A float64 result has no wider arithmetic: it gets 64 roundings instead.
+    `terms` are sums of the same terms without their signs, for results that cancel: the gradient of
+    q is exactly 0 where a query sees one key, and no precision gets there by subtracting; the
+    rounding is then that of the largest term, eps max(|exact|, |terms|).
+
+    Shapes: all equal.  A float64 result has no wider arithmetic: it gets 64 roundings.
     """
     exact = exact.detach().double()
     if not exact.numel():
         return Verdict(name, got.shape == exact.shape, 0.0, 0.0)
     roundings = _DOUBLE_BAND if got.dtype == torch.float64 else 1
-    size = torch.where(exact.isfinite(), exact.abs(), 0.0).amax()
-    band = roundings * torch.finfo(got.dtype).eps * float(size)
+    size = max(_size(exact), 0.0 if terms is None else _size(terms))
+    band = roundings * torch.finfo(got.dtype).eps * size
     error = float(_distance(got, exact).amax())
     allowed = 2 * float(_distance(plain, exact).amax()) + band
     return Verdict(name, error <= allowed, error, allowed)
+
+
+def _size(x: Tensor) -> float:
+    return float(torch.where(x.isfinite(), x.abs(), 0.0).amax())
 
 
 def _distance(got: Tensor, exact: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ def heads_last(case: Case) -> Callable[[Tensor], Tensor]:
     """The way back: [B, H, L, D] as [B, *grid, H, D]."""
 
     def back(tensor: Tensor) -> Tensor:
-        return tensor.transpose(1, 2).unflatten(1, case.grid)
+        tokens = tensor.transpose(1, 2)
+        return tokens.view(tokens.shape[0], *case.grid, *tokens.shape[2:])
 
     return back
 
@@ -127,7 +128,10 @@ def small_enough_to_mask(case: Case) -> str | None:
         return "its adapter writes static patterns as a mask only"
     if size <= MASK_LIMIT:
         return None
-    return f"the mask alone takes {size / 1e9:.1f} GB; this benchmark gives a mask up to {MASK_LIMIT / 1e9:.1f} GB"
+    return (
+        f"the mask alone takes {size / 1e9:.1f} GB; this benchmark gives a mask "
+        f"up to {MASK_LIMIT / 1e9:.1f} GB"
+    )
 
 
 def scale_of(case: Case) -> float | None:

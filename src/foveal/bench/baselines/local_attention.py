@@ -92,10 +92,10 @@ def _windows(pattern: Pattern, length: int) -> _Windows | None:
     if isinstance(pattern, Intersection) and causal and len(pattern.members) == 2:
         pattern = next(member for member in pattern.members if member != Causal())
     if isinstance(pattern, Sliding) and pattern.left and not pattern.sink_tokens:
-        size = math.gcd(pattern.left, pattern.right, length)
+        step = math.gcd(pattern.left, pattern.right, length)
         causal = causal or pattern.right == 0
-        forward = 0 if causal else pattern.right // size
-        return _Windows(size, pattern.left // size, forward, causal, exact=True)
+        forward = 0 if causal else pattern.right // step
+        return _Windows(step, pattern.left // step, forward, causal, exact=True)
     if not isinstance(pattern, Partition):
         return None
     size, before, after = pattern.size, pattern.before, pattern.after

@@ -35,8 +35,7 @@ def attend(
         v = v.repeat_interleave(problem.groups, dim=2)
     precision = torch.float64 if problem.dtype == torch.float64 else torch.float32
     task = whole_task(problem, pattern, score, geometry, q.device)
-    scaled = q.to(precision) * score.scale
-    o, lse = solve(task, scaled, k.to(precision), v.to(precision), _tiled)
+    o, lse = solve(task, q.to(precision), k.to(precision), v.to(precision), _tiled)
     return o.to(problem.dtype), lse
 
 
@@ -49,10 +48,9 @@ def _lists_per_query_head(problem: Problem, pattern: Pattern) -> bool:
 
 
 def _tiled(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Heads first, query heads grouped by the key head they share; q is scaled."""
-    kv_heads = k.shape[2]
-    q = q.transpose(1, 2).unflatten(1, (kv_heads, -1)).contiguous()  # [N, Hkv, G, Lq, D]
-    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()  # [N, Hkv, Lk, D]
-    o, lse = TiledAttention.apply(task, q, k, v, *task.score.parameters)
+    """Views with heads first, query heads grouped by the key head they share."""
+    q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))  # [N, Hkv, G, Lq, D]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [N, Hkv, Lk, D]
+    o, lse = TiledAttention.apply(task, q, k, v, *task.score.parameters)  # type: ignore[no-untyped-call]
     lse = lse.flatten(1, 2).transpose(1, 2) if task.with_lse else None
     return o.flatten(1, 2).transpose(1, 2), lse

@@ -27,8 +27,8 @@ class Chunk:
     sub_problems: int
 
     def of_tensor(self, x: Tensor) -> Tensor:
-        """[M, ...] view of x [N, Hkv, ...]"""
-        return x[self.batches, self.heads].flatten(0, 1)
+        """View [n, heads, ...] of x [N, Hkv, ...]"""
+        return x[self.batches, self.heads]
 
     def of_broadcast(self, x: Tensor) -> Tensor:
         """[M, ...] of x [N or 1, Hkv or 1, ...]"""
@@ -135,15 +135,16 @@ class Scorer:
 
     def weights(self, tile: Tile, q: Tensor, k: Tensor) -> Weights:
         """Weights of q [M, G rows, D] on k [M, columns, D]; they live in the workspace."""
-        products = self.workspace.matrices(*q.shape[:2], k.shape[1])
-        torch.bmm(q, k.transpose(1, 2), out=products)
+        score = self.task.score
+        products = self.workspace.matrices(q.shape[0], q.shape[1], k.shape[1])
+        torch.baddbmm(products, q, k.transpose(1, 2), beta=0, alpha=score.scale, out=products)
         slope = None
-        if (cap := self.task.score.soft_cap) is not None:
+        if (cap := score.soft_cap) is not None:
             products.div_(cap).tanh_()
             slope = 1 - products * products
             products.mul_(cap)
-        scores = products.view(len(q), -1, len(tile.q_tokens), k.shape[1])
-        for index, parameter in enumerate(self.parameters[: len(self.task.score.terms)]):
+        scores = products.view(len(q), -1, tile.height, k.shape[1])
+        for index, parameter in enumerate(self.parameters[: len(score.terms)]):
             scores += self._bias(index, parameter, tile)
         hidden = self._hide(tile, scores)
         blind = self._blind_rows(tile, scores)
@@ -173,13 +174,14 @@ class Scorer:
     def _bias(self, index: int, parameter: Tensor, tile: Tile) -> Tensor:
         """Values of one additive term on a tile.  [M or 1, G or 1, rows, columns]"""
         task, term = self.task, self.task.score.terms[index]
-        q_tokens = task.q_tokens[:, tile.q_tokens]
-        if tile.runs is not None:
-            k_tokens = task.k_tokens[:, tile.k_tokens]
-            values = term.values(parameter, q_tokens, k_tokens, task.geometry)
-        else:
+        rows, columns = tile.tokens()
+        q_tokens = task.q_tokens[:, rows]
+        if isinstance(tile.columns, Tensor):
             whole = term.values(parameter, q_tokens, task.k_tokens, task.geometry)
-            values = self.chunk.listed_values(whole, tile.k_tokens)
+            values = self.chunk.listed_values(whole, columns)
+        else:
+            k_tokens = task.k_tokens[:, columns]
+            values = term.values(parameter, q_tokens, k_tokens, task.geometry)
         return self.chunk.of_values(values)
 
     def sink(self) -> Tensor | None:
@@ -193,11 +195,14 @@ class Scorer:
         if tile.mask is None:
             return None
         if not self.careful:
-            scores += self._fit(tile.mask.additive)
+            for columns, additive in tile.mask.additive:
+                scores[..., columns] += self._fit(additive)
             return None
-        hidden = self._fit(tile.mask.hidden).expand(scores.shape)
-        scores.masked_fill_(hidden, -torch.inf)
-        return hidden
+        all_hidden = torch.zeros_like(scores, dtype=torch.bool)
+        for columns, hidden in tile.mask.pieces:
+            all_hidden[..., columns] = self._fit(hidden)
+        scores.masked_fill_(all_hidden, -torch.inf)
+        return all_hidden
 
     def _blind_rows(self, tile: Tile, scores: Tensor) -> Tensor | None:
         """Rows without a key of finite score, or None when there are none.  [..., rows, 1]"""

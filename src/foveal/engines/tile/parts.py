@@ -78,8 +78,10 @@ def solve(
             task.geometry,
             task.with_lse,
         )
-        taken = (x[:, i].flatten(0, 1) for x, i in ((q, q_index), (k, k_index), (v, k_index)))
-        o, lse = solve(inner, *taken, solver)
+        q_part, k_part, v_part = (
+            x[:, index].flatten(0, 1) for x, index in ((q, q_index), (k, k_index), (v, k_index))
+        )
+        o, lse = solve(inner, q_part, k_part, v_part, solver)
         outputs.append(o.unflatten(0, (-1, count)).flatten(1, 2))
         if lse is not None:
             lses.append(lse.unflatten(0, (-1, count)).flatten(1, 2))

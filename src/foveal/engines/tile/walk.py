@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +25,30 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Mask:
-    """Pairs of a tile that take no part."""
+    """Pairs of a tile that take no part: each piece hides pairs among some of the columns.
 
-    hidden: Tensor  # bool [rows, columns], or [N or 1, heads or 1, rows, columns]
+    Pieces are (columns, hidden) with hidden bool [rows, columns of the piece], or [N or 1, heads or
+    1, rows, columns] where lists differ.  `blind` marks rows that see no key of the tile [..., rows, 1].
+    """
+
+    pieces: tuple[tuple[slice, Tensor], ...]
+    blind: Tensor | None
 
     @functools.cached_property
-    def additive(self) -> Tensor:
-        """-inf where hidden, else 0."""
-        return torch.zeros(self.hidden.shape).masked_fill_(self.hidden, -torch.inf)
+    def additive(self) -> tuple[tuple[slice, Tensor], ...]:
+        """The pieces as -inf where hidden, else 0."""
+        return tuple(
+            (columns, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
+            for columns, hidden in self.pieces
+        )
 
-    @functools.cached_property
-    def blind(self) -> Tensor | None:
-        """Rows that see no key of the tile, or None when every row sees one.  [..., rows, 1]"""
-        rows = self.hidden.all(-1, keepdim=True)
-        return rows if bool(rows.any()) else None
+
+def _mask(hidden: Tensor) -> Mask | None:
+    """One piece over all columns, or None when nothing is hidden."""
+    if hidden.shape[-1] and not bool(hidden.any()):
+        return None
+    blind = hidden.all(-1, keepdim=True)
+    return Mask(((slice(None), hidden),), blind if bool(blind.any()) else None)
 
 
 @dataclass(frozen=True)
@@ -85,72 +96,88 @@ class Listed:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of a sweep's queries against some of its keys."""
+    """Rows of a sweep's queries against some of its keys.
+
+    `columns` are runs, or one list of keys per head [N or 1, heads or 1, columns].  `tokens` gives the
+    indices of the rows among the queries and of the columns among the keys.
+    """
 
     rows: slice
-    runs: Runs | None  # None: the keys differ per head, `k_tokens` lists them
+    columns: Runs | Tensor
     mask: Mask | None
-    q_tokens: Tensor  # [rows] index among the queries
-    k_tokens: Tensor  # [columns] index among the keys, or [N or 1, heads or 1, columns]
+    tokens: Callable[[], tuple[Tensor, Tensor]]
+
+    @property
+    def height(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A box of the grids laid out as matrices; without slices the tokens as they are."""
+    """A box of the grids laid out as matrices; without slices all tokens.
+
+    `widest` is the number of elements of the largest score matrix among the tiles.
+    """
 
     extent: Extent
+    tiles: Iterable[Tile] = field(repr=False)
+    widest: int
     q_box: Slices = ()
     k_box: Slices = ()
-    tiles: tuple[Tile, ...] = field(default=(), repr=False)
 
     def queries(self, tokens: Tensor) -> Tensor:
-        """[..., R, D] of tokens [..., Lq, D]"""
-        return _box(tokens, self.extent.q_grid, self.q_box)
+        """Contiguous [M, G, R, D] of tokens [N, heads, G, Lq, D], however they are stored."""
+        return self._q_view(tokens).flatten(3, -2).flatten(0, 1).contiguous()
 
     def keys(self, tokens: Tensor) -> Tensor:
-        """[..., C, D] of tokens [..., Lk, D]"""
-        return _box(tokens, self.extent.kv_grid, self.k_box)
+        """Contiguous [M, C, D] of tokens [N, heads, Lk, D]."""
+        return self._k_view(tokens).flatten(2, -2).flatten(0, 1).contiguous()
 
-    def query_buffer(self, total: Tensor) -> Tensor:
-        """Where a result [..., R, D] is gathered; without a box the result itself."""
-        return torch.empty_like(self.queries(total)) if self.q_box else total
+    def store_queries(self, total: Tensor, part: Tensor) -> None:
+        """total[box] = part [M, G, R, D]"""
+        view = self._q_view(total)
+        view.copy_(part.view(view.shape))
 
-    def key_buffer(self, total: Tensor) -> Tensor:
-        """Where sums over queries are gathered [..., C, D]; without a box the result itself."""
-        return torch.zeros_like(self.keys(total)) if self.k_box else total
+    def add_keys(self, total: Tensor, part: Tensor) -> None:
+        """total[box] += part [M, C, D]"""
+        view = self._k_view(total)
+        view += part.view(view.shape)
 
-    def store_queries(self, total: Tensor, buffer: Tensor) -> None:
-        if self.q_box:
-            view = _on_grid(total, self.extent.q_grid)[(..., *self.q_box, slice(None))]
-            view.copy_(buffer.view(view.shape))
+    def _q_view(self, tokens: Tensor) -> Tensor:
+        return _boxed(tokens, self.extent.q_grid, self.q_box)
 
-    def add_keys(self, total: Tensor, buffer: Tensor) -> None:
-        if self.k_box:
-            view = _on_grid(total, self.extent.kv_grid)[(..., *self.k_box, slice(None))]
-            view += buffer.view(view.shape)
+    def _k_view(self, tokens: Tensor) -> Tensor:
+        return _boxed(tokens, self.extent.kv_grid, self.k_box)
 
 
-def _on_grid(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-    return tokens.view(*tokens.shape[:-2], *grid, tokens.shape[-1])
+def _boxed(tokens: Tensor, grid: tuple[int, ...], box: Slices) -> Tensor:
+    """View [..., *box, D] of tokens [..., L, D]."""
+    index: tuple[Any, ...] = (..., *box, slice(None))
+    return tokens.unflatten(-2, grid)[index] if box else tokens
 
 
-def _box(tokens: Tensor, grid: tuple[int, ...], box: Slices) -> Tensor:
-    if not box:
-        return tokens
-    return _on_grid(tokens, grid)[(..., *box, slice(None))].flatten(-len(grid) - 1, -2)
-
-
-def walk(pattern: Pattern, extent: Extent, heads: int) -> Iterator[Sweep]:
+def walk(pattern: Pattern, extent: Extent, heads: int) -> tuple[Sweep, ...]:
     """Every sweep of the pattern; each query belongs to exactly one tile.
 
     `heads` is the number of score matrices that a tile computes at once (batch x query heads).
     """
+    if extent.Lq == 0:
+        return ()
     if pattern.depends_on_data:
-        yield from _listed_sweeps(pattern, extent)
-    elif pattern.bounds(extent) is not None:
-        yield from _box_sweeps(pattern, extent, heads)
-    else:
-        yield from _run_sweeps(pattern, extent)
+        return (_listed_sweep(pattern, extent),)
+    if pattern.bounds(extent) is not None:
+        return _box_sweeps(pattern, extent, heads)
+    return (_run_sweep(pattern, extent),)
+
+
+class _Tiles(Iterable[Tile]):
+    """Tiles that are made anew on every pass, because all their masks together would be large."""
+
+    def __init__(self, make: Callable[[], Iterator[Tile]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Tile]:
+        return self._make()
 
 
 # What a tile costs, in elements of its score matrices: its elements, more the fewer rows share the
@@ -192,12 +219,24 @@ def _swept(bounds: Bounds, axis: int, side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Span:
-    """One tile of one axis: its queries, its keys, and which of the keys each query sees."""
+    """One tile of one axis: its queries, its keys, and each query's interval as written by `_code`."""
 
     queries: slice
     keys: slice
-    visible: Tensor  # bool [rows, columns]
-    shape: bytes  # equal for equal `visible`
+    lower: bytes  # counted from the first key
+    upper: bytes  # counted from the last key
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+
+
+def _code(values: Tensor) -> bytes:
+    return values.numpy().tobytes()
+
+
+def _decode(code: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(code), dtype=torch.int64)
 
 
 def _spans(bounds: Bounds, axis: int, side: int) -> list[_Span]:
@@ -207,10 +246,9 @@ def _spans(bounds: Bounds, axis: int, side: int) -> list[_Span]:
         stop = min(start + side, len(lower))
         lo, hi = lower[start:stop], upper[start:stop]
         first, last = int(lo[0]), max(int(hi[-1]), int(lo[0]))
-        column = torch.arange(first, last)
-        visible = (column >= lo[:, None]) & (column < hi[:, None])
-        ends = torch.stack([lo - first, hi - first]).numpy().tobytes()
-        spans.append(_Span(slice(start, stop), slice(first, last), visible, ends))
+        spans.append(
+            _Span(slice(start, stop), slice(first, last), _code(lo - first), _code(hi - last))
+        )
     return spans
 
 
@@ -219,51 +257,77 @@ def _box_sweeps(pattern: Pattern, extent: Extent, heads: int) -> tuple[Sweep, ..
     bounds = pattern.bounds(extent)
     assert bounds is not None
     extent = bounds.extent
-    if extent.Lq == 0:
-        return ()
-    tile = choose_tile(bounds, heads)
-    spans = [_spans(bounds, axis, side) for axis, side in enumerate(tile)]
-    masks: dict[tuple[bytes, ...], Mask | None] = {}
-    q_index = torch.arange(extent.Lq).view(extent.q_grid)
-    k_index = torch.arange(extent.Lk).view(extent.kv_grid)
+    spans = [_spans(bounds, axis, side) for axis, side in enumerate(choose_tile(bounds, heads))]
     sweeps = []
     for inner in itertools.product(*spans[1:]):
-        q_width = math.prod(span.queries.stop - span.queries.start for span in inner)
-        k_width = math.prod(span.keys.stop - span.keys.start for span in inner)
-        tiles = []
-        for outer in spans[0]:
-            chosen = (outer, *inner)
-            shape = tuple(span.shape for span in chosen)
-            if shape not in masks:
-                masks[shape] = _box_mask([span.visible for span in chosen])
-            tiles.append(
-                Tile(
-                    slice(outer.queries.start * q_width, outer.queries.stop * q_width),
-                    Runs((slice(outer.keys.start * k_width, outer.keys.stop * k_width),)),
-                    masks[shape],
-                    q_index[tuple(span.queries for span in chosen)].flatten(),
-                    k_index[tuple(span.keys for span in chosen)].flatten(),
-                )
-            )
-        everything = (slice(None),)
-        q_box = (*everything, *(span.queries for span in inner)) if inner else ()
-        k_box = (*everything, *(span.keys for span in inner)) if inner else ()
-        sweeps.append(Sweep(extent, q_box, k_box, tuple(tiles)))
+        q_box = (slice(None), *(span.queries for span in inner)) if inner else ()
+        k_box = (slice(None), *(span.keys for span in inner)) if inner else ()
+        widest = max(math.prod(math.prod(s.widths) for s in (outer, *inner)) for outer in spans[0])
+        tiles = _Tiles(functools.partial(_box_tiles, extent, spans[0], inner))
+        sweeps.append(Sweep(extent, tiles, widest, q_box, k_box))
     return tuple(sweeps)
 
 
-def _box_mask(visible: list[Tensor]) -> Mask | None:
-    """The product of the axes' masks as [rows, columns], or None when nothing is hidden."""
-    if all(bool(axis.all()) for axis in visible):
+def _box_tiles(extent: Extent, outer: list[_Span], inner: tuple[_Span, ...]) -> Iterator[Tile]:
+    q_index = torch.arange(extent.Lq).view(extent.q_grid)
+    k_index = torch.arange(extent.Lk).view(extent.kv_grid)
+    q_width = math.prod(span.widths[0] for span in inner)
+    k_width = math.prod(span.widths[1] for span in inner)
+    for span in outer:
+        chosen = (span, *inner)
+        yield Tile(
+            slice(span.queries.start * q_width, span.queries.stop * q_width),
+            Runs((slice(span.keys.start * k_width, span.keys.stop * k_width),)),
+            _box_mask(chosen),
+            functools.partial(_box_tokens, q_index, k_index, chosen),
+        )
+
+
+def _box_tokens(
+    q_index: Tensor, k_index: Tensor, spans: tuple[_Span, ...]
+) -> tuple[Tensor, Tensor]:
+    return (
+        q_index[tuple(span.queries for span in spans)].flatten(),
+        k_index[tuple(span.keys for span in spans)].flatten(),
+    )
+
+
+def _box_mask(spans: tuple[_Span, ...]) -> Mask | None:
+    if len(spans) == 1:
+        mask = _edge_mask(spans[0].lower, spans[0].upper, spans[0].widths[1])
+        if mask is not None:
+            return mask if mask.pieces else None
+    return _product_mask(tuple((s.lower, s.upper, s.widths[1]) for s in spans))
+
+
+@functools.lru_cache(maxsize=64)
+def _edge_mask(lower: bytes, upper: bytes, width: int) -> Mask | None:
+    """One axis: keys before some rows' windows and after others'; None where the two overlap."""
+    lo, hi = _decode(lower), _decode(upper)
+    head, tail = int(lo[-1]), -int(hi[0])
+    if head + tail > width or head == width:
         return None
-    rank = len(visible)
-    total = torch.ones((1,) * (2 * rank), dtype=torch.bool)
-    for axis, mask in enumerate(visible):
+    pieces = []
+    if head:
+        pieces.append((slice(0, head), torch.arange(head) < lo[:, None]))
+    if tail:
+        pieces.append((slice(width - tail, width), torch.arange(-tail, 0) >= hi[:, None]))
+    return Mask(tuple(pieces), None)
+
+
+@functools.lru_cache(maxsize=32)
+def _product_mask(axes: tuple[tuple[bytes, bytes, int], ...]) -> Mask | None:
+    """The product of the axes' intervals as [rows, columns], or None when nothing is hidden."""
+    rank = len(axes)
+    visible = torch.ones((1,) * (2 * rank), dtype=torch.bool)
+    for axis, (lower, upper, width) in enumerate(axes):
+        lo, hi = _decode(lower)[:, None], _decode(upper)[:, None] + width
+        column = torch.arange(width)
         shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = mask.shape
-        total = total & mask.view(shape)
-    rows = math.prod(mask.shape[0] for mask in visible)
-    return Mask(~total.reshape(rows, -1))
+        shape[axis], shape[rank + axis] = len(lo), width
+        visible = visible & ((column >= lo) & (column < hi)).view(shape)
+    rows = math.prod(visible.shape[:rank])
+    return _mask(~visible.reshape(rows, math.prod(visible.shape[rank:])))
 
 
 def flat_tile(pattern: Pattern) -> tuple[int, int]:
@@ -271,9 +335,12 @@ def flat_tile(pattern: Pattern) -> tuple[int, int]:
     return pattern.tile_unit() or (64, 64)
 
 
-def _run_sweeps(pattern: Pattern, extent: Extent) -> Iterator[Sweep]:
-    flat = extent.flat()
-    yield Sweep(flat, tiles=tuple(_run_tiles(pattern, extent, _states(pattern, extent))))
+def _run_sweep(pattern: Pattern, extent: Extent) -> Sweep:
+    q_tile, kv_tile = flat_tile(pattern)
+    states = _states(pattern, extent)
+    widest = q_tile * kv_tile * int((states != SKIPPED).sum(-1).max())
+    tiles = _Tiles(functools.partial(_run_tiles, pattern, extent, states))
+    return Sweep(extent.flat(), tiles, widest)
 
 
 @functools.lru_cache(maxsize=32)
@@ -293,11 +360,10 @@ def _run_tiles(pattern: Pattern, extent: Extent, states: Tensor) -> Iterator[Til
         )
         k_tokens = torch.cat([k_pos[run] for run in runs]) if runs else k_pos[:0]
         mask = None
-        if not runs or bool((state == PARTIAL).any()):
-            mask = Mask(~pattern.allows(q_pos[rows, None], k_tokens[None], extent))
-        yield Tile(
-            rows, Runs(runs or (slice(0, 0),)), mask, torch.arange(extent.Lq)[rows], k_tokens
-        )
+        if bool((state == PARTIAL).any()):
+            mask = _mask(~pattern.allows(q_pos[rows, None], k_tokens[None], extent))
+        tokens = torch.arange(rows.start, rows.stop), k_tokens
+        yield Tile(rows, Runs(runs or (slice(0, 0),)), mask, lambda tokens=tokens: tokens)
 
 
 def _runs(ascending: list[int]) -> Iterator[tuple[int, int]]:
@@ -307,29 +373,27 @@ def _runs(ascending: list[int]) -> Iterator[tuple[int, int]]:
         yield members[0], members[-1]
 
 
-def _listed_sweeps(pattern: Pattern, extent: Extent) -> Iterator[Sweep]:
+def _listed_sweep(pattern: Pattern, extent: Extent) -> Sweep:
     q_tile, kv_tile = flat_tile(pattern)
     states = pattern.tile_map(extent, q_tile, kv_tile)
-    tiles = (
-        _listed_tile(pattern, extent, states[:, :, row], row * q_tile, q_tile, kv_tile)
-        for row in range(states.shape[2])
-    )
-    yield from (Sweep(extent.flat(), tiles=(tile,)) for tile in tiles)
+    widest = q_tile * kv_tile * int((states != SKIPPED).sum(-1).max()) if states.numel() else 0
+    tiles = _Tiles(functools.partial(_listed_tiles, pattern, extent, states))
+    return Sweep(extent.flat(), tiles, widest)
 
 
-def _listed_tile(
-    pattern: Pattern, extent: Extent, states: Tensor, start: int, q_tile: int, kv_tile: int
-) -> Tile:
-    """One query tile; states [N or 1, heads, kv_tiles] tells what each head visits."""
-    rows = slice(start, min(start + q_tile, extent.Lq))
-    order = torch.argsort((states == SKIPPED).to(torch.uint8), dim=-1, stable=True)
-    width = int((states != SKIPPED).sum(-1).max()) if states.numel() else 0
-    chosen = order[..., :width]
-    padding = states.gather(-1, chosen) == SKIPPED
-    k_tokens = (chosen[..., None] * kv_tile + torch.arange(kv_tile)).flatten(-2)
-    outside = (k_tokens >= extent.Lk) | padding.repeat_interleave(kv_tile, dim=-1)
-    k_tokens = k_tokens.clamp(max=max(extent.Lk - 1, 0))
-    visible = pattern.allows_listed(extent.q_positions()[rows], k_tokens, extent)
-    hidden = ~visible | outside[..., None, :]
-    mask = Mask(hidden) if width == 0 or bool(hidden.any()) else None
-    return Tile(rows, None, mask, torch.arange(extent.Lq)[rows], k_tokens)
+def _listed_tiles(pattern: Pattern, extent: Extent, states: Tensor) -> Iterator[Tile]:
+    """Per query tile, the key tiles that each head visits; states [N or 1, heads, q_tiles, kv_tiles]."""
+    q_tile, kv_tile = flat_tile(pattern)
+    within = torch.arange(kv_tile)
+    for row, state in enumerate(states.unbind(2)):
+        rows = slice(row * q_tile, min((row + 1) * q_tile, extent.Lq))
+        order = torch.argsort((state == SKIPPED).to(torch.uint8), dim=-1, stable=True)
+        chosen = order[..., : int((state != SKIPPED).sum(-1).max()) if state.numel() else 0]
+        padding = state.gather(-1, chosen) == SKIPPED
+        k_tokens = (chosen[..., None] * kv_tile + within).flatten(-2)
+        outside = (k_tokens >= extent.Lk) | padding.repeat_interleave(kv_tile, dim=-1)
+        k_tokens = k_tokens.clamp(max=max(extent.Lk - 1, 0))
+        visible = pattern.allows_listed(extent.q_positions()[rows], k_tokens, extent)
+        mask = _mask(~visible | outside[..., None, :])
+        tokens = torch.arange(rows.start, rows.stop), k_tokens
+        yield Tile(rows, k_tokens, mask, lambda tokens=tokens: tokens)

@@ -1,4 +1,4 @@
-"""Attention in factors: two sparse patterns, one pattern per head, rows and columns, one axis each."""
+"""Attention in factors: two patterns, a pattern per head, rows and columns, one axis each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from foveal.layers.sequence import (
     factorised,
     factors,
 )
-from foveal.patterns import Blocks, BlockSelection, Causal, Dense, Neighborhood, Pattern, Sliding
+from foveal.patterns import Blocks, BlockSelection, Causal, Neighborhood, Pattern, Sliding
 from foveal.scores import Score, Softmax
-from foveal.systems.base import Claim, Draw, Identity, System, attending
+from foveal.systems.base import Claim, Draw, Identity, System
+from foveal.systems.locality.neighborhoods import by_residue
 
 
 def sparse_transformer(
@@ -36,12 +37,12 @@ def sparse_transformer(
 ) -> Tensor:
     """Causal attention in two sparse factors.
 
-    strided: { i - j < stride } and { (i - j) mod stride = 0 }; fixed: { j // stride = i // stride } and
-    the same with { j mod stride >= stride - summary }; all with j <= i.
+    strided: { i - j < stride } and { (i - j) mod stride = 0 }; fixed: { j // stride = i // stride }
+    and the same with { j mod stride >= stride - summary }; all with j <= i.
 
     Shapes: q [B, L, H, D], k and v [B, L, Hkv, D].
-    Options: arrangement "split" gives each factor half of the heads, "interleaved" the factor of this
-    layer by the parity of `depth`, "merged" the union.
+    Options: arrangement "split" gives each factor half of the heads, "interleaved" the factor of
+    this layer by the parity of `depth`, "merged" the union.
     """
     near, far = factors(kind, stride, summary)
     return factorised(q, k, v, near, far, arrangement, depth)
@@ -76,11 +77,7 @@ def _far_transposed(draw: Draw) -> Claim:
     stride, count = draw.integer(2, 4), draw.integer(1, 4)
 
     def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        classes = (
-            x.unflatten(1, (count, stride)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)
-        )
-        o = attend(*classes, Causal())
-        return o.unflatten(0, (-1, stride)).transpose(1, 2).flatten(1, 2)
+        return by_residue(stride, Causal(), q, k, v)
 
     return Claim(
         draw.qkv((count * stride,)),
@@ -108,8 +105,8 @@ SPARSE_TRANSFORMER = System(
     year=2019,
     paper="Child, Gray, Radford, Sutskever; arXiv 1904.10509",
     kind="operator",
-    summary="Two causal patterns, strided or fixed, in two halves of the heads, in alternate layers, or "
-    "united.",
+    summary="Two causal patterns, strided or fixed, in two halves of the heads, in alternate "
+    "layers, or united.",
     op=sparse_transformer,
     compose=_sparse_transformer,
     layer=SparseTransformerAttention,
@@ -122,9 +119,7 @@ SPARSE_TRANSFORMER = System(
             "The far factor is causal attention after transposing [L / stride, stride].",
             _far_transposed,
         ),
-        Identity(
-            "all_summary", "Fixed with summary = stride, united, is causal.", _all_summary
-        ),
+        Identity("all_summary", "Fixed with summary = stride, united, is causal.", _all_summary),
     ),
     reference_shapes=(
         {"grid": (12288,), "heads": 2, "kv_heads": 2, "head_dim": 64},
@@ -144,9 +139,10 @@ def head_shards(
 ) -> Tensor:
     """Which key blocks each query block of each key head visits.  bool [1, heads, blocks, blocks]
 
-    Key block c of query block r and head h: r - c < local_blocks, or (c + h step + offset) a multiple of
-    vert_stride, with step = max(1, vert_stride // heads); the last dense_heads see all; c <= r when causal.
-    Not causal: the stride is counted from the edge of the local window and is the same for all heads.
+    Key block c of query block r and head h: r - c < local_blocks, or (c + h step + offset) a
+    multiple of vert_stride, with step = max(1, vert_stride // heads); the last dense_heads see all;
+    c <= r when causal. Not causal: the stride is counted from the edge of the local window and is
+    the same for all heads.
     """
     row, column = torch.arange(blocks)[:, None], torch.arange(blocks)
     head = torch.arange(heads)[:, None, None]
@@ -186,9 +182,7 @@ def _shards(
     if len(grid) != 1 or min(block, local_blocks, vert_stride) < 1:
         raise PatternError("s2_attention", grid, "one axis and sizes of at least 1 are needed")
     blocks = -(-grid[0] // block)
-    mask = head_shards(
-        blocks, kv_heads, local_blocks, vert_stride, offset, dense_heads, causal
-    )
+    mask = head_shards(blocks, kv_heads, local_blocks, vert_stride, offset, dense_heads, causal)
     chosen: Pattern = Blocks(BlockSelection.from_block_mask(mask, block, block))
     return (chosen & Causal() if causal else chosen), Softmax()
 
@@ -206,7 +200,8 @@ def s2_attention(
     causal: bool = True,
     implementation: str | None = None,
 ) -> Tensor:
-    """Attention in which every key head visits its own shard of the key blocks, as `head_shards` says.
+    """Attention in which every key head visits its own shard of the key blocks, as `head_shards`
+    says.
 
     Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; the query heads of a group share its shard.
     """
@@ -241,7 +236,8 @@ def _all_local(draw: Draw) -> Claim:
 
 S2_ATTENTION = System(
     name="s2_attention",
-    title="Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention Heads",
+    title="Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention "
+    "Heads",
     year=2024,
     paper="Lin, Zhang, Ge, Ren et al.; arXiv 2407.17678",
     kind="operator",
@@ -257,13 +253,12 @@ S2_ATTENTION = System(
 )
 
 
-def cross_axis_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, axis: Literal[0, 1] = 0
-) -> Tensor:
-    """Rows (axis 0) or columns (axis 1) of an image as tokens, q and k of length 1, q added to the output.
+def cross_axis_attention(q: Tensor, k: Tensor, v: Tensor, *, axis: Literal[0, 1] = 0) -> Tensor:
+    """Rows (axis 0) or columns (axis 1) of an image as tokens, q and k of length 1, q added to the
+    output.
 
-    Shapes: q, k, v and o [B, H, W, heads, D].  In the paper q comes from the image smoothed along the
-    other axis than k and v.
+    Shapes: q, k, v and o [B, H, W, heads, D].  In the paper q comes from the image smoothed along
+    the other axis than k and v.
     """
     return attend_lines(q, k, v, axis)
 
@@ -295,8 +290,8 @@ CROSS_AXIS_ATTENTION = System(
     year=2023,
     paper="Shao, Zeng, Hou, Yang; arXiv 2312.08866",
     kind="model",
-    summary="Whole rows, then whole columns, as tokens; each direction asks with the features smoothed "
-    "along the other. Dense, few tokens, very wide heads, no scale.",
+    summary="Whole rows, then whole columns, as tokens; each direction asks with the features "
+    "smoothed along the other. Dense, few tokens, very wide heads, no scale.",
     op=cross_axis_attention,
     layer=CrossAxisAttention,
     identities=(
@@ -318,15 +313,17 @@ def ifactformer(
 ) -> Tensor:
     """Linear attention along every axis: v times q_a k_a^T on axis a, no softmax, no 1 / n.
 
-    Shapes: q[a], k[a] [B, grid[a], H, Dk]; v [B, *grid, H, D]; returns [B, *grid, H, axes * D], the axes
-    side by side ("parallel"), or [B, *grid, H, D], one axis after the other ("chained").
+    Shapes: q[a], k[a] [B, grid[a], H, Dk]; v [B, *grid, H, D]; returns [B, *grid, H, axes * D], the
+    axes side by side ("parallel"), or [B, *grid, H, D], one axis after the other ("chained").
     """
     return mix_axes(q, k, v, scale, form)
 
 
 def _identity_weights(draw: Draw) -> Claim:
     grid = (draw.integer(1, 3), 3, 2)
-    units = tuple(torch.eye(n, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1) for n in grid)
+    units = tuple(
+        torch.eye(n, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1) for n in grid
+    )
     return Claim(
         (draw.normal(2, *grid, 2, 3),),
         lambda v: ifactformer(units, units, v),
@@ -348,7 +345,8 @@ IFACTFORMER = System(
     year=2024,
     paper="Yang, Wang, Wang; arXiv 2412.18840",
     kind="model",
-    summary="Softmax-free attention along each axis of a volume, axes side by side (m) or chained (o).",
+    summary="Softmax-free attention along each axis of a volume, axes side by side (m) or chained "
+    "(o).",
     op=ifactformer,
     layer=FactorisedAxesAttention,
     identities=(
@@ -363,7 +361,8 @@ IFACTFORMER = System(
 def ht_demucs(
     q: Tensor, k: Tensor, v: Tensor, *, window: int = 400, global_tokens: int = 100
 ) -> Tensor:
-    """The static sparse self-attention: |i - j| <= window, or i or j among the first `global_tokens`.
+    """The static sparse self-attention: |i - j| <= window, or i or j among the first
+    `global_tokens`.
 
     Shapes: q [B, L, H, D], k and v [B, L, Hkv, D].
     Limits: queries and keys of one length (self-attention).
@@ -383,10 +382,10 @@ def _demucs(
 
 
 def _wide_demucs(draw: Draw) -> Claim:
-    length = draw.integer(3, 9)
+    length, first = draw.integer(3, 9), draw.integer(0, 2)
     return Claim(
         draw.qkv((length,)),
-        lambda q, k, v: ht_demucs(q, k, v, window=length, global_tokens=draw.integer(0, 2)),
+        lambda q, k, v: ht_demucs(q, k, v, window=length, global_tokens=first),
         attend,
     )
 
@@ -408,15 +407,13 @@ HT_DEMUCS = System(
     year=2022,
     paper="Rouard, Massa, Defossez; arXiv 2211.08553",
     kind="model",
-    summary="The static sparse pattern of its self-attention: the diagonal and the global tokens. The "
-    "hashed, the random and the cross-domain patterns are not offered.",
+    summary="The static sparse pattern of its self-attention: the diagonal and the global tokens. "
+    "The hashed, the random and the cross-domain patterns are not offered.",
     op=ht_demucs,
     compose=_demucs,
     identities=(
         Identity("wide", "A window as long as the sequence is dense attention.", _wide_demucs),
-        Identity(
-            "no_global", "Without global tokens it is a clipped neighborhood.", _no_global
-        ),
+        Identity("no_global", "Without global tokens it is a clipped neighborhood.", _no_global),
     ),
     reference_shapes=({"grid": (4096,), "heads": 8, "kv_heads": 8, "head_dim": 48},),
 )

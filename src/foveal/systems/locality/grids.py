@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal.layers.heads import each
 from foveal.layers.sphere import Latitudes, SphereAttention, area_score
 from foveal.patterns import Dense, Neighborhood, Pattern
 from foveal.patterns.base import per_axis
@@ -77,16 +79,23 @@ def mvar(
     _check_scales(tuple(k.shape[1:-2]), scales)
     outputs, start = [], 0
     for side in scales:
-        own = slice(start, start + side * side)
-        tokens = (x[:, own].unflatten(1, (side, side)) for x in (q, k, v))
+        tokens = each(partial(_map, start, side), q, k, v)
         pattern = Neighborhood(min(window, side))
         outputs.append(attend(*tokens, pattern, implementation=implementation).flatten(1, 2))
-        start = own.stop
+        start += side * side
     return torch.cat(outputs, dim=1)
 
 
-def _one_scale(grid: tuple[int, ...], *, window: int = 7) -> tuple[Pattern, Score]:
-    """The pattern inside one scale; the operator takes all scales, one after the other."""
+def _map(start: int, side: int, x: Tensor) -> Tensor:
+    """One scale of a sequence as a map of tokens.  [B, side, side, H, D]"""
+    scale: Tensor = x[:, start : start + side * side].unflatten(1, (side, side))
+    return scale
+
+
+def _one_scale(
+    grid: tuple[int, ...], *, scales: tuple[int, ...] = SCALES_256, window: int = 7
+) -> tuple[Pattern, Score]:
+    """The pattern on the grid of one of the scales; the operator takes them all in a row."""
     window_per_axis = zip(per_axis(window, len(grid)), grid, strict=True)
     return Neighborhood(tuple(min(pair) for pair in window_per_axis)), Softmax()
 
@@ -107,8 +116,8 @@ MVAR = System(
     year=2025,
     paper="Zhang, Long, Han, You, Gu; arXiv 2505.12742",
     kind="model",
-    summary="Inside every scale each token attends to its nearest k x k tokens; k is not established "
-    "and an option.",
+    summary="Inside every scale each token attends to its nearest k x k tokens; k is not "
+    "established and an option.",
     op=mvar,
     compose=_one_scale,
     identities=(
@@ -120,7 +129,9 @@ MVAR = System(
 )
 
 
-def _sphere(grid: tuple[int, ...], *, latitudes: Latitudes = "equiangular") -> tuple[Pattern, Score]:
+def _sphere(
+    grid: tuple[int, ...], *, latitudes: Latitudes = "equiangular"
+) -> tuple[Pattern, Score]:
     return Dense(), area_score(grid, latitudes)
 
 
@@ -154,8 +165,8 @@ SPHERE_ATTENTION = System(
     year=2025,
     paper="Bonev, Rietmann, Paris, Carpentieri, Kurth; arXiv 2505.11157",
     kind="operator",
-    summary="Global attention as an integral over the sphere: key j counts with its quadrature weight. "
-    "The geodesic neighborhood is not offered yet.",
+    summary="Global attention as an integral over the sphere: key j counts with its quadrature "
+    "weight. The geodesic neighborhood is not offered yet.",
     op=attending(_sphere),
     compose=_sphere,
     layer=SphereAttention,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal.layers.heads import each
 from foveal.layers.neighborhood import MedViTAttention, NeighborhoodAttention
-from foveal.patterns import Causal, Neighborhood, Partition, Pattern
+from foveal.patterns import Causal, Dense, Neighborhood, Partition, Pattern
 from foveal.scores import RelativeBias, Score, Softmax
 from foveal.systems.base import Claim, Draw, Identity, System, attending
 
@@ -47,8 +48,8 @@ NEIGHBORHOOD_ATTENTION = System(
     year=2022,
     paper="Hassani, Walton, Li, Li, Shi; arXiv 2204.07143",
     kind="operator",
-    summary="Each token attends to its nearest window of tokens, shifted inward at the border, with a "
-    "relative bias table [heads, 2 window - 1 per axis].",
+    summary="Each token attends to its nearest window of tokens, shifted inward at the border, "
+    "with a relative bias table [heads, 2 window - 1 per axis].",
     op=attending(_neighborhood),
     compose=_neighborhood,
     layer=NeighborhoodAttention,
@@ -80,15 +81,22 @@ def _residues(draw: Draw) -> Claim:
     op = attending(_fused)
 
     def classes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        apart = (x.unflatten(1, (window, dilation)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        o = attend(*apart)
-        return o.unflatten(0, (-1, dilation)).transpose(1, 2).flatten(1, 2)
+        return by_residue(dilation, Dense(), q, k, v)
 
     return Claim(
         draw.qkv((window * dilation,)),
         lambda q, k, v: op(q, k, v, window=window, dilation=dilation),
         classes,
     )
+
+
+def by_residue(classes: int, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in each residue class of the positions, as the batch of a transposed sequence."""
+    apart = each(
+        lambda x: x.view(len(x), -1, classes, *x.shape[2:]).transpose(1, 2).flatten(0, 1), q, k, v
+    )
+    o = attend(*apart, pattern)
+    return o.view(len(q), classes, *o.shape[1:]).transpose(1, 2).flatten(1, 2)
 
 
 def _causal_line(draw: Draw) -> Claim:
@@ -165,9 +173,10 @@ def _causal_blocks(draw: Draw) -> Claim:
 
 GNA = System(
     name="gna",
-    title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
+    title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of "
+    "Light",
     year=2025,
-    paper="Hassani, Zhou, Kane, Huang, et al.; arXiv 2504.16922",
+    paper="Hassani et al.; arXiv 2504.16922",
     kind="operator",
     summary="Neighborhoods whose window moves by `stride` tokens: from sliding (1) to blocked (the "
     "window), so that tiles of the window's own grid need no mask.",
@@ -221,8 +230,8 @@ MEDVIT_DINA = System(
     year=2025,
     paper="Nejati Manzari et al.; arXiv 2502.13693",
     kind="model",
-    summary="Neighborhood attention with window 7 and a relative bias table in local blocks. The paper "
-    "stresses dilation; the released code passes 1, the default here.",
+    summary="Neighborhood attention with window 7 and a relative bias table in local blocks. The "
+    "paper stresses dilation; the released code passes 1, the default here.",
     op=attending(_dilated),
     compose=_dilated,
     layer=MedViTAttention,
@@ -238,12 +247,13 @@ MEDVIT_DINA = System(
 
 TCSR_NA = System(
     name="tcsr_na",
-    title="Incorporating Transformer Designs into Convolutions for Lightweight Image Super-Resolution",
+    title="Incorporating Transformer Designs into Convolutions for Lightweight Image "
+    "Super-Resolution",
     year=2023,
     paper="Wu, Jiang, Bai, Liu; arXiv 2303.14324",
     kind="model",
-    summary="Neighborhood attention on large images with few channels per head. Window and table of "
-    "the paper are not established; both are options, the window 7 stands in.",
+    summary="Neighborhood attention on large images with few channels per head. Window and table "
+    "of the paper are not established; both are options, the window 7 stands in.",
     op=attending(_neighborhood),
     compose=_neighborhood,
     identities=(_WHOLE_WINDOW,),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import PatternError, ShapeError
+from foveal.layers.heads import each
 from foveal.layers.sequence import ChunkedEncoder
 from foveal.layers.windows import (
     AxialAttention,
@@ -16,7 +17,15 @@ from foveal.layers.windows import (
     SwinWindowAttention,
     dilated_window,
 )
-from foveal.patterns import Axial, Causal, Dense, Documents, Neighborhood, Partition, Pattern, Sliding
+from foveal.patterns import (
+    Axial,
+    Causal,
+    Documents,
+    Neighborhood,
+    Partition,
+    Pattern,
+    Sliding,
+)
 from foveal.scores import RelativeBias, Score, Softmax
 from foveal.systems.base import Claim, Draw, Identity, System, attending
 
@@ -62,8 +71,8 @@ SLIDING_WINDOW = System(
     year=2020,
     paper="Beltagy, Peters, Cohan; arXiv 2004.05150. Sink tokens: Xiao et al.; arXiv 2309.17453",
     kind="operator",
-    summary="Each token sees `left` tokens before and `right` after it, and the first sink_tokens; a "
-    "sink logit per head may take mass without a value.",
+    summary="Each token sees `left` tokens before and `right` after it, and the first sink_tokens; "
+    "a sink logit per head may take mass without a value.",
     op=attending(_sliding),
     compose=_sliding,
     identities=(
@@ -90,9 +99,7 @@ def _around(
     causal: bool = True,
     exact: bool = False,
 ) -> tuple[Pattern, Score]:
-    pattern: Pattern = Partition(
-        window, before=window * look_backward, after=window * look_forward
-    )
+    pattern: Pattern = Partition(window, before=window * look_backward, after=window * look_forward)
     if causal:
         pattern = pattern & Causal()
     if exact:
@@ -125,8 +132,8 @@ LOCAL_WINDOW = System(
     year=2020,
     paper="Roy, Saffar, Vaswani, Grangier; arXiv 2003.05997. Form of the package local-attention",
     kind="operator",
-    summary="A token sees its own window and look_backward windows before, look_forward after; `exact` "
-    "keeps |i - j| <= window * look_backward.",
+    summary="A token sees its own window and look_backward windows before, look_forward after; "
+    "`exact` keeps |i - j| <= window * look_backward.",
     op=attending(_around),
     compose=_around,
     identities=(
@@ -170,7 +177,7 @@ def _shift_cuts(draw: Draw) -> Claim:
     inner = slice(shift, shift + side)
 
     def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(*(x[:, inner, inner] for x in (q, k, v)))
+        return attend(*each(lambda x: x[:, inner, inner], q, k, v))
 
     return Claim(
         draw.qkv((2 * side, 2 * side)),
@@ -185,15 +192,16 @@ SWIN_WINDOWS = System(
     year=2021,
     paper="Liu, Lin, Cao, Hu, Wei, Zhang, Lin, Guo; arXiv 2103.14030",
     kind="operator",
-    summary="Attention inside square windows, moved by `shift` in every second block, with a relative "
-    "bias table; windows cut by the border stay smaller, nothing is rolled or masked.",
+    summary="Attention inside square windows, moved by `shift` in every second block, with a "
+    "relative bias table; windows cut by the border stay smaller, nothing is rolled or masked.",
     op=attending(_swin),
     compose=_swin,
     layer=SwinWindowAttention,
     identities=(
         Identity(
             "strided_neighborhood",
-            "Without shift it is a neighborhood with stride = window, when the window divides the grid.",
+            "Without shift it is a neighborhood with stride = window, when the window divides the "
+            "grid.",
             _strided_neighborhood,
         ),
         Identity(
@@ -218,8 +226,7 @@ def _fold_rows(draw: Draw) -> Claim:
     grid = (draw.integer(1, 4), draw.integer(2, 5))
 
     def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = attend(*(x.flatten(0, 1) for x in (q, k, v)), Causal())
-        return o.unflatten(0, (-1, grid[0]))
+        return attend(*each(lambda x: x.flatten(0, 1), q, k, v), Causal()).view_as(v)
 
     return Claim(draw.qkv(grid), lambda q, k, v: op(q, k, v, axis=-1, causal=True), folded)
 
@@ -283,10 +290,10 @@ DILATED_WINDOW_3D = System(
     name="dilated_window_3d",
     title="D-Former: A U-shaped Dilated Transformer for 3D Medical Image Segmentation",
     year=2022,
-    paper="Wu, Liao, Chen, Wang, Chen, Gao, Wu; arXiv 2201.00462",
+    paper="Wu et al.; arXiv 2201.00462",
     kind="model",
-    summary="On volumes, attention inside groups of neighbours (scope local) or inside combs of as many "
-    "tokens spread evenly over every axis (scope global).",
+    summary="On volumes, attention inside groups of neighbours (scope local) or inside combs of as "
+    "many tokens spread evenly over every axis (scope global).",
     op=attending(_dilated_window),
     compose=_dilated_window,
     layer=DilatedWindowAttention,
@@ -304,9 +311,7 @@ DILATED_WINDOW_3D = System(
 )
 
 
-def _chunks(
-    grid: tuple[int, ...], *, chunk: int = 40, overlap: int = 5
-) -> tuple[Pattern, Score]:
+def _chunks(grid: tuple[int, ...], *, chunk: int = 40, overlap: int = 5) -> tuple[Pattern, Score]:
     return Partition(chunk, before=overlap, after=overlap), Softmax()
 
 
@@ -333,15 +338,13 @@ TKL_LOCAL_ATTENTION = System(
     year=2020,
     paper="Hofstaetter, Zamani, Mitra, Craswell, Hanbury; arXiv 2005.04908",
     kind="model",
-    summary="Chunks of 40 tokens see themselves and 5 tokens on both sides. The layer recomputes the "
-    "overlap per chunk, so that two of its layers are not two of these operators.",
+    summary="Chunks of 40 tokens see themselves and 5 tokens on both sides. The layer recomputes "
+    "the overlap per chunk, so that two of its layers are not two of these operators.",
     op=attending(_chunks),
     compose=_chunks,
     layer=ChunkedEncoder,
     identities=(
-        Identity(
-            "unfolded", "Each chunk attends on its own to itself and its margins.", _unfolded
-        ),
+        Identity("unfolded", "Each chunk attends on its own to itself and its margins.", _unfolded),
     ),
     reference_shapes=({"grid": (2000,), "heads": 10, "kv_heads": 10, "head_dim": 30},),
 )
@@ -358,7 +361,8 @@ def box_attention(
 ) -> Tensor:
     """Attention among the voxels of each box, boxes of any number of voxels packed in one sequence.
 
-    Shapes: q, k, v [1, N, H, D]; coordinates int64 [N, 1 + axes]: sample, then the place in the grid.
+    Shapes: q, k, v [1, N, H, D]; coordinates int64 [N, 1 + axes]: sample, then the place in the
+    grid.
     Options: box, the side in voxels, one for all axes or one per axis.
     """
     axes = coordinates.shape[-1] - 1
@@ -373,7 +377,7 @@ def box_attention(
     _, owner, counts = torch.unique(cells, dim=0, return_inverse=True, return_counts=True)
     order = torch.argsort(owner, stable=True)
     cu_seqlens = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-    packed = (x[:, order] for x in (q, k, v))
+    packed = each(lambda x: x[:, order], q, k, v)
     o = attend(*packed, Documents(), cu_seqlens=cu_seqlens, implementation=implementation)
     return o[:, torch.argsort(order)]
 
@@ -387,12 +391,14 @@ def _all_active(draw: Draw) -> Claim:
     grid, side = (draw.integer(2, 4), 4, 3), draw.integer(1, 3)
     axes = (torch.arange(n) for n in (1, *grid))
     coordinates = torch.cartesian_prod(*axes)
-    q, k, v = (x[:1] for x in draw.qkv(grid))
+
+    def voxels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        listed = each(lambda x: x.flatten(1, 3), q, k, v)
+        return box_attention(*listed, coordinates, box=side).view_as(v)
+
     return Claim(
-        (q, k, v),
-        lambda q, k, v: box_attention(
-            *(x.flatten(1, 3) for x in (q, k, v)), coordinates, box=side
-        ).unflatten(1, grid),
+        each(lambda x: x[:1], *draw.qkv(grid)),
+        voxels,
         lambda q, k, v: attend(q, k, v, Partition(side)),
     )
 
@@ -401,9 +407,10 @@ def _one_box(draw: Draw) -> Claim:
     count = draw.integer(1, 9)
     places = torch.stack([draw.permutation(10)[:count] for _ in range(3)], dim=1)
     coordinates = torch.cat([torch.zeros(count, 1, dtype=torch.int64), places], dim=1)
-    q, k, v = (x[:1] for x in draw.qkv((count,)))
     return Claim(
-        (q, k, v), lambda q, k, v: box_attention(q, k, v, coordinates, box=10), attend
+        each(lambda x: x[:1], *draw.qkv((count,))),
+        lambda q, k, v: box_attention(q, k, v, coordinates, box=10),
+        attend,
     )
 
 
@@ -413,8 +420,8 @@ BOX_ATTENTION = System(
     year=2023,
     paper="Shi, Wonka; arXiv 2312.08871",
     kind="model",
-    summary="Active voxels attend to the active voxels of their own box of 6 x 6 x 6, sorted by box and "
-    "packed without padding.",
+    summary="Active voxels attend to the active voxels of their own box of 6 x 6 x 6, sorted by "
+    "box and packed without padding.",
     op=box_attention,
     compose=_boxes,
     identities=(
