@@ -7,7 +7,7 @@ import math
 import foveal as fv
 from examples.first_hour.folder import Result
 from examples.first_hour.language_model import Layer
-from foveal.probe.mass import block_mass, heaviest_blocks, keys_per_row, kept_mass, whole
+from foveal.probe.mass import block_mass, heaviest_blocks, kept_mass, keys_per_row, whole
 
 BUDGETS = (32, 64, 128, 256)
 SINK_TOKENS = 4

@@ -72,7 +72,8 @@ def photograph() -> Tensor:
     """The astronaut of scikit-image, which comes inside its wheel: [512, 512, 3] in 0 to 1."""
     from skimage import data
 
-    return torch.from_numpy(data.astronaut()).float() / 255
+    pixels = data.astronaut()  # type: ignore[no-untyped-call]
+    return torch.from_numpy(pixels).float() / 255
 
 
 def with_noise(clean: Tensor, sigma: float) -> Tensor:
@@ -118,7 +119,7 @@ def _compare(
         "scikit-image": _Filter(lambda: _skimage(noisy, window)),
     }
     device = clean.device
-    samples = measure(filters, device, Budget(seconds=6, rounds=(3, 9), warm_up=0), step)
+    samples = measure(filters, device, Budget(seconds=3, rounds=(3, 9), warm_up=0), step)
     row: dict[str, Any] = {"window": window}
     for name, each in filters.items():
         image = each.forward()

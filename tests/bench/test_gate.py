@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveal.bench import gate as gate_module
+from foveal.bench import truth
 from foveal.bench.baselines import BASELINES, baselines
 from foveal.bench.baselines.base import Prepared
 from foveal.bench.cases import Case
@@ -34,7 +34,7 @@ def test_sdpa_passes_on_a_grid(name: str) -> None:
 
 
 def test_sampled_rows_check_whole_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_PAIRS", 0)
+    monkeypatch.setattr(truth, "_PAIRS", 0)
     case = Case("text", Sliding(left=9), (50,), q_heads=4, kv_heads=2, head_dim=8, value_dim=6)
     gate = Gate(case, case.inputs(CPU))
     prepared = Foveal().prepare(case, gate.inputs)

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -85,3 +87,25 @@ def test_write_replaces_the_whole_file(tmp_path) -> None:
 def test_unknown_picture_is_refused() -> None:
     with pytest.raises(ValueError, match="PNG, JPEG or SVG is needed"):
         Page("t").section("s").picture(("x", b"GIF89a"))
+
+
+def test_browser_draws_plots_without_console_message(tmp_path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to open the page with")
+    page = Page("Title")
+    figure = lines("time", [Series("a", [1, 2], [2.0, 3.0])], Axis("x"), Axis("y", "ms", log=True))
+    page.section("Plots").figure(figure, heat_map("map", [[1.0]], Axis("x"), Axis("y"), "share"))
+    path = page.write(tmp_path / "report.html")
+    options = "--headless --no-sandbox --disable-gpu --enable-logging=stderr"
+    quiet = "--disable-background-networking --virtual-time-budget=5000"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    shown = subprocess.run(
+        [browser, *options.split(), *quiet.split(), profile, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert shown.stdout.count('class="cell plot js-plotly-plot"') == 2
+    assert "CONSOLE" not in shown.stderr

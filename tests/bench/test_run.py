@@ -10,7 +10,7 @@ import torch
 
 from foveal._errors import UnknownNameError
 from foveal.bench.baselines import Competitor, baselines
-from foveal.bench.cases import SUITES, Case, suite
+from foveal.bench.cases import SUITES, Case, suite, system_suite
 from foveal.bench.measure import BOTH, FORWARD, Budget
 from foveal.bench.record import ABSENT, FAILED, MEASURED, REFUSED, WRONG, Record, RecordFile
 from foveal.bench.report import html, judge, terminal, terminal_judgements
@@ -18,6 +18,7 @@ from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan
 from foveal.bench.run import Job
 from foveal.cli import main
 from foveal.patterns import Neighborhood
+from foveal.systems import system
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", Neighborhood(window=3), (6, 5), q_heads=2, kv_heads=2, head_dim=4, value_dim=4)
@@ -194,6 +195,19 @@ def test_suites_are_sound(each) -> None:
     for case in each.cases:
         case.pattern.validate(case.extent)
         assert json.dumps(case.describe())
+
+
+def test_reference_shapes_of_a_system_become_cases() -> None:
+    found = system_suite(system("neighborhood_attention"), CPU)
+    assert [case.grid for case in found.cases] == [(56, 56), (28, 28)]
+    assert isinstance(found.cases[0].pattern, Neighborhood)
+
+
+def test_shapes_too_large_for_a_cpu_are_timed_on_fewer_heads() -> None:
+    here = system_suite(system("gna"), CPU).cases[0]
+    there = system_suite(system("gna"), torch.device("cuda")).cases[0]
+    assert (here.q_heads, there.q_heads) == (2, 24)
+    assert "2 of its 24 heads" in here.name
 
 
 def test_unknown_names_are_answered_with_the_known() -> None:

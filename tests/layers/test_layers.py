@@ -27,7 +27,7 @@ from tests.systems.definitions import (
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def seeded(layer: nn.Module, source: torch.Generator) -> nn.Module:
+def seeded(layer: Any, source: torch.Generator) -> Any:
     """The layer in float64, every parameter drawn anew so that none is zero."""
     layer = layer.double()
     for parameter in layer.parameters():
@@ -277,15 +277,11 @@ def test_factorised_axes_layer(source: torch.Generator) -> None:
 
 def test_rotation_depends_on_the_distance_only(source: torch.Generator) -> None:
     q, k = draw(source, 1, 1, 1, 6), draw(source, 1, 1, 1, 6)
-    near, moved = (
-        (rotate(q, torch.tensor([a])) * rotate(k, torch.tensor([a + 0.25]))).sum()
-        for a in (0.1, 0.6)
-    )
+    here, there = torch.tensor([[0.1], [0.6]], dtype=torch.float64)
+    near, moved = ((rotate(q, a) * rotate(k, a + 0.25)).sum() for a in (here, there))
     torch.testing.assert_close(near, moved)
-    first = rotate(q, torch.tensor([1 / 64]))[..., 0] - (
-        q[..., 0] * math.cos(1) - q[..., 3] * math.sin(1)
-    )
-    assert first.abs().max() < 1e-12
+    turned = rotate(q, torch.tensor([1 / 64]))[..., 0]
+    torch.testing.assert_close(turned, q[..., 0] * math.cos(1) - q[..., 3] * math.sin(1))
 
 
 def test_sphere_layer(source: torch.Generator) -> None:

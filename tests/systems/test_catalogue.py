@@ -50,8 +50,9 @@ def test_reference_shapes_fit_the_defaults(entry: fv.System) -> None:
         assert None in supported.values()
         assert all(reason is None or reason for reason in supported.values())
         if entry.compose is not None:
-            pattern = entry.pattern(shape["grid"], **entry.defaults)
-            pattern.validate(Extent(shape["grid"], shape["grid"]))
+            for options in (entry.defaults, shape.get("options", {})):
+                pattern = entry.pattern(shape["grid"], **options)
+                pattern.validate(Extent(shape["grid"], shape["grid"]))
 
 
 def test_support_names_what_refuses() -> None:
@@ -112,3 +113,13 @@ def test_boxes_need_a_place_for_every_voxel() -> None:
     x = torch.zeros(1, 6, 3, 4)
     with pytest.raises(fv.errors.ShapeError, match="coordinates"):
         fv.system("box_attention").op(x, x, x, torch.zeros(5, 4, dtype=torch.int64))
+
+
+def test_sphere_takes_queries_on_a_grid_of_their_own(source: torch.Generator) -> None:
+    q = torch.randn(1, 3, 4, 2, 5, generator=source, dtype=torch.float64)
+    k, v = (torch.randn(1, 6, 8, 2, 5, generator=source, dtype=torch.float64) for _ in range(2))
+    op = fv.system("sphere_attention").op
+    o = op(q, k, v)
+    assert o.shape == q.shape
+    alone = op(q[:, 1:2, 2:3], k, v)
+    torch.testing.assert_close(o[:, 1:2, 2:3], alone)

@@ -35,7 +35,8 @@ class Point:
 class Case:
     """One attention problem: q [batch, *grid, q_heads, head_dim], k and v with kv_heads.
 
-    `name` is unique in its suite and says what a reader must know; `score` holds no tensors.
+    `name` is unique in its suite and says what a reader must know.  `against` names the only
+    peers that it is measured against; None: all peers of the run.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     backward: bool = True
     points: tuple[Point, ...] = ()
+    against: tuple[str, ...] | None = None
 
     @property
     def extent(self) -> Extent:
@@ -90,7 +92,7 @@ class Case:
     def key(self, device: torch.device, threads: int) -> str:
         """The identity of a measurement across runs: the problem, and what it runs on."""
         about = self.describe()
-        about.pop("points")
+        del about["points"]
         values = " ".join(f"{name}={value}" for name, value in about.items())
         return f"{values} device={device.type} threads={threads}"
 
@@ -107,7 +109,13 @@ class Suite:
     budget: Budget = DEFAULT_BUDGET
 
 
-def _image(side: int, window: int, *axes: Literal["length", "window"]) -> Case:
+def _image(
+    side: int,
+    window: int,
+    *axes: Literal["length", "window"],
+    backward: bool = True,
+    against: tuple[str, ...] | None = None,
+) -> Case:
     points = {
         "length": Point("length", "2-D neighborhood 13x13, 4 heads of 64", side * side),
         "window": Point("window", "2-D neighborhood on 96x96 tokens, 4 heads of 64", window),
@@ -116,24 +124,26 @@ def _image(side: int, window: int, *axes: Literal["length", "window"]) -> Case:
         f"image {side}x{side}, window {window}x{window}",
         Neighborhood(window=(window, window)),
         (side, side),
+        backward=backward,
         points=tuple(points[axis] for axis in axes),
+        against=against,
     )
 
 
-def _text(length: int, window: int, *axes: Literal["length", "window"]) -> Case:
-    points = {"length": Point("length", "causal window of 512, 4 heads of 64", length)}
+def _text(length: int, window: int, backward: bool = True) -> Case:
     return Case(
         f"text {length}, causal window {window}",
         Sliding(left=window - 1),
         (length,),
-        points=tuple(points[axis] for axis in axes),
+        backward=backward,
+        points=(Point("length", f"causal window of {window}, 4 heads of 64", length),),
     )
 
 
 _IMAGE = _image(96, 13, "length", "window")
 _SMALL_IMAGE = _image(48, 13, "length")
-_LARGE_IMAGE = _image(192, 13, "length")
-_TEXT = _text(16384, 512, "length")
+_LARGE_IMAGE = _image(192, 13, "length", against=())
+_TEXT = _text(16384, 512)
 
 CPU = Suite(
     "cpu",
@@ -144,8 +154,8 @@ CPU = Suite(
         _SMALL_IMAGE,
         _LARGE_IMAGE,
         _image(24, 13, "length"),
-        *(_image(96, window, "window") for window in (3, 7, 25, 49)),
-        *(_text(length, 512, "length") for length in (2048, 4096, 8192)),
+        *(_image(96, window, "window", backward=False) for window in (3, 7, 25, 49)),
+        *(_text(length, 512) for length in (2048, 4096, 8192)),
         Case(
             "text 8192, look-around windows of 512",
             Partition(size=512, before=512) & Causal(),
@@ -173,9 +183,8 @@ DEMO = Suite(
     "demo",
     "the shapes of the demonstration: an image and a small language model",
     (
-        _image(48, 13, "length"),
-        _image(96, 13, "length", "window"),
-        *(_image(96, window, "window") for window in (5, 25)),
+        _image(48, 13),
+        *(_image(96, window, "window", backward=False) for window in (5, 13, 25)),
         Case(
             "Gemma-3 270M sliding layer, 2048 tokens",
             Sliding(left=511),
@@ -184,8 +193,8 @@ DEMO = Suite(
             head_dim=256,
             value_dim=256,
         ),
-        _text(4096, 512, "length"),
-        _text(8192, 512, "length"),
+        _text(4096, 512),
+        _text(8192, 512, backward=False),
     ),
     against=("masked", "dense"),
     budget=Budget(seconds=4.0),

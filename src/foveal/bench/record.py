@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import foveal as fv
 from foveal.bench.measure import Samples
 
 SCHEMA = 1
@@ -116,7 +117,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "foveal": _foveal_version(),
+        "foveal": fv.__version__,
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -167,15 +168,6 @@ def _clock(device: torch.device) -> int | None:
         return torch.cuda.clock_rate(device)
     except (RuntimeError, ImportError, AttributeError):
         return None
-
-
-def _foveal_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("foveal")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _commit() -> str:

@@ -101,7 +101,7 @@ def _case_line(group: Sequence[Record]) -> str:
     case, ours = group[0].case, _ours(group)
     heads = f"{case['q_heads']} heads of {case['head_dim']}"
     if case["kv_heads"] != case["q_heads"]:
-        heads += f" on {case['kv_heads']} key heads"
+        heads += f" ({case['kv_heads']} for keys)"
     line = f"{case['name']}, {heads}, {case['dtype']}"
     bound = tile_bound(ours.plan) if ours else None
     return line + (f"; tiles allow {bound:.1f}x over dense" if bound else "")

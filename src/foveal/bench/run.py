@@ -7,7 +7,6 @@ import gc
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -47,10 +46,11 @@ class Job:
         """Measures the cases that the file lacks; yields and stores the records of each."""
         environment = record.environment(self.device)
         done = {(each.key, each.competitor) for each in self.file.read()}
-        names = [Foveal.name, *(peer.name for peer in self.peers)]
         for index, case in enumerate(self.cases):
             key = case.key(self.device, environment["threads"])
-            if all((key, name) in done for name in names):
+            peers = [p for p in self.peers if case.against is None or p.name in case.against]
+            competitors = (Foveal(), *peers)
+            if all((key, competitor.name) in done for competitor in competitors):
                 continue
             base = Record(
                 run=self.run_id,
@@ -66,20 +66,20 @@ class Job:
             def step(text: str, share: float, at: int = index, about: str = case.name) -> None:
                 progress(f"{about}: {text}", (at + share) / len(self.cases))
 
-            records = self._run_case(case, base, step)
+            records = self._run_case(case, competitors, base, step)
             self.file.append(records)
             yield records
 
-    def _run_case(self, case: Case, base: Record, step: Progress) -> list[Record]:
+    def _run_case(
+        self, case: Case, competitors: tuple[Competitor, ...], base: Record, step: Progress
+    ) -> list[Record]:
         gc.collect()
         inputs = case.inputs(self.device)
         gate = Gate(case, inputs)
-        ours = Foveal()
         entries: dict[str, _Entry] = {}
-        competitors = (ours, *self.peers)
         for index, competitor in enumerate(competitors):
             step(f"checking {competitor.title}", 0.5 * index / len(competitors))
-            plan = ours.plan(case, inputs) if competitor is ours else {}
+            plan = competitor.plan(case, inputs)
             blank = replace(base, competitor=competitor.name, title=competitor.title, plan=plan)
             entries[competitor.name] = self._admit(competitor, case, gate, blank)
         admitted = {n: e.prepared for n, e in entries.items() if e.prepared is not None}
@@ -122,9 +122,9 @@ class Job:
         self, competitor: Competitor, case: Case, gate: Gate
     ) -> tuple[Prepared, Mapping[str, str]]:
         prepared = competitor.prepare(case, gate.inputs)
-        refusal = competitor.refuses_backward(case, self.device)
         if not case.backward:
-            refusal = "the case is timed forward only"
+            return replace(prepared, backward=False), {}
+        refusal = competitor.refuses_backward(case, self.device)
         if refusal is None:
             return prepared, {}
         return replace(prepared, backward=False), {BACKWARD: refusal, BOTH: refusal}
@@ -146,8 +146,3 @@ class _Entry:
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc)
-
-
-def plan_of(records: list[Record]) -> Mapping[str, Any]:
-    """The plan of our own entry among the records of a case."""
-    return next((each.plan for each in records if each.competitor == Foveal.name), {})

@@ -11,13 +11,13 @@ from foveal import __version__
 from foveal._errors import FovealError
 from foveal.cli import bench, doctor, explain, list, show
 
-_COMMANDS = (list, show, explain, bench, doctor)
+COMMANDS = (list, show, explain, bench, doctor)
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns its exit status: 0, 1 (a gate is red) or 2 (bad usage)."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -34,16 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line, with every sub-command."""
+    whole = argparse.ArgumentParser(
         prog="foveal",
         description="Efficient attention behind one interface: what there is, what a call will do, "
         "how fast it is.",
         epilog="Exit status: 0 success, 1 a gate is red, 2 bad usage. `foveal COMMAND --help` "
         "describes a command.",
     )
-    parser.add_argument("--version", action="version", version=f"foveal {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
+    whole.add_argument("--version", action="version", version=f"foveal {__version__}")
+    subparsers = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
         command.add_parser(subparsers)
-    return parser
+    return whole

@@ -8,12 +8,12 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
-_NARROWEST, _WIDEST = 60, 120
+_NARROWEST, _WIDEST = 70, 120
 _SECTION = re.compile(r" +((?:Shapes|Options|Cost|Limits|Equals|Paper): )")
 
 
 def columns() -> int:
-    """Columns of the terminal, between 60 and 120; 100 where there is none."""
+    """Columns of the terminal, between 70 and 120; 100 where there is none."""
     return min(max(shutil.get_terminal_size((100, 24)).columns, _NARROWEST), _WIDEST)
 
 

@@ -177,7 +177,7 @@ class _SystemSubject(_Subject):
         if system.compose is None:
             return
         self.grid = grid or picture_grid(
-            lambda tried: system.pattern(tried, **options), _candidates(system)
+            lambda tried: system.pattern(tried, **options), candidate_grids(system)
         )
         self.pattern = system.pattern(self.grid, **options)
         self.score = system.score(self.grid, **options)
@@ -185,7 +185,7 @@ class _SystemSubject(_Subject):
     def text(self) -> str:
         system = self.system
         layer = f"foveal.layers.{system.layer.__name__}" if system.layer else "none"
-        shapes = "; ".join(_shape_text(shape) for shape in system.reference_shapes)
+        shapes = "; ".join(shape_text(shape) for shape in system.reference_shapes)
         parts = [
             textwrap.fill(f"{system.name}: {system.title} ({system.year})", columns()),
             "",
@@ -221,7 +221,7 @@ class _SystemSubject(_Subject):
         }
 
 
-def _candidates(system: System) -> list[tuple[int, ...]]:
+def candidate_grids(system: System) -> list[tuple[int, ...]]:
     """Small grids, then those of the paper, with as many axes as the paper's first."""
     of_paper = [tuple(shape["grid"]) for shape in system.reference_shapes]
     rank = len(of_paper[0])
@@ -264,7 +264,8 @@ def _options_text(system: System, options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in shown.items()) or "none"
 
 
-def _shape_text(shape: Any) -> str:
+def shape_text(shape: Any) -> str:
+    """A reference shape in words."""
     grid = grid_text(shape["grid"])
     heads = "1 head" if shape["heads"] == 1 else f"{shape['heads']} heads"
     return f"{grid} tokens, {heads} of {shape['head_dim']}"

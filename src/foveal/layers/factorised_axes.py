@@ -50,7 +50,7 @@ def rotate(x: Tensor, place: Tensor, lowest: float = 1 / 64) -> Tensor:
     Shapes: x [B, n, H, D] with D even, the pair of channel c being c + D / 2; place [n].
     """
     half = x.shape[-1] // 2
-    speed = 10000 ** -(torch.arange(half, dtype=x.dtype) / half)
+    speed = 10000 ** -(torch.arange(half, dtype=x.dtype, device=x.device) / half)
     angle = (place.to(x.dtype)[:, None] / lowest * speed)[:, None]  # [n, 1, half]
     first, second = x.split(half, dim=-1)
     cos, sin = angle.cos(), angle.sin()
@@ -100,7 +100,9 @@ class FactorisedAxesAttention(nn.Module):
 
     def forward(self, u: Tensor, coordinates: tuple[Tensor, ...] | None = None) -> Tensor:
         if coordinates is None:
-            coordinates = tuple(torch.arange(n, dtype=u.dtype) / n for n in u.shape[1:-1])
+            coordinates = tuple(
+                torch.arange(n, dtype=u.dtype, device=u.device) / n for n in u.shape[1:-1]
+            )
         for _ in range(self.iterations):
             u = u + self._step(u, coordinates) / self.iterations
         return u

@@ -24,6 +24,11 @@ def factors(kind: Kind, stride: int, summary: int) -> tuple[Pattern, Pattern]:
     return Partition(stride) & Causal(), Fixed(stride, summary)
 
 
+def united(near: Pattern, far: Pattern) -> Pattern:
+    """The union of the factors; the far factor of "fixed" holds the near one already."""
+    return far if isinstance(far, Fixed) else near | far
+
+
 def factorised(
     q: Tensor,
     k: Tensor,
@@ -38,7 +43,7 @@ def factorised(
     Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; split needs an even H, and an even Hkv or one.
     """
     if arrangement == "merged":
-        return attend(q, k, v, near | far)
+        return attend(q, k, v, united(near, far))
     if arrangement == "interleaved":
         return attend(q, k, v, far if depth % 2 else near)
     if q.shape[-2] % 2 or (k.shape[-2] > 1 and k.shape[-2] % 2):
@@ -121,7 +126,8 @@ class ChunkedEncoder(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths = torch.full((x.shape[0],), x.shape[1]) if lengths is None else lengths
-        tokens, places, cu_seqlens = self._packed(lengths.tolist(), x.shape[1])
+        packing = self._packed(lengths.tolist(), x.shape[1])
+        tokens, places, cu_seqlens = (part.to(x.device) for part in packing)
         packed = (x.flatten(0, 1)[tokens] + self.positions[places])[None]
         for layer in self.layers:
             packed = layer(packed, cu_seqlens)

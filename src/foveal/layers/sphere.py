@@ -47,13 +47,17 @@ def latitude_weights(count: int, latitudes: Latitudes = "equiangular") -> Tensor
     return weights * ends / last
 
 
-def area_score(grid: tuple[int, ...], latitudes: Latitudes = "equiangular") -> Score:
+def area_score(
+    grid: tuple[int, ...],
+    latitudes: Latitudes = "equiangular",
+    device: torch.device | str = "cpu",
+) -> Score:
     """Softmax in which key j on a grid [rows, columns] counts w_j times, w_j its share of 4 pi."""
     if len(grid) != 2:
         raise PatternError("grid", grid, "a grid [latitudes, longitudes] is needed")
     rows, columns = grid
     areas = latitude_weights(rows, latitudes) * (2 * math.pi / columns)
-    return Softmax() + KeyBias(areas.log().repeat_interleave(columns)[None, None])
+    return Softmax() + KeyBias(areas.log().repeat_interleave(columns)[None, None].to(device))
 
 
 class SphereAttention(MultiHead):
@@ -78,4 +82,5 @@ class SphereAttention(MultiHead):
         self.latitudes = latitudes
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, Dense(), area_score(tuple(k.shape[1:-2]), self.latitudes))
+        score = area_score(tuple(k.shape[1:-2]), self.latitudes, k.device)
+        return attend(q, k, v, Dense(), score)

@@ -53,16 +53,19 @@ class Axial(Pattern):
     def bounds(self, extent: Extent) -> Bounds | None:
         own = self.axis % len(extent.kv_grid)
         intervals = []
-        for axis, length in enumerate(extent.q_grid):
-            place = torch.arange(length)
+        for axis, length in enumerate(extent.kv_grid):
+            place = extent.axis_positions(axis)
             if axis != own:
                 intervals.append((place, place + 1))
             else:
-                intervals.append((place * 0, place + 1 if self.causal else place * 0 + length))
+                stop = (place + 1).clamp(min=0) if self.causal else place * 0 + length
+                intervals.append((place * 0, stop))
         lower, upper = zip(*intervals, strict=True)
         return Bounds(extent, lower, upper)
 
-    def parts(self, extent: Extent) -> tuple[Part, ...]:
+    def parts(self, extent: Extent) -> tuple[Part, ...] | None:
+        if extent.q_grid != extent.kv_grid:
+            return None
         own = self.axis % len(extent.kv_grid)
         coordinates = []
         for axis, length in enumerate(extent.kv_grid):

@@ -66,7 +66,8 @@ class Partition(Pattern):
 
     def simplify(self, extent: Extent) -> Pattern:
         pieces = (self._pieces(axis, extent) for axis in range(len(extent.kv_grid)))
-        return Dense() if all(len(axis_pieces) == 1 for axis_pieces in pieces) else self
+        whole = all(len(axis_pieces) == 1 for axis_pieces in pieces)
+        return Dense() if whole and extent.Lq <= extent.Lk else self
 
     def bounds(self, extent: Extent) -> Bounds:
         rank = len(extent.kv_grid)

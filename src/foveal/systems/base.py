@@ -93,8 +93,8 @@ class System:
     options; `layer` an nn.Module where the paper has one; `compose` the pattern and score behind
     `op` where it is a composition of the two.  `kind` is "operator" or "model" (a whole network
     whose distinctive layer is offered); `engine` the machine that runs it, "tile" or "torch" (plain
-    products). `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"} taken from the
-    paper.
+    products).  `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"}, and "options"
+    where the paper's shape goes with options of its own.
     """
 
     name: str
@@ -154,7 +154,7 @@ class System:
             needs_grad=False,
             return_lse=False,
         )
-        pattern, score = self.compose(grid, **options)
+        pattern, score = self.compose(grid, **{**shape.get("options", {}), **options})
         pattern.validate(problem.extent)
         geometry = Geometry(pattern, problem.extent, 1, heads, problem.kv_heads)
         form = normal_form(score, head_dim, geometry)

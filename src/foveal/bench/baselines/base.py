@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ class Competitor:
     def pattern(self, case: Case) -> Pattern:
         """The pairs that it computes; another pattern than the case's makes it a yardstick."""
         return case.pattern
+
+    def plan(self, case: Case, inputs: Inputs) -> dict[str, Any]:
+        """What it says about how it will run, as JSON data."""
+        return {}
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         """Masks, lists, compilation: everything that is not part of a call."""

@@ -40,16 +40,23 @@ def visible_product(weights, seen, values, total, PRECISION: tl.constexpr):
     """total + weights @ values in which a hidden pair adds nothing, even where its value is NaN or inf.
 
     Non-finite values are taken out of the product; a second product counts, per kind, how many of
-    them each row sees (1 for inf, 2^8 for -inf, 2^16 for NaN: exact in float32 for tiles of at most 255).
+    them each row sees: 2^-14 for inf, 2^-6 for -inf, 2^2 for NaN, exact in every dtype for tiles of at
+    most 255 keys.
     """
     finite = values - values == 0.0
     total = tl.dot(
-        weights.to(values.dtype), tl.where(finite, values, 0.0), total, input_precision=PRECISION
+        weights.to(values.dtype),
+        tl.where(finite, values, 0.0).to(values.dtype),
+        total,
+        input_precision=PRECISION,
     )
-    kind = tl.where(values == values, tl.where(values > 0, 1.0, 256.0), 65536.0)
-    counts = tl.dot(
-        seen.to(tl.float32), tl.where(finite, 0.0, kind).to(tl.float32), input_precision="ieee"
-    ).to(tl.int32)
+    kind = tl.where(values == values, tl.where(values > 0, 0.00006103515625, 0.015625), 4.0)
+    found = tl.dot(
+        seen.to(values.dtype),
+        tl.where(finite, 0.0, kind).to(values.dtype),
+        input_precision=PRECISION,
+    )
+    counts = (found * 16384.0).to(tl.int32)
     total += tl.where(counts % 256 > 0, float("inf"), 0.0)
     total += tl.where(counts // 256 % 256 > 0, float("-inf"), 0.0)
     return total + tl.where(counts >= 65536, float("nan"), 0.0)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place_in(index, TILE: tl.constexpr):
+def _place_in(index, TILE: tl.constexpr):
     """Coordinates inside a box of shape TILE of raster indices."""
     TX: tl.constexpr = TILE[0]
     TY: tl.constexpr = TILE[1]
@@ -40,31 +40,59 @@ def tile_count(lengths, TILE: tl.constexpr):
 
 
 @triton.jit
-def raster(x, y, z, lengths):
-    """Raster index on a grid of tokens."""
-    return (x * lengths[1] + y) * lengths[2] + z
-
-
-@triton.jit
-def within(x, y, z, stops, RANK: tl.constexpr):
+def _within(places, stops, RANK: tl.constexpr):
     """Whether tokens lie before `stops` on every axis."""
-    inside = z < stops[2]
+    inside = places[2] < stops[2]
     if RANK > 1:
-        inside = inside & (y < stops[1])
+        inside = inside & (places[1] < stops[1])
     if RANK > 2:
-        inside = inside & (x < stops[0])
+        inside = inside & (places[0] < stops[0])
     return inside
 
 
 @triton.jit
-def row_offsets(x, y, z, strides, RANK: tl.constexpr):
-    """int64 offsets of tokens; strides are (batch, x, y, z, head)."""
-    offsets = tl.cast(z, tl.int64) * strides[3]
+def box_tokens(first, stops, lengths, TILE: tl.constexpr, RANK: tl.constexpr):
+    """Tokens of the box that starts at `first`: places (x, y, z), raster indices, inside `stops`."""
+    TX: tl.constexpr = TILE[0]
+    TY: tl.constexpr = TILE[1]
+    TZ: tl.constexpr = TILE[2]
+    x, y, z = _place_in(tl.arange(0, TX * TY * TZ), TILE)
+    places = (first[0] + x, first[1] + y, first[2] + z)
+    index = (places[0] * lengths[1] + places[1]) * lengths[2] + places[2]
+    return places, index, _within(places, stops, RANK)
+
+
+@triton.jit
+def first_token(tile, lengths, TILE: tl.constexpr):
+    """Place of the first token of the tile with this raster index."""
+    TX: tl.constexpr = TILE[0]
+    TY: tl.constexpr = TILE[1]
+    TZ: tl.constexpr = TILE[2]
+    tx, ty, tz = tile_place(tile, lengths, TILE)
+    return tx * TX, ty * TY, tz * TZ
+
+
+@triton.jit
+def _offset(x, y, z, strides, RANK: tl.constexpr):
+    offset = tl.cast(z, tl.int64) * strides[3]
     if RANK > 1:
-        offsets += tl.cast(y, tl.int64) * strides[2]
+        offset += tl.cast(y, tl.int64) * strides[2]
     if RANK > 2:
-        offsets += tl.cast(x, tl.int64) * strides[1]
-    return offsets
+        offset += tl.cast(x, tl.int64) * strides[1]
+    return offset
+
+
+@triton.jit
+def box_rows(first, strides, TILE: tl.constexpr, RANK: tl.constexpr):
+    """int64 offsets of the tokens of a box; strides are (batch, x, y, z, head).
+
+    All but one scalar is the same for every box: compilers keep it out of loops.
+    """
+    TX: tl.constexpr = TILE[0]
+    TY: tl.constexpr = TILE[1]
+    TZ: tl.constexpr = TILE[2]
+    x, y, z = _place_in(tl.arange(0, TX * TY * TZ), TILE)
+    return _offset(x, y, z, strides, RANK) + _offset(first[0], first[1], first[2], strides, RANK)
 
 
 @triton.jit

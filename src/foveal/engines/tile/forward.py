@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from foveal.engines.common.softmax import (
     LN2,
@@ -16,124 +20,167 @@ from foveal.engines.common.softmax import (
 from foveal.engines.common.tiles import (
     load_rows,
     matrix_start,
-    place_in,
-    raster,
-    row_offsets,
+    box_rows,
+    box_tokens,
+    first_token,
     store_rows,
     tile_count,
-    tile_place,
-    within,
 )
+from foveal.engines.tile.launch import Stage
 
 
 @triton.jit
-def _tile_scores(
-    q, p_k, k_strides, first, stops, k_lengths, n, h, i_q, in_grid, scale, cap, first_term, second_term,
-    K_TILE: tl.constexpr, RANK: tl.constexpr, SHAPE: tl.constexpr, FIRST: tl.constexpr,
-    SECOND: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of q on the keys of the box at `first`, before the test; and the keys' places."""
-    KX: tl.constexpr = K_TILE[0]
-    KY: tl.constexpr = K_TILE[1]
-    KZ: tl.constexpr = K_TILE[2]
-    kx, ky, kz = place_in(tl.arange(0, KX * KY * KZ), K_TILE)
-    x, y, z = first[0] + kx, first[1] + ky, first[2] + kz
-    inside = within(x, y, z, stops, RANK)
-    p_rows = p_k + row_offsets(first[0], first[1], first[2], k_strides, RANK)
-    p_rows += row_offsets(kx, ky, kz, k_strides, RANK)
-    k = load_rows(p_rows, inside, D, D_PAD, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = SHAPE.value(s, scale, cap)
-    i_k = raster(x, y, z, k_lengths)[None, :]
+def _scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: tl.constexpr):
+    """Scores of a query tile on the keys of the box at `first`; the keys' places, rows and `inside`."""
+    K_TILE: tl.constexpr = SPEC.k_tile
+    RANK: tl.constexpr = SPEC.rank
+    n, h, i_q, in_grid = queries
+    p_k, k_strides, k_lengths = keys[0], keys[1], keys[4]
+    scale, cap, first_term, second_term = scoring
+    places, i_k, inside = box_tokens(first, stops, k_lengths, K_TILE, RANK)
+    p_rows = p_k + box_rows(first, k_strides, K_TILE, RANK)
+    k = load_rows(p_rows, inside, SPEC.head_dim, SPEC.head_pad, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=SPEC.precision)
+    s = SPEC.shape.value(s, scale, cap)
     here = in_grid[:, None] & inside[None, :]
-    s += FIRST.value(first_term, n, h, i_q[:, None], i_k, here) * LOG2E
-    s += SECOND.value(second_term, n, h, i_q[:, None], i_k, here) * LOG2E
-    return s, x, y, z, inside
+    s += SPEC.first.value(first_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
+    s += SPEC.second.value(second_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
+    return s, places, inside
 
 
 @triton.jit
-def _values(p_v, v_strides, first, inside, K_TILE: tl.constexpr, RANK: tl.constexpr,
-            DV: tl.constexpr, DV_PAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    KX: tl.constexpr = K_TILE[0]
-    KY: tl.constexpr = K_TILE[1]
-    KZ: tl.constexpr = K_TILE[2]
-    kx, ky, kz = place_in(tl.arange(0, KX * KY * KZ), K_TILE)
-    p_rows = p_v + row_offsets(first[0], first[1], first[2], v_strides, RANK)
-    p_rows += row_offsets(kx, ky, kz, v_strides, RANK)
-    return load_rows(p_rows, inside, DV, DV_PAD, MASKED)
+def _values(keys, first, inside, SPEC: tl.constexpr, MASKED: tl.constexpr):
+    p_rows = keys[2] + box_rows(first, keys[3], SPEC.k_tile, SPEC.rank)
+    return load_rows(p_rows, inside, SPEC.value_dim, SPEC.value_pad, MASKED)
+
+
+@triton.jit
+def _add_values(s, keys, first, inside, unit, rows, SPEC: tl.constexpr, MASKED: tl.constexpr):
+    """The running softmax over one more box: largest score, sum of weights, sum of values."""
+    largest, total, acc = rows
+    p, factor, largest, total = running_softmax(s, unit, largest, total)
+    v = _values(keys, first, inside, SPEC, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=SPEC.precision)
+    return largest, total, acc
+
+
+@triton.jit
+def _test(s, route, limits, mark, places, whole, SPEC: tl.constexpr):
+    """s with -inf where a pair is hidden; on a grid, nothing to do for whole boxes."""
+    if SPEC.rank == 1:
+        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        s = tl.where(seen, s, float("-inf"))
+    elif not whole:
+        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _careful_values(q, queries, keys, scoring, route, state, limits, lse, SPEC: tl.constexpr):
+    """The output again, now that a key or value holds NaN or inf: hidden pairs add nothing."""
+    ROWS: tl.constexpr = q.shape[0]
+    VALUE_PAD: tl.constexpr = SPEC.value_pad
+    unit = SPEC.shape.unit(scoring[0])
+    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+    for i in tl.range(0, state[0], num_stages=1):
+        first, _, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
+        s, places, inside = _scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        p = tl.where(seen, tl.exp2(s * unit - lse[:, None]), 0.0)
+        v = _values(keys, first, inside, SPEC, True)
+        acc = visible_product(p, seen, v, acc, SPEC.precision)
+    if SPEC.rank == 1:
+        for i in tl.range(0, state[1], num_stages=1):
+            first = SPEC.route.full(route, state, i, SPEC.k_tile)
+            s, places, inside = _scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+            p = tl.exp2(s * unit - lse[:, None])
+            v = _values(keys, first, inside, SPEC, True)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=SPEC.precision)
+    return acc
 
 
 @triton.jit
 def tile_attend_forward(
-    p_q, p_k, p_v, p_o, p_lse, p_sink,
-    q_strides, k_strides, v_strides, o_strides, q_lengths, k_lengths,
-    heads, groups, scale, cap, route, first_term, second_term,
-    Q_TILE: tl.constexpr, K_TILE: tl.constexpr, RANK: tl.constexpr, ROUTE: tl.constexpr,
-    SHAPE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_q, p_o, p_lse, p_sink, q_strides, o_strides, q_lengths,
+    keys, heads, groups, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one tile of queries.
 
     Tensors [N, x, y, z, H, D] by strides (batch, x, y, z, head); lse float32 [N, heads, queries].
-    scale and cap as SHAPE reads them.
+    keys: (k, its strides, v, its strides, lengths of the key grid); scoring: (scale, cap, terms...) as
+    the hooks read them; route as SPEC.route reads it.
     """
-    QX: tl.constexpr = Q_TILE[0]
-    QY: tl.constexpr = Q_TILE[1]
-    QZ: tl.constexpr = Q_TILE[2]
-    ROWS: tl.constexpr = QX * QY * QZ
+    Q_TILE: tl.constexpr = SPEC.q_tile
+    RANK: tl.constexpr = SPEC.rank
+    ROWS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
+    VALUE_PAD: tl.constexpr = SPEC.value_pad
     tiles = tile_count(q_lengths, Q_TILE)
     program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles  # causal patterns: the longest first
+    tile = tiles - 1 - program % tiles  # of a causal pattern the longest first
     n = program // tiles // heads
     h = program // tiles % heads
-    p_k += matrix_start(n, h // groups, k_strides)
-    p_v += matrix_start(n, h // groups, v_strides)
+    p_k = keys[0] + matrix_start(n, h // groups, keys[1])
+    p_v = keys[2] + matrix_start(n, h // groups, keys[3])
+    head = (p_k, keys[1], p_v, keys[3], keys[4])
 
-    tx, ty, tz = tile_place(tile, q_lengths, Q_TILE)
-    rx, ry, rz = place_in(tl.arange(0, ROWS), Q_TILE)
-    qx, qy, qz = tx * QX + rx, ty * QY + ry, tz * QZ + rz
-    in_grid = within(qx, qy, qz, q_lengths, RANK)
-    i_q = raster(qx, qy, qz, q_lengths)
-    offsets = row_offsets(qx, qy, qz, q_strides, RANK)
-    q = load_rows(p_q + matrix_start(n, h, q_strides) + offsets, in_grid, D, D_PAD, True)
+    own = first_token(tile, q_lengths, Q_TILE)
+    places, i_q, in_grid = box_tokens(own, q_lengths, q_lengths, Q_TILE, RANK)
+    p_rows = p_q + matrix_start(n, h, q_strides) + box_rows(own, q_strides, Q_TILE, RANK)
+    q = load_rows(p_rows, in_grid, SPEC.head_dim, SPEC.head_pad, True)
+    queries = (n, h, i_q, in_grid)
+    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, SPEC.k_tile, RANK)
+    limits = SPEC.route.rows(route, places, in_grid, RANK)
+    unit = SPEC.shape.unit(scoring[0])
 
-    state = ROUTE.open(route, tile, n, h, q_lengths, k_lengths, Q_TILE, K_TILE, RANK)
-    rows = ROUTE.rows(route, qx, qy, qz, in_grid, RANK)
-    unit = SHAPE.unit(scale)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if p_sink is not None:
-        largest += tl.load(p_sink + h).to(tl.float32) * LOG2E + float("inf")
-    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+        sink = tl.load(p_sink + h).to(tl.float32) * LOG2E
+        largest = tl.zeros([ROWS], tl.float32) + sink
+        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in range(state[0]):
-        first, whole, mark = ROUTE.partial(route, state, i, K_TILE, RANK)
-        s, x, y, z, inside = _tile_scores(
-            q, p_k, k_strides, first, state[2], k_lengths, n, h, i_q, in_grid, scale, cap,
-            first_term, second_term, K_TILE, RANK, SHAPE, FIRST, SECOND, D, D_PAD, True, PRECISION,
-        )  # fmt: skip
-        if RANK == 1:
-            seen = ROUTE.sees(route, rows, mark, x, y, z, Q_TILE, K_TILE, RANK)
-            s = tl.where(seen, s, float("-inf"))
-        elif not whole:
-            seen = ROUTE.sees(route, rows, mark, x, y, z, Q_TILE, K_TILE, RANK)
-            s = tl.where(seen, s, float("-inf"))
-        p, factor, largest, total = running_softmax(s, unit, largest, total)
-        v = _values(p_v, v_strides, first, inside, K_TILE, RANK, DV, DV_PAD, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
+        first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
+        s, k_places, inside = _scores(q, queries, head, scoring, first, state[2], SPEC, True)
+        s = _test(s, route, limits, mark, k_places, whole, SPEC)
+        rows = (largest, total, acc)
+        largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, True)
     if RANK == 1:
         for i in range(state[1]):
-            first = ROUTE.full(route, state, i, K_TILE)
-            s, x, y, z, inside = _tile_scores(
-                q, p_k, k_strides, first, state[2], k_lengths, n, h, i_q, in_grid, scale, cap,
-                first_term, second_term, K_TILE, RANK, SHAPE, FIRST, SECOND, D, D_PAD, False,
-                PRECISION,
-            )  # fmt: skip
-            p, factor, largest, total = running_softmax(s, unit, largest, total)
-            v = _values(p_v, v_strides, first, inside, K_TILE, RANK, DV, DV_PAD, False)
-            acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
+            first = SPEC.route.full(route, state, i, SPEC.k_tile)
+            s, k_places, inside = _scores(q, queries, head, scoring, first, state[2], SPEC, False)
+            rows = (largest, total, acc)
+            largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, False)
 
     lse = row_lse(largest, total)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(p_o, acc)
+    if state[0] > 0:
+        if any_not_finite(acc):
+            acc = _careful_values(q, queries, head, scoring, route, state, limits, lse, SPEC)
+    p_rows = p_o + matrix_start(n, h, o_strides) + box_rows(own, o_strides, Q_TILE, RANK)
+    store_rows(p_rows, acc, in_grid, SPEC.value_dim, SPEC.value_pad)
+    p_row_lse = p_lse + tl.cast(program // tiles, tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
+    tl.store(p_row_lse + i_q, lse * LN2, mask=in_grid)
+
+
+def launch_forward(
+    stage: Stage, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scoring: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """o [N, Lq, Hq, Dv] and lse float32 [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .].
+
+    Strides are free but for the last axis, which is contiguous.
+    """
+    N, Lq, heads, _ = q.shape
+    o = q.new_empty(N, Lq, heads, v.shape[-1])
+    lse = q.new_empty(N, heads, Lq, dtype=torch.float32)
+    layout, spec = stage.layout, stage.spec
+    programs = N * heads * layout.q_tiles
+    if programs:
+        keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
+        tile_attend_forward[(programs,)](
+            q, o, lse, sink, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
+            keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=spec,
+            num_warps=stage.config.warps, num_stages=stage.config.stages,
+        )  # fmt: skip
+    return o, lse

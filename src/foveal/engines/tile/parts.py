@@ -54,7 +54,7 @@ def solve(
     """Runs `solver` on every part of the task's pattern and puts the results in place."""
     pattern = task.pattern.simplify(task.extent)
     parts = pattern.parts(task.extent)
-    if parts is None:
+    if not parts:
         whole = Task(
             pattern,
             task.extent,

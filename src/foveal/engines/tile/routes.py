@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from foveal.engines.common.hooks import Hooks
-from foveal.engines.common.tiles import raster, tile_place
+from foveal.engines.common.tiles import tile_place
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def _box_full(route, state, i, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _box_rows(route, x, y, z, inside, RANK: tl.constexpr):
+def _box_rows(route, places, inside, RANK: tl.constexpr):
     """Per own token and axis, the first token it sees and the one after the last."""
+    x, y, z = places
     lower_z = tl.load(route[2] + z, mask=inside, other=0)
     upper_z = tl.load(route[5] + z, mask=inside, other=0)
     lower_y, upper_y, lower_x, upper_x = lower_z, upper_z, lower_z, upper_z
@@ -112,7 +113,10 @@ def _box_rows(route, x, y, z, inside, RANK: tl.constexpr):
 
 
 @triton.jit
-def _box_sees(route, rows, mark, x, y, z, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr):
+def _box_sees(
+    route, rows, mark, places, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
+):
+    x, y, z = places
     seen = (z[None, :] >= rows[2][:, None]) & (z[None, :] < rows[5][:, None])
     if RANK > 1:
         seen = seen & (y[None, :] >= rows[1][:, None]) & (y[None, :] < rows[4][:, None])
@@ -157,20 +161,20 @@ def _list_full(route, state, i, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _list_rows(route, x, y, z, inside, RANK: tl.constexpr):
-    lower = tl.load(route[9] + z, mask=inside, other=0)
-    upper = tl.load(route[10] + z, mask=inside, other=0)
+def _list_rows(route, places, inside, RANK: tl.constexpr):
+    lower = tl.load(route[9] + places[2], mask=inside, other=0)
+    upper = tl.load(route[10] + places[2], mask=inside, other=0)
     return lower, lower, lower, upper, upper, upper
 
 
 @triton.jit
-def _bit_rows(route, x, y, z, inside, RANK: tl.constexpr):
-    return z, z, z, z, z, z
+def _bit_rows(route, places, inside, RANK: tl.constexpr):
+    return places
 
 
 @triton.jit
 def _bits_of_queries(
-    route, rows, mark, x, y, z, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
+    route, rows, mark, places, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
 ):
     """Own tokens are queries; mark names the tile's words [query, key // 32] at route[9]."""
     Q: tl.constexpr = OWN[2]
@@ -184,7 +188,7 @@ def _bits_of_queries(
 
 @triton.jit
 def _bits_of_keys(
-    route, rows, mark, x, y, z, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
+    route, rows, mark, places, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
 ):
     """Own tokens are keys."""
     K: tl.constexpr = OWN[2]

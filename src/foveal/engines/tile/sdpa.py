@@ -51,6 +51,8 @@ def attend(
     if causal and problem.device == "cpu" and not (k.isfinite().all() and v.isfinite().all()):
         # The fused kernel multiplies hidden values by 0, which spreads NaN to earlier rows.
         return cpu.attend(problem, pattern, score, geometry, q, k, v)
+    # The fused kernels read rows of D neighbouring elements only.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FUSED):
         o = scaled_dot_product_attention(

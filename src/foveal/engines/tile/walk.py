@@ -109,7 +109,8 @@ class Tile:
 
     @property
     def height(self) -> int:
-        return self.rows.stop - self.rows.start
+        start, stop = self.rows.start, self.rows.stop
+        return int(stop - start)
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,8 @@ def _edge_mask(lower: bytes, upper: bytes, width: int) -> Mask | None:
         pieces.append((slice(0, head), torch.arange(head) < lo[:, None]))
     if tail:
         pieces.append((slice(width - tail, width), torch.arange(-tail, 0) >= hi[:, None]))
-    return Mask(tuple(pieces), None)
+    blind = (lo >= hi + width)[:, None]
+    return Mask(tuple(pieces), blind if bool(blind.any()) else None)
 
 
 @functools.lru_cache(maxsize=32)
@@ -328,6 +330,10 @@ def _product_mask(axes: tuple[tuple[bytes, bytes, int], ...]) -> Mask | None:
         visible = visible & ((column >= lo) & (column < hi)).view(shape)
     rows = math.prod(visible.shape[:rank])
     return _mask(~visible.reshape(rows, math.prod(visible.shape[rank:])))
+
+
+def _pair(q_tokens: Tensor, k_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return q_tokens, k_tokens
 
 
 def flat_tile(pattern: Pattern) -> tuple[int, int]:
@@ -362,8 +368,10 @@ def _run_tiles(pattern: Pattern, extent: Extent, states: Tensor) -> Iterator[Til
         mask = None
         if bool((state == PARTIAL).any()):
             mask = _mask(~pattern.allows(q_pos[rows, None], k_tokens[None], extent))
-        tokens = torch.arange(rows.start, rows.stop), k_tokens
-        yield Tile(rows, Runs(runs or (slice(0, 0),)), mask, lambda tokens=tokens: tokens)
+        own = torch.arange(rows.start, rows.stop)
+        yield Tile(
+            rows, Runs(runs or (slice(0, 0),)), mask, functools.partial(_pair, own, k_tokens)
+        )
 
 
 def _runs(ascending: list[int]) -> Iterator[tuple[int, int]]:
@@ -395,5 +403,5 @@ def _listed_tiles(pattern: Pattern, extent: Extent, states: Tensor) -> Iterator[
         k_tokens = k_tokens.clamp(max=max(extent.Lk - 1, 0))
         visible = pattern.allows_listed(extent.q_positions()[rows], k_tokens, extent)
         mask = _mask(~visible | outside[..., None, :])
-        tokens = torch.arange(rows.start, rows.stop), k_tokens
-        yield Tile(rows, k_tokens, mask, lambda tokens=tokens: tokens)
+        own = torch.arange(rows.start, rows.stop)
+        yield Tile(rows, k_tokens, mask, functools.partial(_pair, own, k_tokens))

@@ -17,6 +17,7 @@ from foveal.layers.sequence import (
     SparseTransformerAttention,
     factorised,
     factors,
+    united,
 )
 from foveal.patterns import Blocks, BlockSelection, Causal, Neighborhood, Pattern, Sliding
 from foveal.scores import Score, Softmax
@@ -61,7 +62,7 @@ def _sparse_transformer(
     near, far = factors(kind, stride, summary)
     if arrangement == "interleaved":
         return far if depth % 2 else near, Softmax()
-    return near | far, Softmax()
+    return united(near, far), Softmax()
 
 
 def _near_window(draw: Draw) -> Claim:

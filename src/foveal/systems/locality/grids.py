@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,21 +137,42 @@ def _sphere(
     return Dense(), area_score(grid, latitudes)
 
 
+def sphere_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    latitudes: Latitudes = "equiangular",
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """o_i = sum_j w_j exp(s_ij) v_j / sum_j w_j exp(s_ij), w_j the area around key j, 4 pi in all.
+
+    Shapes: q [B, rows, columns, H, D], k and v [B, rows', columns', H, D]; rows run from pole to
+    pole.
+    Options: latitudes "equiangular" (Clenshaw-Curtis weights) or "gauss-legendre", for the keys.
+    """
+    score = area_score(tuple(k.shape[1:-2]), latitudes, k.device)
+    o, lse = attend(q, k, v, Dense(), score, return_lse=True, implementation=implementation)
+    return (o, lse) if return_lse else o
+
+
 def _rotation(draw: Draw) -> Claim:
-    op, turn = attending(_sphere), draw.integer(1, 5)
+    op: Callable[..., Any] = sphere_attention
+    turn = draw.integer(1, 5)
     return Claim(
         draw.qkv((draw.integer(2, 5), 6)),
-        lambda q, k, v: op(*(x.roll(turn, dims=2) for x in (q, k, v))),
+        lambda q, k, v: op(*each(lambda x: x.roll(turn, dims=2), q, k, v)),
         lambda q, k, v: op(q, k, v).roll(turn, dims=2),
     )
 
 
 def _area(draw: Draw) -> Claim:
-    op, rows = attending(_sphere), draw.integer(2, 7)
-    latitudes = ("equiangular", "gauss-legendre")[draw.integer(0, 1)]
+    rows, choice = draw.integer(2, 7), draw.integer(0, 1)
+    latitudes: Latitudes = "equiangular" if choice else "gauss-legendre"
 
     def mean_weight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lse: Tensor = op(q * 0, k, v, latitudes=latitudes, return_lse=True)[1]
+        _, lse = sphere_attention(q * 0, k, v, latitudes=latitudes, return_lse=True)
         return lse
 
     return Claim(
@@ -167,7 +190,7 @@ SPHERE_ATTENTION = System(
     kind="operator",
     summary="Global attention as an integral over the sphere: key j counts with its quadrature "
     "weight. The geodesic neighborhood is not offered yet.",
-    op=attending(_sphere),
+    op=sphere_attention,
     compose=_sphere,
     layer=SphereAttention,
     identities=(

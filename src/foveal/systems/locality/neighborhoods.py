@@ -134,8 +134,20 @@ FUSED_NA = System(
         ),
     ),
     reference_shapes=(
-        {"grid": (128, 128), "heads": 16, "kv_heads": 16, "head_dim": 128},
-        {"grid": (32768,), "heads": 16, "kv_heads": 16, "head_dim": 128},
+        {
+            "grid": (128, 128),
+            "heads": 16,
+            "kv_heads": 16,
+            "head_dim": 128,
+            "options": {"window": 25},
+        },
+        {
+            "grid": (32768,),
+            "heads": 16,
+            "kv_heads": 16,
+            "head_dim": 128,
+            "options": {"window": 2048},
+        },
     ),
 )
 
@@ -197,9 +209,27 @@ GNA = System(
         _WHOLE_WINDOW,
     ),
     reference_shapes=(
-        {"grid": (256, 256), "heads": 24, "kv_heads": 24, "head_dim": 128},
-        {"grid": (30, 48, 80), "heads": 24, "kv_heads": 24, "head_dim": 128},
-        {"grid": (32768,), "heads": 1, "kv_heads": 1, "head_dim": 128},
+        {
+            "grid": (256, 256),
+            "heads": 24,
+            "kv_heads": 24,
+            "head_dim": 128,
+            "options": {"window": 80, "stride": 16},
+        },
+        {
+            "grid": (30, 48, 80),
+            "heads": 24,
+            "kv_heads": 24,
+            "head_dim": 128,
+            "options": {"window": (18, 24, 24), "stride": (16, 8, 8)},
+        },
+        {
+            "grid": (32768,),
+            "heads": 1,
+            "kv_heads": 1,
+            "head_dim": 128,
+            "options": {"window": 2048, "stride": 256},
+        },
     ),
 )
 
@@ -256,6 +286,7 @@ TCSR_NA = System(
     "of the paper are not established; both are options, the window 7 stands in.",
     op=attending(_neighborhood),
     compose=_neighborhood,
+    layer=NeighborhoodAttention,
     identities=(_WHOLE_WINDOW,),
     reference_shapes=({"grid": (96, 96), "heads": 4, "kv_heads": 4, "head_dim": 16},),
 )

@@ -1,0 +1,324 @@
+"""What a kernel is launched with: tiles, routes and hooks of a task on a device."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.engines.tile import routes
+from foveal.engines.tile.lists import boxes, inverse
+from foveal.engines.tile.parts import Task
+from foveal.engines.tile.spec import Spec, Tile
+from foveal.engines.tile.terms import BY_DISTANCE, FROM_TABLE, PER_KEY, PER_PAIR, LocalTerm
+from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern
+from foveal.patterns.blocks import Blocks
+from foveal.patterns.combine import Intersection, Union
+from foveal.patterns.dense import Dense
+from foveal.scores import hooks
+from foveal.tuning import tile as tuning
+from foveal.tuning.tile import BACKWARD_KV, Config
+
+LOG2E = 1.4426950408889634
+_SMALLEST = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tiles of one kernel and the route between them, as the kernel reads it."""
+
+    rank: int
+    q_tile: Tile
+    k_tile: Tile
+    q_grid: Tile
+    k_grid: Tile
+    route: Any
+    arguments: tuple[Any, ...]
+
+    @property
+    def q_tiles(self) -> int:
+        return _tiles(self.q_grid, self.q_tile)
+
+    @property
+    def k_tiles(self) -> int:
+        return _tiles(self.k_grid, self.k_tile)
+
+    def q_strides(self, x: Tensor) -> tuple[int, ...]:
+        """Strides (batch, x, y, z, head) of queries [N, Lq, H, D] on their grid."""
+        return _grid_strides(x, self.q_grid)
+
+    def k_strides(self, x: Tensor) -> tuple[int, ...]:
+        return _grid_strides(x, self.k_grid)
+
+
+def _tiles(grid: Tile, tile: Tile) -> int:
+    return math.prod(-(-length // side) for length, side in zip(grid, tile, strict=True))
+
+
+def _grid_strides(x: Tensor, grid: Tile) -> tuple[int, ...]:
+    n, token, head, _ = x.stride()
+    return n, token * grid[1] * grid[2], token * grid[2], token, head
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kernel of a task, ready to launch."""
+
+    spec: Spec
+    config: Config
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides on tiles besides the pattern."""
+
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def in_three(grid: tuple[int, ...]) -> Tile:
+    """The grid with axes of length 1 before its own."""
+    x, y, z = (1,) * (3 - len(grid)) + grid
+    return x, y, z
+
+
+def stage(kind: str, task: Task, terms: tuple[LocalTerm, ...], sizes: Sizes, heads: int) -> Stage:
+    """The kernel `kind` of tuning.tile for a task; heads: query heads."""
+    dim = max(sizes.head_dim, sizes.value_dim)
+    config = tuning.lookup(kind, tuning.architecture(sizes.device), dim, sizes.dtype)
+    pattern, extent = task.pattern, task.extent
+    if pattern.depends_on_data or pattern.bounds(extent) is None:
+        layout = _list_layout(kind, pattern, extent, config, sizes.device, heads)
+    else:
+        layout = _box_layout(kind, pattern, extent, config, sizes.device)
+    chosen = [_HOOKS[term.kind] for term in terms] + [hooks.NOTHING] * (2 - len(terms))
+    spec = Spec(
+        q_tile=layout.q_tile,
+        k_tile=layout.k_tile,
+        rank=layout.rank,
+        head_dim=sizes.head_dim,
+        value_dim=sizes.value_dim,
+        route=layout.route,
+        shape=_shape(task),
+        first=chosen[0],
+        second=chosen[1],
+        precision="ieee",
+    )
+    return Stage(spec, config, layout)
+
+
+_HOOKS = {
+    PER_PAIR: hooks.PER_PAIR,
+    PER_KEY: hooks.PER_KEY,
+    BY_DISTANCE: hooks.BY_DISTANCE,
+    FROM_TABLE: hooks.FROM_TABLE,
+}
+
+
+def _shape(task: Task) -> hooks.Shape:
+    if task.score.soft_cap is not None:
+        return hooks.CAPPED
+    return hooks.PRODUCT if task.score.scale > 0 and not task.score.terms else hooks.SCALED
+
+
+def scoring(task: Task, terms: tuple[LocalTerm, ...], heads: int) -> tuple[Any, ...]:
+    """scale, cap and the two terms as the hooks read them."""
+    score = task.score
+    scale, cap = score.scale * LOG2E, 1.0
+    if score.soft_cap is not None:
+        scale, cap = score.scale / score.soft_cap, score.soft_cap * LOG2E
+    arguments = [_term(term, heads) for term in terms] + [(0,)] * (2 - len(terms))
+    return float(scale), float(cap), *arguments
+
+
+def _term(term: LocalTerm, heads: int) -> tuple[Any, ...]:
+    values = term.values
+    if term.kind == PER_PAIR:
+        return values, *_broadcast_strides(values)
+    if term.kind == PER_KEY:
+        keys = values.shape[-1]
+        return values, *_broadcast_strides(values), heads // values.shape[1], keys
+    assert term.q_codes is not None
+    assert term.k_codes is not None
+    head_stride = values.stride(0) if values.shape[0] > 1 else 0
+    parts, queries = term.q_codes.shape
+    last = values.shape[-1] - 1
+    keys = term.k_codes.shape[1]
+    return values, head_stride, term.q_codes, term.k_codes, queries, keys, parts, last
+
+
+def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
+    return tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
+
+
+def _cut(size: int, tokens: int) -> int:
+    """A tile size (a power of two) no larger than the tokens need."""
+    return max(_SMALLEST, min(size, 1 << max(tokens - 1, 0).bit_length()))
+
+
+@functools.lru_cache(maxsize=256)
+def _box_layout(
+    kind: str, pattern: Pattern, extent: Extent, config: Config, device: torch.device
+) -> Layout:
+    bounds = pattern.bounds(extent)
+    on_device = boxes(pattern, extent, device)
+    assert bounds is not None
+    assert on_device is not None
+    extent = bounds.extent
+    queries, keys = _cut(config.queries, extent.Lq), _cut(config.keys, extent.Lk)
+    if kind == BACKWARD_KV:
+        k_tile, q_tile = tuning.choose_shapes(*inverse(bounds), extent.q_grid, keys, queries)
+        limits = (on_device.q_lower, on_device.q_upper)
+    else:
+        q_tile, k_tile = tuning.choose_shapes(
+            bounds.lower, bounds.upper, extent.kv_grid, queries, keys
+        )
+        limits = (on_device.lower, on_device.upper)
+    arguments = (*_three_axes(limits[0]), *_three_axes(limits[1]))
+    grids = in_three(extent.q_grid), in_three(extent.kv_grid)
+    return Layout(len(extent.q_grid), q_tile, k_tile, *grids, routes.BOXES, arguments)
+
+
+def _three_axes(axes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (axes[0],) * (3 - len(axes)) + axes
+
+
+def list_tiles(pattern: Pattern, config: Config) -> tuple[int, int]:
+    """Query and key tile of a pattern that is walked by lists: they divide its blocks."""
+    unit = pattern.tile_unit() or (config.queries, config.keys)
+    queries, keys = (1 << ((n & -n).bit_length() - 1) for n in unit)
+    return min(queries, config.queries), min(keys, config.keys)
+
+
+def refuses_lists(pattern: Pattern, extent: Extent) -> str | None:
+    """Why a pattern that is not separable cannot be walked by lists, or None."""
+    unit = pattern.tile_unit()
+    if unit is not None and any(n % _SMALLEST for n in unit):
+        return f"its blocks hold multiples of {_SMALLEST} tokens; here {unit[0]} x {unit[1]}"
+    static = static_part(pattern)
+    if static is None:
+        return f"it joins block lists with static patterns by one & or one |, unlike {pattern.key}"
+    if isinstance(pattern, Union) and pattern.depends_on_data and unit and extent.Lk % unit[1]:
+        return f"a union with block lists needs Lk to be a multiple of {unit[1]}, not {extent.Lk}"
+    return None
+
+
+def static_part(pattern: Pattern) -> Pattern | None:
+    """The pattern that decides inside partial tiles, or None when no single one does."""
+    if not pattern.depends_on_data:
+        return pattern
+    if isinstance(pattern, Blocks):
+        return Dense()
+    if not isinstance(pattern, Intersection | Union):
+        return None
+    lists = [p for p in pattern.members if p.depends_on_data]
+    static = tuple(p for p in pattern.members if not p.depends_on_data)
+    if any(not isinstance(p, Blocks) for p in lists):
+        return None
+    if not static:
+        return Dense()
+    return static[0] if len(static) == 1 else type(pattern)(static)
+
+
+def _list_layout(
+    kind: str, pattern: Pattern, extent: Extent, config: Config, device: torch.device, heads: int
+) -> Layout:
+    q_tile, k_tile = list_tiles(pattern, config)
+    if pattern.depends_on_data:
+        states = pattern.tile_map(extent, q_tile, k_tile).to(device)
+        lists = _lists(states, extent.Lk % k_tile > 0, kind == BACKWARD_KV, heads)
+    else:
+        lists = _static_lists(pattern, extent, q_tile, k_tile, device, kind == BACKWARD_KV)
+    static = static_part(pattern)
+    assert static is not None
+    route, marks, limits = _tests(static, extent, q_tile, k_tile, device, kind == BACKWARD_KV)
+    grids = in_three(extent.flat().q_grid), in_three(extent.flat().kv_grid)
+    arguments = (*lists, *marks, *limits)
+    return Layout(1, (1, 1, q_tile), (1, 1, k_tile), *grids, route, arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _static_lists(
+    pattern: Pattern,
+    extent: Extent,
+    q_tile: int,
+    k_tile: int,
+    device: torch.device,
+    by_key: bool,
+) -> tuple[Any, ...]:
+    states = pattern.tile_map(extent, q_tile, k_tile)[None, None].to(device)
+    return _lists(states, extent.Lk % k_tile > 0, by_key, 1)
+
+
+def _lists(states: Tensor, ragged: bool, by_key: bool, heads: int) -> tuple[Any, ...]:
+    """Lists as the routes read them, partial tiles first; states [B or 1, heads or 1, q, k] tiles.
+
+    A last key tile that the keys do not fill counts as partial.
+    """
+    if ragged:
+        states = states.clone()
+        states[..., -1] = states[..., -1].clamp(max=PARTIAL)
+    if by_key:
+        states = states.transpose(-1, -2)
+    rank = torch.where(states == PARTIAL, 0, torch.where(states == FULL, 1, 2)).to(torch.uint8)
+    indices = torch.argsort(rank, dim=-1, stable=True).to(torch.int32).contiguous()
+    partial = (rank == 0).sum(-1).to(torch.int32).contiguous()
+    counts = (rank < 2).sum(-1).to(torch.int32).contiguous()
+    batches, lists, tiles, width = states.shape
+    strides = (lists * tiles if batches > 1 else 0, tiles if lists > 1 else 0)
+    return indices, partial, counts, *strides, heads // lists if lists > 1 else heads, width
+
+
+@functools.lru_cache(maxsize=64)
+def _tests(
+    static: Pattern,
+    extent: Extent,
+    q_tile: int,
+    k_tile: int,
+    device: torch.device,
+    by_key: bool,
+) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    """The route, its marks and what it tests pairs with: intervals where there are some, else bits."""
+    bounds = static.bounds(extent)
+    if bounds is not None and len(bounds.extent.kv_grid) == 1:
+        ends = inverse(bounds) if by_key else (bounds.lower, bounds.upper)
+        limits = tuple(axes[0].to(device=device, dtype=torch.int32) for axes in ends)
+        return routes.LISTS, (limits[0], 0), limits
+    words, marks = _bits(static, extent, q_tile, k_tile)
+    marks = marks.T.contiguous() if by_key else marks
+    words, marks = words.to(device), marks.to(device)
+    route = routes.BITS_OF_KEYS if by_key else routes.BITS_OF_QUERIES
+    return route, (marks, marks.shape[1]), (words, words)
+
+
+def _bits(static: Pattern, extent: Extent, q_tile: int, k_tile: int) -> tuple[Tensor, Tensor]:
+    """Visible pairs of the partial tiles as words [tiles, q_tile, ceil(k_tile / 32)] and which words
+    each tile has, int32 [q_tiles, k_tiles]."""
+    states = static.tile_map(extent, q_tile, k_tile).clone()
+    if extent.Lk % k_tile:
+        states[:, -1] = states[:, -1].clamp(max=PARTIAL)
+    marks = torch.zeros(states.shape, dtype=torch.int32)
+    partial = torch.nonzero(states == PARTIAL)
+    marks[partial[:, 0], partial[:, 1]] = torch.arange(len(partial), dtype=torch.int32)
+    width = -(-k_tile // 32)
+    words = torch.zeros(max(len(partial), 1), q_tile, width, dtype=torch.int32)
+    weight = torch.ones(32, dtype=torch.int64) << torch.arange(32)
+    for number, (row, column) in enumerate(partial.tolist()):
+        q = torch.arange(row * q_tile, min((row + 1) * q_tile, extent.Lq))
+        k = torch.arange(column * k_tile, min((column + 1) * k_tile, extent.Lk))
+        seen = torch.zeros(q_tile, width * 32, dtype=torch.int64)
+        visible = static.allows(q[:, None] + (extent.Lk - extent.Lq), k[None], extent)
+        seen[: len(q), : len(k)] = visible
+        packed = (seen.view(q_tile, width, 32) * weight).sum(-1)
+        words[number] = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    return words, marks
+
+

@@ -1,0 +1,122 @@
+"""The portable GPU edition, written in Triton: NVIDIA sm_80 and later, AMD gfx942."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from foveal._problem import Problem
+from foveal.engines.tile.parts import Task, solve, whole_task
+from foveal.patterns.base import Pattern
+from foveal.scores.base import Geometry
+from foveal.scores.normal import NormalForm
+
+_LARGEST_DIM = 256
+
+
+def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
+    if problem.device != "cuda" and not (problem.device == "cpu" and _interpreted()):
+        return f"it runs on CUDA tensors; these are on {problem.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if problem.dtype == torch.float64:
+        return "GPU matrix units have no float64 edition here; use float32 or less"
+    if problem.dtype == torch.bfloat16 and problem.device == "cpu":
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if max(problem.head_dim, problem.value_dim) > _LARGEST_DIM:
+        return (
+            f"its tiles hold a head_dim and value_dim of at most {_LARGEST_DIM}; "
+            f"here are {problem.head_dim} and {problem.value_dim}"
+        )
+    if problem.device == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0 or later; this device has {capability}"
+    from foveal.engines.tile.terms import refuses_terms
+
+    return refuses_terms(score) or _refuses_pattern(pattern, problem)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _refuses_pattern(pattern: Pattern, problem: Problem) -> str | None:
+    from foveal.engines.tile.launch import refuses_lists
+
+    extent = problem.extent
+    parts = pattern.parts(extent)
+    if parts is not None:
+        reasons = (refuses_lists(part.pattern, part.extent) for part in parts)
+        return next((reason for reason in reasons if reason is not None), None)
+    if pattern.depends_on_data or pattern.bounds(extent) is None:
+        return refuses_lists(pattern, extent)
+    return None
+
+
+def attend(
+    problem: Problem,
+    pattern: Pattern,
+    score: NormalForm,
+    geometry: Geometry,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq] of q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]."""
+    task = whole_task(problem, pattern, score, geometry, q.device)
+    return solve(task, q, k, v, functools.partial(_attend_task, task.q_tokens))
+
+
+def _attend_task(
+    whole: Tensor, task: Task, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    from foveal.engines.tile.terms import local_terms
+
+    terms = local_terms(task, task.q_tokens is whole)
+    values = tuple(term.values for term in terms)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    o, lse = _TileAttention.apply(task, terms, q, k, v, task.score.sink, *values)
+    return o, lse.transpose(1, 2)
+
+
+class _TileAttention(torch.autograd.Function):
+    """o [N, Lq, Hq, Dv] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        task: Task,
+        terms: tuple[Any, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        *values: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        from foveal.engines.tile.forward import launch_forward
+        from foveal.engines.tile.launch import Sizes, scoring, stage
+        from foveal.tuning.tile import FORWARD
+
+        heads = q.shape[2]
+        ctx.sizes = Sizes(q.shape[-1], v.shape[-1], q.dtype, q.device)
+        ctx.task, ctx.terms = task, terms
+        forward = stage(FORWARD, task, terms, ctx.sizes, heads)
+        o, lse = launch_forward(forward, q, k, v, sink, scoring(task, terms, heads))
+        ctx.save_for_backward(q, k, v, sink, o, lse, *values)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        from foveal.engines.tile.backward import gradients
+
+        q, k, v, sink, o, lse, *values = ctx.saved_tensors
+        found = gradients(ctx.task, ctx.terms, ctx.sizes, q, k, v, sink, o, lse, do, dlse)
+        return (None, None, *found)
