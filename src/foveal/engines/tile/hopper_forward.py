@@ -75,28 +75,25 @@ def attend_rows(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     q = q_s.index(WHICH).reshape([M, D])
-    # [C] of each axis that has none is 1, so that the boxes of three axes serve all.
-    y_bounds = p_bounds + 2 * X
-    z_bounds = y_bounds + 2 * Y
     g = 0
     issued = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, R[0], R[1], R[2])
-        bx, nx = reach(p_bounds, X, x0, 2 * R[0], C[0])
-        by, ny = reach(y_bounds, Y, y0, R[1], C[1])
-        bz, nz = reach(z_bounds, Z, z0, R[2], C[2])
+        bx, nx = reach(p_bounds, 0, X, x0, 2 * R[0], C[0])
+        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
+        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
-        x_low, x_last, x_first, x_up = ends(p_bounds, X, x0, R[0])
-        _, y_last, y_first, _ = ends(y_bounds, Y, y0, R[1])
-        _, z_last, z_first, _ = ends(z_bounds, Z, z0, R[2])
+        x_low, x_last, x_first, x_up = ends(p_bounds, 0, X, x0, R[0])
+        _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y0, R[1])
+        _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z0, R[2])
         last_low = (x_last, y_last, z_last)
         first_up = (x_first, y_first, z_first)
-        lx, wx = row_bounds(p_bounds, X, x0, row, R[1] * R[2], R[0])
-        ly, wy = row_bounds(y_bounds, Y, y0, row, R[2], R[1])
-        lz, wz = row_bounds(z_bounds, Z, z0, row, 1, R[2])
+        lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
+        ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
+        lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
         low = (lx, ly, lz)
         width = (wx, wy, wz)
         first = 0

@@ -42,19 +42,24 @@ def place(t, X, Y, Z, heads, shared, RX: gl.constexpr, RY: gl.constexpr, RZ: gl.
 
 
 @gluon.jit
-def ends(p_lower, length, first, count):
+def ends(p_bounds, base, length, first, count):
     """Smallest and largest lower end, smallest and largest upper end of rows [first, first + count)."""
     a = gl.minimum(first, length - 1)
     b = gl.minimum(first + count, length) - 1
-    b = gl.maximum(a, b)
-    p_upper = p_lower + length
-    return gl.load(p_lower + a), gl.load(p_lower + b), gl.load(p_upper + a), gl.load(p_upper + b)
+    a += base
+    b = gl.maximum(a, b + base)
+    return (
+        gl.load(p_bounds + a),
+        gl.load(p_bounds + b),
+        gl.load(p_bounds + (a + length)),
+        gl.load(p_bounds + (b + length)),
+    )
 
 
 @gluon.jit
-def reach(p_lower, length, first, count, C: gl.constexpr):
+def reach(p_bounds, base, length, first, count, C: gl.constexpr):
     """Where the boxes of an axis start, and how many there are: at least one, which may be empty."""
-    start, _, _, stop = ends(p_lower, length, first, count)
+    start, _, _, stop = ends(p_bounds, base, length, first, count)
     return start, gl.maximum(gl.cdiv(stop - start, C), 1)
 
 
@@ -104,9 +109,9 @@ def load_boxes(
                 copy_box(
                     rows[i], n, x + c * R[0], y, z, head, row_ready[i].index(c), row_s[i].index(c), AXES,
                 )  # fmt: skip
-        cx, nx = reach(p_bounds, X, x, 2 * R[0], C[0])
-        y0, ny = reach(p_bounds + 2 * X, Y, y, R[1], C[1])
-        z0, nz = reach(p_bounds + 2 * X + 2 * Y, Z, z, R[2], C[2])
+        cx, nx = reach(p_bounds, 0, X, x, 2 * R[0], C[0])
+        y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1])
+        z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2])
         first_head = head // divide * multiply
         for member in range(multiply):
             bx, by, bz = cx, y0, z0
@@ -141,11 +146,11 @@ def skip_boxes(g, count, column_ready, column_free, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def row_bounds(p_lower, length, first, row, DIVIDE: gl.constexpr, MODULO: gl.constexpr):
+def row_bounds(p_bounds, base, length, first, row, DIVIDE: gl.constexpr, MODULO: gl.constexpr):
     """Per row of a box, its lower end on one axis and how many columns it sees there."""
     i = gl.minimum(first + row // DIVIDE % MODULO, length - 1)
-    lower = gl.load(p_lower + i)
-    return lower, gl.load(p_lower + length + i) - lower
+    lower = gl.load(p_bounds + (base + i))
+    return lower, gl.load(p_bounds + (base + length + i)) - lower
 
 
 @gluon.jit
