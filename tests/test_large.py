@@ -1,12 +1,14 @@
 """More than 2^31 elements: sizes and positions stay exact."""
 
-import psutil
+import os
+
 import pytest
 import torch
 
 import foveal as fv
 
 WIDE = 2**31 + 64
+FREE_BYTES = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
@@ -17,10 +19,10 @@ WIDE = 2**31 + 64
         (fv.Sliding(3, 1), [False, True, True, True]),
         (fv.Neighborhood(5), [False, True, True, True]),
         (fv.Neighborhood(4, stride=2, dilation=2), [False, False, True, False]),
-        (fv.Neighborhood(3, border="wrap"), [False, False, True, True]),
+        (fv.Neighborhood(3, border="wrap"), [False, True, True, True]),
         (fv.Partition(64), [False, False, True, True]),
-        (fv.Strided(2), [False, False, True, False]),
-        (fv.Fixed(64, 1), [False, False, True, False]),
+        (fv.Strided(2), [True, False, True, False]),
+        (fv.Fixed(64, 1), [False, True, True, False]),
         (fv.Axial(0, causal=True), [True, True, True, False]),
     ],
     ids=str,
@@ -44,7 +46,7 @@ def test_counts_beyond_31_bits(pattern: fv.Pattern) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    psutil.virtual_memory().available < 60 * 2**30,
+    FREE_BYTES < 60 * 2**30,
     reason="a result of more than 2^31 elements and its gradients need 60 GiB of free memory",
 )
 @pytest.mark.parametrize("pattern", [fv.Sliding(1), fv.Neighborhood(3), fv.Causal()], ids=str)

@@ -69,6 +69,12 @@ def test_show_takes_options_grid_and_path(capsys: pytest.CaptureFixture[str]) ->
     assert "Neighborhood((4, 6), stride=2)" in Path("here.svg").read_text()
 
 
+def test_show_takes_the_rank_from_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _text(capsys, "show", "gna", "--window", "2x4x4", "--stride", "1")
+    assert "Neighborhood((2, 4, 4))" in text
+    assert "(6 x 12 x 12 tokens)" in text
+
+
 def test_show_json_writes_nothing_unasked(capsys: pytest.CaptureFixture[str]) -> None:
     shown = _json(capsys, "show", "gna", "--json")
     assert shown["files"] == []
@@ -99,6 +105,13 @@ def test_explain_text_fits_and_has_the_bound(capsys: pytest.CaptureFixture[str])
     assert "4 heads on 2 key heads" in text
     assert "ms forward on this device" in text
     assert "sdpa: it computes dense and causal attention only" in text
+
+
+def test_explain_takes_the_shape_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    told = _json(capsys, "explain", "gna", "--no-bound", "--json")
+    shape = fv.system("gna").reference_shapes[0]
+    assert told["problem"]["q_grid"] == list(shape["grid"])
+    assert told["pattern"] == fv.system("gna").pattern(shape["grid"], **shape["options"]).key
 
 
 def test_explain_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,10 @@ def add_parser(subparsers: Any) -> None:
         "what", metavar="NAME|PATTERN", help="a system of the catalogue, or a pattern as in Python"
     )
     parser.add_argument(
-        "--grid", type=arguments.grid, metavar="G", help="tokens per axis, such as 96x96 or 16384"
+        "--grid",
+        type=arguments.grid,
+        metavar="G",
+        help="tokens per axis, such as 96x96 or 16384 (default: those of the paper, with its options)",
     )
     parser.add_argument(
         "--kv-grid", type=arguments.grid, metavar="G", help="of the keys (default: --grid)"
@@ -106,10 +109,12 @@ def run(args: argparse.Namespace) -> int:
             raise PatternError(name, value, "a pattern expression carries its own options")
     else:
         system = find(args.what)
-        shape = _Shape(args, system.reference_shapes[0] if system.reference_shapes else {})
-        checked = check_options(system, options)
-        pattern = system.pattern(shape.kv_grid, **checked)
-        score = system.score(shape.kv_grid, **checked)
+        paper = system.reference_shapes[0]
+        shape = _Shape(args, paper)
+        of_paper = {} if args.grid else dict(paper.get("options", {}))
+        options = of_paper | check_options(system, options)
+        pattern = system.pattern(shape.kv_grid, **options)
+        score = system.score(shape.kv_grid, **options)
     if args.score:
         score = arguments.score(args.score)
     q, k, v = shape.tensors()

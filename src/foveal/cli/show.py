@@ -6,8 +6,9 @@ import argparse
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from foveal._errors import FovealError, PatternError
@@ -177,7 +178,7 @@ class _SystemSubject(_Subject):
         if system.compose is None:
             return
         self.grid = grid or picture_grid(
-            lambda tried: system.pattern(tried, **options), candidate_grids(system)
+            lambda tried: system.pattern(tried, **options), candidate_grids(system, options)
         )
         self.pattern = system.pattern(self.grid, **options)
         self.score = system.score(self.grid, **options)
@@ -204,7 +205,7 @@ class _SystemSubject(_Subject):
             "",
             fields([("identity", f"{each.name}: {each.statement}") for each in system.identities]),
             "",
-            _support(system, self.options),
+            _support(system, self.grid, self.options),
             "",
         ]
         return "\n".join(parts)
@@ -221,10 +222,13 @@ class _SystemSubject(_Subject):
         }
 
 
-def candidate_grids(system: System) -> list[tuple[int, ...]]:
-    """Small grids, then those of the paper, with as many axes as the paper's first."""
+def candidate_grids(
+    system: System, options: Mapping[str, Any] = MappingProxyType({})
+) -> list[tuple[int, ...]]:
+    """Small grids, then those of the paper, of one rank: the options', else the paper's first."""
     of_paper = [tuple(shape["grid"]) for shape in system.reference_shapes]
-    rank = len(of_paper[0])
+    ranks = (len(value) for value in options.values() if isinstance(value, tuple))
+    rank = next((rank for rank in ranks if rank in GRIDS), len(of_paper[0]))
     return [*GRIDS[rank], *sorted(grid for grid in of_paper if len(grid) == rank)]
 
 
@@ -268,12 +272,14 @@ def shape_text(shape: Any) -> str:
     """A reference shape in words."""
     grid = grid_text(shape["grid"])
     heads = "1 head" if shape["heads"] == 1 else f"{shape['heads']} heads"
-    return f"{grid} tokens, {heads} of {shape['head_dim']}"
+    options = "".join(f", {name}={value!r}" for name, value in shape.get("options", {}).items())
+    return f"{grid} tokens, {heads} of {shape['head_dim']}{options}"
 
 
-def _support(system: System, options: dict[str, Any]) -> str:
-    on_cpu = system.supports(device="cpu", **options)
-    on_cuda = system.supports(device="cuda", **options)
+def _support(system: System, grid: tuple[int, ...], options: dict[str, Any]) -> str:
+    shape = dict(system.reference_shapes[0]) | ({"grid": grid, "options": {}} if grid else {})
+    on_cpu = system.supports(shape, device="cpu", **options)
+    on_cuda = system.supports(shape, device="cuda", **options)
     rows = []
     for name in reversed(on_cpu):
         reasons = dict.fromkeys(r for r in (on_cpu[name], on_cuda[name]) if r)

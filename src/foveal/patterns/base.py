@@ -218,7 +218,8 @@ class Pattern:
         """Per axis, the largest absolute offset of a visible pair."""
         bounds = self.bounds(extent)
         if bounds is None or bounds.extent.kv_grid != extent.kv_grid:
-            return tuple(length - 1 for length in extent.kv_grid)
+            grids = zip(extent.q_grid, extent.kv_grid, strict=True)
+            return tuple(max(lengths) - 1 for lengths in grids)
         reach = []
         for axis, (lo, hi) in enumerate(zip(bounds.lower, bounds.upper, strict=True)):
             reach.append(interval_reach(extent.axis_positions(axis), lo, hi))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,8 @@ class Blocks(Pattern):
     @property
     def key(self) -> str:
         shape = "x".join(str(size) for size in self.selection.indices.shape)
-        return f"Blocks({shape}, {self.selection.q_block}, {self.selection.kv_block})"
+        content = hashlib.sha1(self.selection.indices.cpu().numpy().tobytes()).hexdigest()[:8]
+        return f"Blocks({shape} #{content}, {self.selection.q_block}, {self.selection.kv_block})"
 
     @property
     def depends_on_data(self) -> bool:
@@ -108,8 +110,9 @@ class Blocks(Pattern):
         mask = self.selection.block_mask(-(-extent.Lk // self.selection.kv_block))
         rows = mask[:, :, (q_pos - (extent.Lk - extent.Lq)) // self.selection.q_block]
         columns = (k_pos // self.selection.kv_block)[:, :, None, :]
-        shape = torch.broadcast_shapes(rows.shape[:-1], (*columns.shape[:2], 1))
-        return rows.expand(*shape, -1).gather(-1, columns.expand(*shape, -1))
+        batch, heads = (max(rows.shape[axis], columns.shape[axis]) for axis in (0, 1))
+        rows = rows.expand(batch, heads, -1, -1)
+        return rows.gather(-1, columns.expand(batch, heads, len(q_pos), -1))
 
     def tile_unit(self) -> tuple[int, int]:
         return self.selection.q_block, self.selection.kv_block

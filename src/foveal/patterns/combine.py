@@ -136,6 +136,8 @@ class Union(_Combination):
         return Union(tuple(members)) if len(members) > 1 else next(iter(members))
 
     def reach(self, extent: Extent) -> tuple[int, ...]:
+        if any(type(p).offsets is not Pattern.offsets for p in self.members):
+            return Pattern.reach(self, extent)  # steps of one member, pairs of another
         return tuple(
             max(axis) for axis in zip(*(p.reach(extent) for p in self.members), strict=True)
         )

@@ -18,8 +18,7 @@ class Dense(Pattern):
     """
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        shape = torch.broadcast_shapes(q_pos.shape, k_pos.shape)
-        return torch.ones(shape, dtype=torch.bool, device=q_pos.device)
+        return (q_pos == q_pos) & (k_pos == k_pos)
 
     def bounds(self, extent: Extent) -> Bounds:
         zero = torch.zeros(extent.Lq, dtype=torch.int64)

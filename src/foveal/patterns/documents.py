@@ -40,8 +40,7 @@ class Packed(Pattern):
             self.inner.validate(Extent((length,), (length,)))
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        shape = torch.broadcast_shapes(q_pos.shape, k_pos.shape)
-        visible = torch.zeros(shape, dtype=torch.bool)
+        visible = torch.zeros_like(q_pos + k_pos, dtype=torch.bool)
         for start, length in self._documents():
             q, k = q_pos - start, k_pos - start
             together = (q >= 0) & (q < length) & (k >= 0) & (k < length)
@@ -80,7 +79,13 @@ class Packed(Pattern):
         return tuple(parts)
 
     def offsets(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> tuple[Tensor, ...]:
-        return self.inner.offsets(q_pos, k_pos, extent)
+        own = Pattern.offsets(self, q_pos, k_pos, extent)[0]
+        for start, length in self._documents():
+            together = (q_pos >= start) & (q_pos < start + length) & (k_pos >= start)
+            local = Extent((length,), (length,))
+            inside = self.inner.offsets(q_pos - start, k_pos - start, local)[0]
+            own = torch.where(together & (k_pos < start + length), inside, own)
+        return (own,)
 
     def reach(self, extent: Extent) -> tuple[int, ...]:
         longest = max(self.lengths, default=0)

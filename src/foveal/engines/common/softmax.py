@@ -31,12 +31,12 @@ def row_lse(largest, total):
 
 @triton.jit
 def any_not_finite(x):
-    """Whether a matrix holds NaN or inf."""
-    return tl.max(tl.max(tl.where(x - x == 0.0, 0, 1), 1), 0) > 0
+    """1 where a matrix holds NaN or inf, else 0."""
+    return tl.max(tl.max(tl.where(x - x == 0.0, 0, 1), 1), 0)
 
 
 @triton.jit
-def visible_product(weights, seen, values, total, PRECISION: tl.constexpr):
+def visible_product(weights, seen, values, total):
     """total + weights @ values in which a hidden pair adds nothing, even where its value is NaN or inf.
 
     Non-finite values are taken out of the product; a second product counts, per kind, how many of
@@ -48,13 +48,13 @@ def visible_product(weights, seen, values, total, PRECISION: tl.constexpr):
         weights.to(values.dtype),
         tl.where(finite, values, 0.0).to(values.dtype),
         total,
-        input_precision=PRECISION,
+        input_precision="ieee",
     )
     kind = tl.where(values == values, tl.where(values > 0, 0.00006103515625, 0.015625), 4.0)
     found = tl.dot(
         seen.to(values.dtype),
         tl.where(finite, 0.0, kind).to(values.dtype),
-        input_precision=PRECISION,
+        input_precision="ieee",
     )
     counts = (found * 16384.0).to(tl.int32)
     total += tl.where(counts % 256 > 0, float("inf"), 0.0)

@@ -51,15 +51,22 @@ def _within(places, stops, RANK: tl.constexpr):
 
 
 @triton.jit
+def tile_tokens(index, first, stops, lengths, TILE: tl.constexpr, RANK: tl.constexpr):
+    """Tokens `index` of the box that starts at `first`: places (x, y, z), raster indices on the grid,
+    whether they lie before `stops`."""
+    x, y, z = _place_in(index, TILE)
+    places = (first[0] + x, first[1] + y, first[2] + z)
+    token = (places[0] * lengths[1] + places[1]) * lengths[2] + places[2]
+    return places, token, _within(places, stops, RANK)
+
+
+@triton.jit
 def box_tokens(first, stops, lengths, TILE: tl.constexpr, RANK: tl.constexpr):
-    """Tokens of the box that starts at `first`: places (x, y, z), raster indices, inside `stops`."""
+    """All tokens of the box, as `tile_tokens`."""
     TX: tl.constexpr = TILE[0]
     TY: tl.constexpr = TILE[1]
     TZ: tl.constexpr = TILE[2]
-    x, y, z = _place_in(tl.arange(0, TX * TY * TZ), TILE)
-    places = (first[0] + x, first[1] + y, first[2] + z)
-    index = (places[0] * lengths[1] + places[1]) * lengths[2] + places[2]
-    return places, index, _within(places, stops, RANK)
+    return tile_tokens(tl.arange(0, TX * TY * TZ), first, stops, lengths, TILE, RANK)
 
 
 @triton.jit
@@ -83,16 +90,22 @@ def _offset(x, y, z, strides, RANK: tl.constexpr):
 
 
 @triton.jit
-def box_rows(first, strides, TILE: tl.constexpr, RANK: tl.constexpr):
-    """int64 offsets of the tokens of a box; strides are (batch, x, y, z, head).
+def tile_rows(index, first, strides, TILE: tl.constexpr, RANK: tl.constexpr):
+    """int64 offsets of tokens `index` of a box; strides are (batch, x, y, z, head).
 
     All but one scalar is the same for every box: compilers keep it out of loops.
     """
+    x, y, z = _place_in(index, TILE)
+    return _offset(x, y, z, strides, RANK) + _offset(first[0], first[1], first[2], strides, RANK)
+
+
+@triton.jit
+def box_rows(first, strides, TILE: tl.constexpr, RANK: tl.constexpr):
+    """int64 offsets of all tokens of a box."""
     TX: tl.constexpr = TILE[0]
     TY: tl.constexpr = TILE[1]
     TZ: tl.constexpr = TILE[2]
-    x, y, z = _place_in(tl.arange(0, TX * TY * TZ), TILE)
-    return _offset(x, y, z, strides, RANK) + _offset(first[0], first[1], first[2], strides, RANK)
+    return tile_rows(tl.arange(0, TX * TY * TZ), first, strides, TILE, RANK)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ class Chunk:
         if k_tokens.shape[1] == self.kv_heads:
             index = index.repeat_interleave(self.groups, dim=1)
         index = index[:, None, :, None]
-        shape = torch.broadcast_shapes(values.shape[:-1], (*index.shape[:3], 1))
+        shape = [max(pair) for pair in zip(values.shape[:4], (*index.shape[:3], 1), strict=True)]
         return values.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
 
 

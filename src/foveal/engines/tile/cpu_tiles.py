@@ -58,22 +58,23 @@ class TiledAttention(torch.autograd.Function):
         local = tuple(p.to(q.dtype) for p in parameters)
         dq, dk, dv = _like_queries(q, q.shape[-1]), _zeros_like_keys(k), _zeros_like_keys(v)
         d_local = [torch.zeros_like(p) for p in local]
-        # dS = P (dP - shift): the gradient through lse enters as a shift of every row.
-        shift = (do * o).sum(-1, keepdim=True)
         if task.with_lse:
-            shift -= dlse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+            dlse = dlse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+        else:
+            dlse = _like_queries(q, 1).zero_()
         workspaces = Workspace(q), Workspace(q)
         sweeps = walk(task.pattern, task.extent, q.shape[:3].numel())
         for chunk in chunks(q, _widest(sweeps), len(task.q_tokens)):
             with_lse = task.score.sink is not None
             scorer = Scorer(task, chunk, local, ctx.careful, with_lse, workspaces[0])
-            by_query = [chunk.of_tensor(x) for x in (q, do, shift)]
+            by_query = [chunk.of_tensor(x) for x in (q, do, dlse)]
             by_key = [chunk.of_tensor(x) for x in (k, v)]
             dq_c, dk_c, dv_c = (chunk.of_tensor(x) for x in (dq, dk, dv))
             if (sink := scorer.sink()) is not None:
                 share = torch.exp(sink - chunk.of_tensor(lse).flatten(0, 1))
-                per_row = share * by_query[2].squeeze(-1).flatten(0, 1)
-                chunk.add_per_head(d_local[-1], -per_row.sum(-1))
+                pull = dlse - (do * o).sum(-1, keepdim=True)
+                per_row = share * chunk.of_tensor(pull).squeeze(-1).flatten(0, 1)
+                chunk.add_per_head(d_local[-1], per_row.sum(-1))
             for sweep in sweeps:
                 dq_s, dk_s, dv_s = _sweep_backward(
                     scorer,
@@ -129,8 +130,8 @@ def _sweep_backward(
     d_parameters: list[Tensor],
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [M, G, R, D], dk and dv [M, C, D] of q, do, shift and k, v; adds to those of the parameters."""
-    (q, do, shift), (k, v) = by_query, by_key
+    """dq [M, G, R, D], dk and dv [M, C, D] of q, do, dlse and k, v; adds to those of the parameters."""
+    (q, do, dlse), (k, v) = by_query, by_key
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for tile in sweep.tiles:
         columns, rows = _columns(tile, scorer.chunk), tile.rows
@@ -142,7 +143,11 @@ def _sweep_backward(
         columns.add_product(dv, weights.matrices.transpose(1, 2), do_t)
         ds = workspace.matrices(q_t.shape[0], q_t.shape[1], columns.width)
         torch.bmm(do_t, columns.take(v).transpose(1, 2), out=ds)
-        ds = ds.view(weights.values.shape).sub_(shift[:, :, rows]).mul_(weights.values)
+        ds = ds.view(weights.values.shape)
+        # dS = P (dP - sum_j P dP) + P dlse: lse moves with every score of its row by its weight.
+        torch.ops.aten._softmax_backward_data.out(ds, weights.values, -1, ds.dtype, grad_input=ds)
+        if scorer.task.with_lse:
+            ds.addcmul_(weights.values, dlse[:, :, rows])
         if weights.hidden is not None:
             ds.masked_fill_(weights.hidden, 0.0)
         for index in range(len(scorer.task.score.terms)):

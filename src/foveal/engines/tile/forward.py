@@ -15,7 +15,6 @@ from foveal.engines.common.softmax import (
     any_not_finite,
     row_lse,
     running_softmax,
-    visible_product,
 )
 from foveal.engines.common.tiles import (
     load_rows,
@@ -30,7 +29,7 @@ from foveal.engines.tile.launch import Stage
 
 
 @triton.jit
-def _scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: tl.constexpr):
+def scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: tl.constexpr):
     """Scores of a query tile on the keys of the box at `first`; the keys' places, rows and `inside`."""
     K_TILE: tl.constexpr = SPEC.k_tile
     RANK: tl.constexpr = SPEC.rank
@@ -49,7 +48,7 @@ def _scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED:
 
 
 @triton.jit
-def _values(keys, first, inside, SPEC: tl.constexpr, MASKED: tl.constexpr):
+def load_values(keys, first, inside, SPEC: tl.constexpr, MASKED: tl.constexpr):
     p_rows = keys[2] + box_rows(first, keys[3], SPEC.k_tile, SPEC.rank)
     return load_rows(p_rows, inside, SPEC.value_dim, SPEC.value_pad, MASKED)
 
@@ -59,7 +58,7 @@ def _add_values(s, keys, first, inside, unit, rows, SPEC: tl.constexpr, MASKED: 
     """The running softmax over one more box: largest score, sum of weights, sum of values."""
     largest, total, acc = rows
     p, factor, largest, total = running_softmax(s, unit, largest, total)
-    v = _values(keys, first, inside, SPEC, MASKED)
+    v = load_values(keys, first, inside, SPEC, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=SPEC.precision)
     return largest, total, acc
 
@@ -77,35 +76,11 @@ def _test(s, route, limits, mark, places, whole, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _careful_values(q, queries, keys, scoring, route, state, limits, lse, SPEC: tl.constexpr):
-    """The output again, now that a key or value holds NaN or inf: hidden pairs add nothing."""
-    ROWS: tl.constexpr = q.shape[0]
-    VALUE_PAD: tl.constexpr = SPEC.value_pad
-    unit = SPEC.shape.unit(scoring[0])
-    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
-    for i in tl.range(0, state[0], num_stages=1):
-        first, _, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
-        s, places, inside = _scores(q, queries, keys, scoring, first, state[2], SPEC, True)
-        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
-        p = tl.where(seen, tl.exp2(s * unit - lse[:, None]), 0.0)
-        v = _values(keys, first, inside, SPEC, True)
-        acc = visible_product(p, seen, v, acc, SPEC.precision)
-    if SPEC.rank == 1:
-        for i in tl.range(0, state[1], num_stages=1):
-            first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, places, inside = _scores(q, queries, keys, scoring, first, state[2], SPEC, True)
-            p = tl.exp2(s * unit - lse[:, None])
-            v = _values(keys, first, inside, SPEC, True)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=SPEC.precision)
-    return acc
-
-
-@triton.jit
 def tile_attend_forward(
-    p_q, p_o, p_lse, p_sink, q_strides, o_strides, q_lengths,
+    p_q, p_o, p_lse, p_sink, p_suspect, q_strides, o_strides, q_lengths,
     keys, heads, groups, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one tile of queries.
+    """o and lse of one tile of queries; `suspect` where o must be repaired if it is to be trusted.
 
     Tensors [N, x, y, z, H, D] by strides (batch, x, y, z, head); lse float32 [N, heads, queries].
     keys: (k, its strides, v, its strides, lengths of the key grid); scoring: (scale, cap, terms...) as
@@ -142,32 +117,33 @@ def tile_attend_forward(
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in range(state[0]):
         first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
-        s, k_places, inside = _scores(q, queries, head, scoring, first, state[2], SPEC, True)
+        s, k_places, inside = scores(q, queries, head, scoring, first, state[2], SPEC, True)
         s = _test(s, route, limits, mark, k_places, whole, SPEC)
         rows = (largest, total, acc)
         largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, True)
     if RANK == 1:
         for i in range(state[1]):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, k_places, inside = _scores(q, queries, head, scoring, first, state[2], SPEC, False)
+            s, k_places, inside = scores(q, queries, head, scoring, first, state[2], SPEC, False)
             rows = (largest, total, acc)
             largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, False)
 
     lse = row_lse(largest, total)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    if state[0] > 0:
-        if any_not_finite(acc):
-            acc = _careful_values(q, queries, head, scoring, route, state, limits, lse, SPEC)
+    tl.store(p_suspect + program, tl.where(state[0] > 0, any_not_finite(acc), 0))
     p_rows = p_o + matrix_start(n, h, o_strides) + box_rows(own, o_strides, Q_TILE, RANK)
     store_rows(p_rows, acc, in_grid, SPEC.value_dim, SPEC.value_pad)
-    p_row_lse = p_lse + tl.cast(program // tiles, tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
+    p_row_lse = (
+        p_lse + tl.cast(program // tiles, tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
+    )
     tl.store(p_row_lse + i_q, lse * LN2, mask=in_grid)
 
 
 def launch_forward(
     stage: Stage, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scoring: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    """o [N, Lq, Hq, Dv] and lse float32 [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [N, Lq, Hq, Dv] and lse float32 [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .];
+    int32 1 for each program whose output is to be repaired.
 
     Strides are free but for the last axis, which is contiguous.
     """
@@ -176,11 +152,12 @@ def launch_forward(
     lse = q.new_empty(N, heads, Lq, dtype=torch.float32)
     layout, spec = stage.layout, stage.spec
     programs = N * heads * layout.q_tiles
+    suspect = q.new_empty(programs, dtype=torch.int32)
     if programs:
         keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
         tile_attend_forward[(programs,)](
-            q, o, lse, sink, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
+            q, o, lse, sink, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
             keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=spec,
             num_warps=stage.config.warps, num_stages=stage.config.stages,
         )  # fmt: skip
-    return o, lse
+    return o, lse, suspect

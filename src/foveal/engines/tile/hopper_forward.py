@@ -7,6 +7,8 @@ of one consumer hides under the products of the other.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.tile.hopper_compat import store_box, store_wait
+from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, work_items
+from foveal.engines.tile.hopper_plan import Walk, forward_walk, shared_heads
 from foveal.engines.tile.hopper_walk import (
     ends,
     following,
@@ -28,6 +32,7 @@ from foveal.engines.tile.hopper_walk import (
     visible,
     whole,
 )
+from foveal.patterns.base import Extent, Pattern
 
 # The running maximum starts here, so that rows without a visible key so far stay finite.
 FLOOR = gl.constexpr(-3.0e38)
@@ -69,8 +74,12 @@ def attend_rows(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    O: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+    )
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
@@ -133,7 +142,9 @@ def attend_rows(
                 mbarrier.wait(turns.index(WHICH), (issued & 1) ^ (1 - WHICH))
                 issued += 1
             k = k_s.index(stage).reshape([N, D]).permute((1, 0))
-            s_run = warpgroup_mma(q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True)
+            s_run = warpgroup_mma(
+                q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
+            )
             mbarrier.wait(v_ready.index(before), before_phase)
             acc_run = warpgroup_mma(weights, v_s.index(before).reshape([N, D]), acc, is_async=True)
             if ORDERED:
@@ -229,3 +240,52 @@ def tile_attend_forward(
         [4, 1],
         [232, 40],
     )  # fmt: skip
+
+
+def launch_forward(
+    pattern: Pattern,
+    extent: Extent,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    walk: Walk | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o [N, Lq, Hq, D] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, D]."""
+    batch, length, heads, head_dim = q.shape
+    groups = heads // k.shape[2]
+    walk = walk or forward_walk(pattern, extent, head_dim)
+    lengths, axes, bounds = packed_bounds(pattern, extent, q.device, False)
+    kv_grid = extent.kv_grid if axes > 1 else (extent.Lk,)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    grid = lengths[:axes]
+    on_q = on_grid(q, grid), on_grid(k, kv_grid), on_grid(v, kv_grid), o.unflatten(1, grid)
+    shared = shared_heads(heads, groups, k.shape[1], head_dim)
+    # A descriptor has five axes at most: with three of them on the grid each entry is a launch.
+    launches = [slice(None)] if axes < 3 else [slice(n, n + 1) for n in range(batch)]
+    for part in launches:
+        tensors = [x[part] for x in on_q]
+        total = work_items(walk, lengths, heads, len(tensors[0]))
+        sides = (walk.rows, walk.columns, walk.columns, walk.rows)
+        descriptors = [descriptor(x, box, axes) for x, box in zip(tensors, sides, strict=True)]
+        tile_attend_forward[(min(walk.programs or total, total),)](
+            *descriptors,
+            lse[part],
+            bounds,
+            *lengths,
+            heads,
+            groups,
+            shared,
+            total,
+            scale * 1.4426950408889634,
+            walk.rows,
+            walk.columns,
+            axes,
+            walk.stages,
+            walk.hides,
+            walk.skips and not walk.ordered,
+            walk.ordered,
+            num_warps=4,
+        )
+    return o, lse

@@ -320,5 +320,3 @@ def _bits(static: Pattern, extent: Extent, q_tile: int, k_tile: int) -> tuple[Te
         packed = (seen.view(q_tile, width, 32) * weight).sum(-1)
         words[number] = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
     return words, marks
-
-

@@ -180,8 +180,8 @@ def _bits_of_queries(
     Q: tl.constexpr = OWN[2]
     K: tl.constexpr = OTHER[2]
     WORDS: tl.constexpr = (K + 31) // 32
-    query = tl.arange(0, Q)[:, None]
-    key = tl.arange(0, K)[None, :]
+    query = (rows[2] % Q)[:, None]
+    key = (places[2] % K)[None, :]
     p_words = route[9] + tl.cast(mark, tl.int64) * (Q * WORDS)
     return ((tl.load(p_words + query * WORDS + key // 32) >> (key % 32)) & 1) == 1
 
@@ -194,8 +194,8 @@ def _bits_of_keys(
     K: tl.constexpr = OWN[2]
     Q: tl.constexpr = OTHER[2]
     WORDS: tl.constexpr = (K + 31) // 32
-    key = tl.arange(0, K)[:, None]
-    query = tl.arange(0, Q)[None, :]
+    key = (rows[2] % K)[:, None]
+    query = (places[2] % Q)[None, :]
     p_words = route[9] + tl.cast(mark, tl.int64) * (Q * WORDS)
     return ((tl.load(p_words + query * WORDS + key // 32) >> (key % 32)) & 1) == 1
 

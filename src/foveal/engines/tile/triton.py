@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from foveal._problem import Problem
 from foveal.engines.tile.parts import Task, solve, whole_task
 from foveal.patterns.base import Pattern
+from foveal.patterns.dense import Dense
 from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
 
@@ -101,6 +102,7 @@ class _TileAttention(torch.autograd.Function):
         *values: Tensor,
     ) -> tuple[Tensor, Tensor]:
         from foveal.engines.tile.forward import launch_forward
+        from foveal.engines.tile.repair import launch_repair
         from foveal.engines.tile.launch import Sizes, scoring, stage
         from foveal.tuning.tile import FORWARD
 
@@ -108,7 +110,10 @@ class _TileAttention(torch.autograd.Function):
         ctx.sizes = Sizes(q.shape[-1], v.shape[-1], q.dtype, q.device)
         ctx.task, ctx.terms = task, terms
         forward = stage(FORWARD, task, terms, ctx.sizes, heads)
-        o, lse = launch_forward(forward, q, k, v, sink, scoring(task, terms, heads))
+        score = scoring(task, terms, heads)
+        o, lse, suspect = launch_forward(forward, q, k, v, sink, score)
+        if len(suspect) and not isinstance(task.pattern, Dense):
+            launch_repair(forward, q, k, v, o, lse, suspect, score)
         ctx.save_for_backward(q, k, v, sink, o, lse, *values)
         return o, lse
 

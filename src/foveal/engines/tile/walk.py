@@ -401,7 +401,10 @@ def _listed_tiles(pattern: Pattern, extent: Extent, states: Tensor) -> Iterator[
         k_tokens = (chosen[..., None] * kv_tile + within).flatten(-2)
         outside = (k_tokens >= extent.Lk) | padding.repeat_interleave(kv_tile, dim=-1)
         k_tokens = k_tokens.clamp(max=max(extent.Lk - 1, 0))
-        visible = pattern.allows_listed(extent.q_positions()[rows], k_tokens, extent)
-        mask = _mask(~visible | outside[..., None, :])
+        hidden = outside[..., None, :].expand(-1, -1, rows.stop - rows.start, -1)
+        if bool((state == PARTIAL).any()):
+            q_pos = extent.q_positions()[rows]
+            hidden = hidden | ~pattern.allows_listed(q_pos, k_tokens, extent)
+        mask = _mask(hidden)
         own = torch.arange(rows.start, rows.stop)
         yield Tile(rows, k_tokens, mask, functools.partial(_pair, own, k_tokens))

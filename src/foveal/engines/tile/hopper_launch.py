@@ -1,0 +1,68 @@
+"""Tensors as what the Hopper kernels take: descriptors of boxes, and bounds in one array."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from foveal.engines.tile.hopper_plan import Box, Walk
+from foveal.engines.tile.lists import boxes
+from foveal.patterns.base import Extent, Pattern
+
+_ELEMENT: dict[torch.dtype, Any] = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@functools.lru_cache(maxsize=64)
+def packed_bounds(
+    pattern: Pattern, extent: Extent, device: torch.device, of_keys: bool
+) -> tuple[tuple[int, int, int], int, Tensor]:
+    """Lengths of three axes, how many the pattern has, and `p_bounds` of queries or of keys."""
+    found = boxes(pattern, extent, device)
+    assert found is not None, "refuses() lets separable patterns pass only"
+    lower, upper = (found.q_lower, found.q_upper) if of_keys else (found.lower, found.upper)
+    axes = len(lower)
+    rows = [len(axis) for axis in lower] + [1] * (3 - axes)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    pairs = [*zip(lower, upper, strict=True), *[(none, none + 1)] * (3 - axes)]
+    x, y, z = rows
+    return (x, y, z), axes, torch.cat([end for pair in pairs for end in pair])
+
+
+def head_pad(head_dim: int) -> int:
+    """Columns of a box: the copy fills those that a head does not have with zeros."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def on_grid(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """x [N, L, H, D] as [N, *grid, H, D], copied if its memory does not suit a descriptor."""
+    x = x.unflatten(1, grid)
+    strides = [
+        stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1
+    ]
+    suits = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+    return x if suits and x.data_ptr() % 16 == 0 else x.contiguous(memory_format=torch.contiguous_format)
+
+
+def descriptor(x: Tensor, box: Box, axes: int) -> TensorDescriptor:
+    """Boxes of one head of x [N, *grid, H, D]; of x [1, X, Y, Z, H, D] with three axes."""
+    sides = [*box[:axes], 1, head_pad(x.shape[-1])]
+    if axes == 3:
+        x = x[0]
+    else:
+        sides = [1, *sides]
+    # Strides of axes of one element mean nothing, yet have to be multiples of 16 bytes.
+    strides = [s if n > 1 else 8 for s, n in zip(x.stride(), x.shape, strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(sides, _ELEMENT[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], sides, layout)
+
+
+def work_items(walk: Walk, lengths: tuple[int, int, int], heads: int, batch: int) -> int:
+    x, y, z = walk.rows
+    tiles = triton.cdiv(lengths[0], 2 * x) * triton.cdiv(lengths[1], y) * triton.cdiv(lengths[2], z)
+    return int(tiles * heads * batch)

@@ -1,0 +1,106 @@
+"""Shapes of the boxes that the Hopper kernels walk, chosen by counting the boxes they would visit."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+from foveal.patterns.base import Bounds, Extent, Pattern
+
+Box = tuple[int, int, int]
+
+# Bytes of keys and values of the heads that are walked together; they share the cache of 50 MB.
+_SHARED_BYTES = 20_000_000
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Boxes of rows (one for each of two consumers) and of columns, and what the kernel may leave out.
+
+    hides: some box holds a hidden pair.  skips: some consumer sees nothing of a box that the other
+    needs.  ordered: the consumers issue their products in turn.  programs: how many run, 0 for one
+    per work item.
+    """
+
+    rows: Box
+    columns: Box
+    stages: int
+    hides: bool
+    skips: bool
+    ordered: bool = False
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Boxes that one axis visits: per consumer, per pair of consumers, and whether all are whole."""
+
+    own: int
+    both: int
+    whole: bool
+
+
+def forward_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
+    """Queries are the rows.  [64 queries per consumer, 128 keys; 32 of a head_dim above 128]"""
+    if head_dim > 128:
+        return _best_walk(pattern, extent, 64, 64, 2)
+    return _best_walk(pattern, extent, 64, 128, 2 if head_dim > 64 else 4)
+
+
+@functools.lru_cache(maxsize=256)
+def _best_walk(pattern: Pattern, extent: Extent, rows: int, columns: int, stages: int) -> Walk:
+    bounds = pattern.bounds(extent)
+    assert bounds is not None, "refuses() lets separable patterns pass only"
+    axes = len(bounds.lower)
+    measured = functools.lru_cache(maxsize=None)(functools.partial(_axis, bounds))
+    best: tuple[float, Walk] | None = None
+    for row_box, column_box in itertools.product(_boxes(rows, axes), _boxes(columns, axes)):
+        counts = [measured(a, row_box[a], column_box[a], a == 0) for a in range(axes)]
+        # A consumer that skips a box does not save all of its time: the other one runs alone.
+        cost = math.prod(c.own for c in counts) + math.prod(c.both for c in counts)
+        if best is None or cost < best[0]:
+            whole = all(c.whole for c in counts)
+            skips = counts[0].own < counts[0].both
+            best = cost, Walk(row_box, column_box, stages, not whole, skips)
+    assert best is not None
+    return best[1]
+
+
+def _boxes(tokens: int, axes: int) -> list[Box]:
+    """Boxes of so many tokens whose sides are powers of two; axes that are not there have side 1."""
+    exponent = tokens.bit_length() - 1
+    sides = itertools.product(range(exponent + 1), repeat=axes - 1)
+    boxes = []
+    for first in sides:
+        if sum(first) <= exponent:
+            sizes = [1 << e for e in (*first, exponent - sum(first))]
+            x, y, z = sizes + [1] * (3 - axes)
+            boxes.append((x, y, z))
+    return boxes
+
+
+def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, paired: bool) -> _Axis:
+    pair = 2 * row_side if paired else row_side
+    first_lo, last_lo, first_hi, last_hi = bounds.tile_ends(axis, pair)
+    both = (-(-(last_hi - first_lo) // column_side)).clamp(min=1)
+    whole = bool(
+        ((first_lo == last_lo) & (first_hi == last_hi) & (last_hi - first_lo == both * column_side)).all()
+    )
+    own_lo, _, _, own_hi = bounds.tile_ends(axis, row_side)
+    tile = (own_lo.new_tensor(range(len(own_lo)))) // (pair // row_side)
+    start = first_lo[tile]
+    begin = (own_lo - start) // column_side
+    stop = -(-(own_hi - start) // column_side)
+    own = (stop - begin).clamp(min=1)
+    return _Axis(int(own.sum()), int(both[tile].sum()), whole)
+
+
+def shared_heads(heads: int, groups: int, columns: int, head_dim: int) -> int:
+    """How many heads run together: a divisor of `heads` whose keys and values fit in the cache."""
+    per_head = 4 * columns * head_dim
+    fitting = [
+        n for n in range(1, heads + 1) if heads % n == 0 and -(-n // groups) * per_head <= _SHARED_BYTES
+    ]
+    return max(fitting, default=1)

@@ -1,0 +1,106 @@
+"""Where NaN or inf in keys or values spread to rows that do not see them: those rows once more.
+
+The forward multiplies hidden pairs by 0, and 0 x NaN is NaN.  It marks the tiles whose output is not
+finite; this kernel leaves all others at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveal.engines.common.softmax import LOG2E, visible_product
+from foveal.engines.common.tiles import (
+    first_token,
+    load_rows,
+    matrix_start,
+    store_rows,
+    tile_count,
+    tile_rows,
+    tile_tokens,
+)
+from foveal.engines.tile.forward import load_values, scores
+from foveal.engines.tile.launch import Stage
+
+
+@triton.jit
+def _visible_values(
+    q, queries, keys, scoring, route, state, limits, lse, SPEC: tl.constexpr, ROWS: tl.constexpr
+):
+    """Output of some rows [ROWS, Dv], given their base-2 lse; a hidden pair adds nothing."""
+    VALUE_PAD: tl.constexpr = SPEC.value_pad
+    unit = SPEC.shape.unit(scoring[0])
+    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+    for i in tl.range(0, state[0], num_stages=1):
+        first, _, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
+        s, places, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        p = tl.where(seen, tl.exp2(s * unit - lse[:, None]), 0.0)
+        acc = visible_product(p, seen, load_values(keys, first, inside, SPEC, True), acc)
+    if SPEC.rank == 1:
+        for i in tl.range(0, state[1], num_stages=1):
+            first = SPEC.route.full(route, state, i, SPEC.k_tile)
+            s, _, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+            v = load_values(keys, first, inside, SPEC, True)
+            p = tl.exp2(s * unit - lse[:, None]).to(v.dtype)
+            acc = tl.dot(p, v, acc, input_precision=SPEC.precision)
+    return acc
+
+
+@triton.jit
+def tile_attend_repair(
+    p_q, p_o, p_lse, p_suspect, q_strides, o_strides, q_lengths,
+    keys, heads, groups, scoring, route, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Writes o of the tiles that are suspect; arguments as of the forward."""
+    Q_TILE: tl.constexpr = SPEC.q_tile
+    RANK: tl.constexpr = SPEC.rank
+    ROWS: tl.constexpr = 16
+    PARTS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2] // ROWS
+    program = tl.program_id(0)
+    if tl.load(p_suspect + program) == 0:
+        return
+    tiles = tile_count(q_lengths, Q_TILE)
+    tile = tiles - 1 - program % tiles
+    n = program // tiles // heads
+    h = program // tiles % heads
+    p_k = keys[0] + matrix_start(n, h // groups, keys[1])
+    p_v = keys[2] + matrix_start(n, h // groups, keys[3])
+    head = (p_k, keys[1], p_v, keys[3], keys[4])
+    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, SPEC.k_tile, RANK)
+    own = first_token(tile, q_lengths, Q_TILE)
+    p_heads_lse = p_lse + (program // tiles).to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
+    for part in tl.range(0, PARTS, num_stages=1):
+        index = part * ROWS + tl.arange(0, ROWS)
+        places, i_q, in_grid = tile_tokens(index, own, q_lengths, q_lengths, Q_TILE, RANK)
+        p_rows = p_q + matrix_start(n, h, q_strides) + tile_rows(index, own, q_strides, Q_TILE, RANK)
+        q = load_rows(p_rows, in_grid, SPEC.head_dim, SPEC.head_pad, True)
+        limits = SPEC.route.rows(route, places, in_grid, RANK)
+        lse = tl.load(p_heads_lse + i_q, mask=in_grid, other=0.0) * LOG2E
+        queries = (n, h, i_q, in_grid)
+        acc = _visible_values(q, queries, head, scoring, route, state, limits, lse, SPEC, ROWS)
+        p_rows = p_o + matrix_start(n, h, o_strides) + tile_rows(index, own, o_strides, Q_TILE, RANK)
+        store_rows(p_rows, acc, in_grid, SPEC.value_dim, SPEC.value_pad)
+
+
+def launch_repair(
+    stage: Stage,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    suspect: Tensor,
+    scoring: tuple[Any, ...],
+) -> None:
+    """Writes the rows of o [N, Lq, Hq, Dv] in suspect tiles, given lse [N, Hq, Lq]."""
+    layout, heads = stage.layout, q.shape[2]
+    keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
+    tile_attend_repair[(len(suspect),)](
+        q, o, lse, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
+        keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=stage.spec,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from foveal.testing import check
+
+EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
+
+
+def off(error: float) -> torch.Tensor:
+    return EXACT + torch.tensor([0.0, error, 0.0, 0.0], dtype=torch.float64)
+
+
+def test_twice_the_plain_error_passes_and_more_does_not() -> None:
+    plain = off(1e-3).float()
+    assert check("o", off(1.9e-3).float(), plain, EXACT).ok
+    assert not check("o", off(2.1e-3).float(), plain, EXACT).ok
+
+
+def test_one_rounding_is_granted_where_the_plain_result_is_exact() -> None:
+    eps = torch.finfo(torch.float32).eps
+    assert check("o", off(0.9 * 4 * eps).float(), EXACT.float(), EXACT).ok
+    assert not check("o", off(3 * 4 * eps).float(), EXACT.float(), EXACT).ok
+
+
+def test_the_rounding_is_that_of_the_largest_term() -> None:
+    zero = torch.zeros(4, dtype=torch.float64)
+    got = torch.full((4,), 5e-6)
+    assert not check("dq", got, zero.float(), zero).ok
+    assert check("dq", got, zero.float(), zero, terms=zero + 100.0).ok
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_must_be_so_on_both_sides(wrong: float) -> None:
+    bad = EXACT.clone()
+    bad[1] = wrong
+    assert not check("o", bad.float(), EXACT.float(), EXACT).ok
+    assert not check("o", EXACT.float(), bad.float(), bad).ok or wrong != wrong
+    assert check("o", bad.float(), bad.float(), bad).ok
+
+
+def test_other_shapes_and_empty_results() -> None:
+    with pytest.raises(ValueError, match=r"\[2\].*\[4\]"):
+        check("o", torch.ones(2), EXACT.float(), EXACT)
+    assert check("o", torch.ones(0, 3), torch.ones(0, 3), torch.ones(0, 3)).ok
+
+
+def test_a_verdict_says_what_was_allowed() -> None:
+    assert str(check("dk", EXACT.float(), EXACT.float(), EXACT)).startswith("dk: error 0 <= ")
