@@ -1,6 +1,6 @@
 """foveal: every efficient attention mechanism behind one interface."""
 
-from foveal import _errors as errors
+from foveal import errors
 from foveal._attend import attend
 from foveal._explain import Explanation, explain
 from foveal.patterns import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from foveal._memory import memory_note
@@ -13,7 +14,7 @@ from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Dense
 from foveal.patterns.documents import pack
 from foveal.scores.base import Geometry, Score
-from foveal.scores.normal import NormalForm, normal_form
+from foveal.scores.normal import NormalForm, check_parameters, normal_form
 from foveal.scores.softmax import Softmax
 
 
@@ -65,9 +66,8 @@ def attend(
     Limits: a row that sees no key gives o = 0, lse = -inf and gradient 0; NaN and inf reach the rows
     that see them and no others.  Raises a subclass of foveal.errors.FovealError on bad input.
     """
-    problem, plan, form, geometry = prepare(
-        q, k, v, pattern, score, cu_seqlens, return_lse, implementation
-    )
+    problem = describe(q, k, v, return_lse)
+    plan, form, geometry = prepare(problem, q.device, pattern, score, cu_seqlens, implementation)
     flat = (x.flatten(1, -3) for x in (q, k, v))
     with memory_note(problem, plan):
         o, lse = TILE_IMPLEMENTATIONS[plan.implementation].attend(
@@ -79,21 +79,20 @@ def attend(
 
 
 def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    problem: Problem,
+    device: torch.device,
     pattern: Pattern,
     score: Score,
     cu_seqlens: Tensor | None,
-    return_lse: bool,
     implementation: str | None,
-) -> tuple[Problem, Plan, NormalForm, Geometry]:
+) -> tuple[Plan, NormalForm, Geometry]:
     """Everything that is decided before a kernel runs."""
-    problem = describe(q, k, v, return_lse)
     if cu_seqlens is not None:
         pattern = pack(pattern, cu_seqlens, problem.extent)
     else:
         pattern.validate(problem.extent)
+    pattern.validate_lists(problem.batch, problem.q_heads, problem.kv_heads)
     geometry = Geometry(pattern, problem.extent, problem.batch, problem.q_heads, problem.kv_heads)
     form = normal_form(score, problem.head_dim, geometry)
-    return problem, choose(problem, pattern, form, implementation), form, geometry
+    check_parameters(form, device)
+    return choose(problem, pattern, form, implementation), form, geometry

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveal._attend import prepare
-from foveal._problem import Problem, element_bytes
+from foveal._problem import Problem, describe, element_bytes
 from foveal.engines.tile.walk import choose_tile, flat_tile
 from foveal.patterns.base import FULL, PARTIAL, Bounds, Extent, Pattern
 from foveal.patterns.dense import Dense
@@ -63,7 +63,8 @@ class Explanation:
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
         tiles = dataclasses.asdict(self.tiles)
-        tiles |= {"visited": self.tiles.visited, "speedup_bound": self.tiles.speedup_bound}
+        bound = self.tiles.speedup_bound if self.tiles.visited else None
+        tiles |= {"visited": self.tiles.visited, "speedup_bound": bound}
         return dataclasses.asdict(self) | {"tiles": tiles}
 
     def __str__(self) -> str:
@@ -74,7 +75,8 @@ class Explanation:
             f"pattern    {self.pattern}",
             f"score      {self.score}",
             f"tiles      {tiles.visited:,} of {tiles.total:,} visited "
-            f"({tiles.full:,} full, {tiles.partial:,} partial) with query tiles of {shape}",
+            f"({tiles.full:,} full, {tiles.partial:,} partial, "
+            f"{tiles.total - tiles.visited:,} skipped) with query tiles of {shape}",
             f"pairs      {tiles.pairs:,} visible per head",
             f"speed-up   at most {tiles.speedup_bound:.2f}x over dense, by tiles",
             f"work       {self.flops / 1e9:,.3f} GFLOP forward, {self.bytes / 1e6:,.2f} MB moved",
@@ -96,13 +98,17 @@ def explain(
     return_lse: bool = False,
     implementation: str | None = None,
     ceilings: Ceilings | None = None,
+    device: str = "cpu",
 ) -> Explanation:
     """What `attend` with the same arguments will run, visit and cost; nothing is computed.
 
-    Shapes: as `attend`; tensors on the meta device describe a call on the CPU.
+    Shapes: as `attend`; tensors on the meta device stand for a call on `device`.
     Options: ceilings, from foveal.probe.ceilings, adds the time bound of this device.
     """
-    problem, plan, _, _ = prepare(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
+    problem = describe(q, k, v, return_lse)
+    if problem.device == "meta":
+        problem = dataclasses.replace(problem, device=device)
+    plan, _, _ = prepare(problem, q.device, pattern, score, cu_seqlens, implementation)
     tiles = count_tiles(plan.pattern, problem)
     flops = (
         2 * (problem.head_dim + problem.value_dim) * problem.batch * problem.q_heads * tiles.pairs
@@ -151,10 +157,8 @@ def _counted(pattern: Pattern, extent: Extent, heads: int) -> TileCounts:
 
 
 def _count_box(bounds: Bounds, tile: tuple[int, ...]) -> TileCounts:
-    states = [bounds.tile_counts(axis, side, side) for axis, side in enumerate(tile)]
-    visited = math.prod(int((state > 0).sum()) for state in states)
-    full = math.prod(int((state == FULL).sum()) for state in states)
-    total = math.prod(state.numel() for state in states)
+    totals = [bounds.tile_totals(axis, side, side) for axis, side in enumerate(tile)]
+    visited, full, total = (math.prod(counts) for counts in zip(*totals, strict=True))
     return TileCounts(tile, tile, full, visited - full, total, bounds.pairs)
 
 

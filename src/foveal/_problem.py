@@ -76,7 +76,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Problem:
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
         dtype=q.dtype,
-        device="cpu" if q.device.type == "meta" else q.device.type,
+        device=q.device.type,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
         return_lse=return_lse,
     )

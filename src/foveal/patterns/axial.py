@@ -27,6 +27,10 @@ class Axial(Pattern):
     axis: int
     causal: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+            raise PatternError("axis", self.axis, "an integer is needed")
+
     def validate(self, extent: Extent) -> None:
         rank = len(extent.kv_grid)
         if not -rank <= self.axis < rank:

@@ -85,6 +85,16 @@ class Bounds:
         whole = (start >= last_lo[:, None]) & (stop <= first_hi[:, None])
         return seen.to(torch.uint8) + (seen & whole).to(torch.uint8)
 
+    def tile_totals(self, axis: int, q_tile: int, kv_tile: int) -> tuple[int, int, int]:
+        """Visited, full and all tiles of one axis, counted without laying the map out."""
+        length = self.extent.kv_grid[axis]
+        first_lo, last_lo, first_hi, last_hi = self.tile_ends(axis, q_tile)
+        kv_tiles = -(-max(length, 1) // kv_tile)
+        visited = (-(-last_hi // kv_tile) - first_lo // kv_tile)[last_hi > first_lo].sum()
+        last_full = torch.where(first_hi == length, kv_tiles, first_hi // kv_tile)
+        full = (last_full - -(-last_lo // kv_tile))[first_hi > last_lo].clamp(min=0).sum()
+        return int(visited), int(full), len(first_lo) * kv_tiles
+
     def tile_ends(self, axis: int, q_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per query tile of one axis: smallest lo, largest lo, smallest hi, largest hi."""
         lo, hi = self.lower[axis], self.upper[axis]
@@ -164,6 +174,9 @@ class Pattern:
             raise PatternError(
                 "pattern", repr(self), f"a grid of {self.rank} axes is needed, not {extent.kv_grid}"
             )
+
+    def validate_lists(self, batch: int, q_heads: int, kv_heads: int) -> None:
+        """Raises SelectionError when lists per batch and head do not fit the tensors."""
 
     def simplify(self, extent: Extent) -> Pattern:
         """The plainest pattern with the same pairs on this extent."""

@@ -101,6 +101,15 @@ class Blocks(Pattern):
                 f"{extent.Lk} keys in blocks of {selection.kv_block} make {kv_blocks} blocks",
             )
 
+    def validate_lists(self, batch: int, q_heads: int, kv_heads: int) -> None:
+        shape = self.selection.indices.shape
+        if shape[0] not in (1, batch):
+            raise SelectionError("indices", list(shape), f"a batch of {batch} or 1 is needed")
+        if shape[1] not in (1, kv_heads, q_heads):
+            raise SelectionError(
+                "indices", list(shape), f"lists for 1, {kv_heads} or {q_heads} heads are needed"
+            )
+
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         mask = self.selection.block_mask(-(-extent.Lk // self.selection.kv_block))
         q_index = q_pos - (extent.Lk - extent.Lq)

@@ -40,6 +40,10 @@ class _Combination(Pattern):
         for member in self.members:
             member.validate(extent)
 
+    def validate_lists(self, batch: int, q_heads: int, kv_heads: int) -> None:
+        for member in self.members:
+            member.validate_lists(batch, q_heads, kv_heads)
+
     def tile_unit(self) -> tuple[int, int] | None:
         units = [unit for p in self.members if (unit := p.tile_unit()) is not None]
         if not units:
@@ -54,12 +58,12 @@ class _Combination(Pattern):
         special = (p for p in self.members if type(p).offsets is not Pattern.offsets)
         return next(special, Dense())
 
-    def _flattened(self) -> tuple[Pattern, ...]:
+    def flattened(self) -> tuple[Pattern, ...]:
         """Members with nested combinations of the same kind opened."""
         opened: list[Pattern] = []
         for member in self.members:
             nested = isinstance(member, type(self))
-            opened.extend(member._flattened() if nested else [member])  # type: ignore[attr-defined]
+            opened.extend(member.flattened() if nested else [member])  # type: ignore[attr-defined]
         return tuple(dict.fromkeys(opened))
 
     def _merged(
@@ -84,7 +88,7 @@ class Intersection(_Combination):
         return functools.reduce(torch.logical_and, visible)
 
     def simplify(self, extent: Extent) -> Pattern:
-        members = dict.fromkeys(p.simplify(extent) for p in self._flattened())
+        members = dict.fromkeys(p.simplify(extent) for p in self.flattened())
         members.pop(Dense(), None)
         if len(members) > 1:
             return Intersection(tuple(members))
@@ -130,7 +134,7 @@ class Union(_Combination):
         return functools.reduce(torch.logical_or, visible)
 
     def simplify(self, extent: Extent) -> Pattern:
-        members = dict.fromkeys(p.simplify(extent) for p in self._flattened())
+        members = dict.fromkeys(p.simplify(extent) for p in self.flattened())
         if Dense() in members:
             return Dense()
         return Union(tuple(members)) if len(members) > 1 else next(iter(members))

@@ -122,7 +122,7 @@ def pack(pattern: Pattern, cu_seqlens: Tensor, extent: Extent) -> Pattern:
 
 def _confined(pattern: Pattern, lengths: tuple[int, ...]) -> Pattern:
     """Static members restart in each document; block lists speak of the packed tokens."""
-    members = pattern.members if isinstance(pattern, Intersection) else (pattern,)
+    members = pattern.flattened() if isinstance(pattern, Intersection) else (pattern,)
     static = tuple(
         Dense() if isinstance(p, Documents) else p for p in members if not p.depends_on_data
     )

@@ -29,7 +29,7 @@ class Sliding(Pattern):
     def __post_init__(self) -> None:
         for name in ("left", "right", "sink_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise PatternError(name, value, "an integer of at least 0 is needed")
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:

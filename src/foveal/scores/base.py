@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -57,6 +58,9 @@ class Additive(Score):
     """A term added to the scaled (and capped) product of a pair."""
 
     __slots__ = ()
+
+    # What the errors call the parameter.
+    argument: ClassVar[str]
 
     @property
     def parameter(self) -> Tensor:

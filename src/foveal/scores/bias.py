@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Bias(Additive):
     Shapes: tensor [B or 1, Hq or 1, Lq or 1, Lk or 1], any floating dtype.
     """
 
+    argument: ClassVar[str] = "Bias"
     tensor: Tensor
 
     @property
@@ -51,6 +53,7 @@ class KeyBias(Additive):
     Equals: KeyBias(log w) weighs key j by w_j in the numerator and the denominator.
     """
 
+    argument: ClassVar[str] = "KeyBias"
     tensor: Tensor
 
     @property
@@ -82,6 +85,7 @@ class Alibi(Additive):
     Paper: Train Short, Test Long (2108.12409).
     """
 
+    argument: ClassVar[str] = "slopes"
     slopes: Tensor
 
     @property
@@ -117,6 +121,7 @@ class RelativeBias(Additive):
     Paper: Neighborhood Attention Transformer (2204.07143), Swin Transformer (2103.14030).
     """
 
+    argument: ClassVar[str] = "table"
     table: Tensor
 
     @property

@@ -27,11 +27,13 @@ class Shape(Hooks):
 class Term(Hooks):
     """value: what is added (natural units); i_q and i_k are raster indices, broadcast against each other.
 
-    share: what a row of queries adds to the gradient of a `distance`; 0 for the others.
+    share: what a row of queries adds to the gradient of a slope, else 0; entry: which of the entries that
+    a query may meet (keys, or a table's) the pair reads.
     """
 
     value: Any
     share: Any
+    entry: Any
 
 
 @triton.jit
@@ -120,9 +122,19 @@ def _by_distance(term, n, h, i_q, i_k, here):
 
 
 @triton.jit
+def _table_entry(term, n, i_q, i_k, here):
+    return tl.minimum(tl.maximum(_steps(term, n, i_q, i_k, here), 0), term[7])
+
+
+@triton.jit
 def _from_table(term, n, h, i_q, i_k, here):
-    entry = tl.minimum(tl.maximum(_steps(term, n, i_q, i_k, here), 0), term[7])
+    entry = _table_entry(term, n, i_q, i_k, here)
     return tl.load(term[0] + tl.cast(h, tl.int64) * term[1] + entry).to(tl.float32)
+
+
+@triton.jit
+def _key_entry(term, n, i_q, i_k, here):
+    return i_q * 0 + i_k
 
 
 @triton.jit
@@ -139,8 +151,8 @@ PRODUCT = Shape(_product, _scale_as_unit, _no_slope)
 SCALED = Shape(_scaled, _no_unit, _no_slope)
 CAPPED = Shape(_capped, _no_unit, _cap_slope)
 
-NOTHING = Term(_nothing, _no_share)
-PER_PAIR = Term(_per_pair, _no_share)
-PER_KEY = Term(_per_key, _no_share)
-BY_DISTANCE = Term(_by_distance, _distance_share)
-FROM_TABLE = Term(_from_table, _no_share)
+NOTHING = Term(_nothing, _no_share, _key_entry)
+PER_PAIR = Term(_per_pair, _no_share, _key_entry)
+PER_KEY = Term(_per_key, _no_share, _key_entry)
+BY_DISTANCE = Term(_by_distance, _distance_share, _key_entry)
+FROM_TABLE = Term(_from_table, _no_share, _table_entry)

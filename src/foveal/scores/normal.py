@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from foveal._errors import ScoreError
+from foveal._errors import DeviceError, DtypeError, ScoreError
 from foveal.scores.base import Additive, Composed, Geometry, Score
 from foveal.scores.softmax import Softmax
 
@@ -47,3 +48,13 @@ def normal_form(score: Score, head_dim: int, geometry: Geometry) -> NormalForm:
         term.validate(geometry)
     scale = head_dim**-0.5 if softmax.scale is None else softmax.scale
     return NormalForm(scale, softmax.soft_cap, softmax.sink, terms)
+
+
+def check_parameters(form: NormalForm, device: torch.device) -> None:
+    """Raises DtypeError or DeviceError for a parameter that cannot be computed with."""
+    names = [term.argument for term in form.terms]
+    for name, tensor in zip((*names, "sink"), form.parameters, strict=False):
+        if not tensor.is_floating_point():
+            raise DtypeError(name, tensor.dtype, "a floating dtype is needed")
+        if tensor.device != device:
+            raise DeviceError(name, tensor.device, f"the device of q, {device}, is needed")

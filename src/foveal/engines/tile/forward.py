@@ -17,11 +17,11 @@ from foveal.engines.common.softmax import (
     running_softmax,
 )
 from foveal.engines.common.tiles import (
-    load_rows,
-    matrix_start,
     box_rows,
     box_tokens,
     first_token,
+    load_rows,
+    matrix_start,
     store_rows,
     tile_count,
 )
@@ -30,7 +30,10 @@ from foveal.engines.tile.launch import Stage
 
 @triton.jit
 def scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: tl.constexpr):
-    """Scores of a query tile on the keys of the box at `first`; the keys' places, rows and `inside`."""
+    """Scores of a query tile on the keys of the box at `first`, before the test.
+
+    Returns them, the scores without terms, k, the keys' places, their raster indices and `inside`.
+    """
     K_TILE: tl.constexpr = SPEC.k_tile
     RANK: tl.constexpr = SPEC.rank
     n, h, i_q, in_grid = queries
@@ -40,11 +43,11 @@ def scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: 
     p_rows = p_k + box_rows(first, k_strides, K_TILE, RANK)
     k = load_rows(p_rows, inside, SPEC.head_dim, SPEC.head_pad, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=SPEC.precision)
-    s = SPEC.shape.value(s, scale, cap)
+    bare = SPEC.shape.value(s, scale, cap)
     here = in_grid[:, None] & inside[None, :]
-    s += SPEC.first.value(first_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
+    s = bare + SPEC.first.value(first_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
     s += SPEC.second.value(second_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
-    return s, places, inside
+    return s, bare, k, places, i_k, inside
 
 
 @triton.jit
@@ -66,10 +69,7 @@ def _add_values(s, keys, first, inside, unit, rows, SPEC: tl.constexpr, MASKED: 
 @triton.jit
 def _test(s, route, limits, mark, places, whole, SPEC: tl.constexpr):
     """s with -inf where a pair is hidden; on a grid, nothing to do for whole boxes."""
-    if SPEC.rank == 1:
-        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
-        s = tl.where(seen, s, float("-inf"))
-    elif not whole:
+    if SPEC.rank == 1 or not whole:
         seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
         s = tl.where(seen, s, float("-inf"))
     return s
@@ -117,14 +117,18 @@ def tile_attend_forward(
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in range(state[0]):
         first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
-        s, k_places, inside = scores(q, queries, head, scoring, first, state[2], SPEC, True)
+        s, _, _, k_places, _, inside = scores(
+            q, queries, head, scoring, first, state[2], SPEC, True
+        )
         s = _test(s, route, limits, mark, k_places, whole, SPEC)
         rows = (largest, total, acc)
         largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, True)
     if RANK == 1:
         for i in range(state[1]):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, k_places, inside = scores(q, queries, head, scoring, first, state[2], SPEC, False)
+            s, _, _, k_places, _, inside = scores(
+                q, queries, head, scoring, first, state[2], SPEC, False
+            )
             rows = (largest, total, acc)
             largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, False)
 

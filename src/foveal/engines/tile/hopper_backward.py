@@ -7,10 +7,8 @@ dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveal.engines.tile.hopper_compat import store_wait
 from foveal.engines.tile.hopper_forward import store_rows
-from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, work_items
-from foveal.engines.tile.hopper_plan import Walk, keys_walk, queries_walk, shared_heads
 from foveal.engines.tile.hopper_walk import (
     ends,
     following,
@@ -34,7 +30,6 @@ from foveal.engines.tile.hopper_walk import (
     visible,
     whole,
 )
-from foveal.patterns.base import Extent, Pattern
 
 
 @triton.jit
@@ -93,8 +88,12 @@ def accumulate_dq(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    O: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+    )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     q = q_s.index(WHICH).reshape([M, D])
@@ -201,8 +200,12 @@ def accumulate_dk_dv(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    O: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+    )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     column = gl.arange(0, N, gl.SliceLayout(0, S))
@@ -252,11 +255,19 @@ def accumulate_dk_dv(
                 do = do_s.index(stage).reshape([N, D])
                 mbarrier.wait(q_ready.index(stage), phase)
                 s_run = warpgroup_mma(
-                    k, q.permute((1, 0)), gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
+                    k,
+                    q.permute((1, 0)),
+                    gl.zeros([M, N], gl.float32, S),
+                    use_acc=False,
+                    is_async=True,
                 )
                 mbarrier.wait(do_ready.index(stage), phase)
                 dp_run = warpgroup_mma(
-                    v, do.permute((1, 0)), gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
+                    v,
+                    do.permute((1, 0)),
+                    gl.zeros([M, N], gl.float32, S),
+                    use_acc=False,
+                    is_async=True,
                 )
                 token, on_grid_ = box_tokens(x, y, z, column, QX, QY, QZ, C)
                 lse = gl.load(p_lse2 + plane + token, mask=on_grid_, other=float("inf"))
@@ -351,7 +362,9 @@ def tile_attend_backward_keys(
     k_s = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_type.shape, v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
-    do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout)
+    do_s = gl.allocate_shared_memory(
+        q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout
+    )
     k_ready = barriers(2, 1)
     v_ready = barriers(2, 1)
     k_free = barriers(2, 1)

@@ -46,7 +46,11 @@ def on_grid(x: Tensor, grid: tuple[int, ...]) -> Tensor:
         stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1
     ]
     suits = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
-    return x if suits and x.data_ptr() % 16 == 0 else x.contiguous(memory_format=torch.contiguous_format)
+    return (
+        x
+        if suits and x.data_ptr() % 16 == 0
+        else x.contiguous(memory_format=torch.contiguous_format)
+    )
 
 
 def descriptor(x: Tensor, box: Box, axes: int) -> TensorDescriptor:

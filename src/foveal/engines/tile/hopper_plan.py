@@ -86,7 +86,11 @@ def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, paired: bo
     first_lo, last_lo, first_hi, last_hi = bounds.tile_ends(axis, pair)
     both = (-(-(last_hi - first_lo) // column_side)).clamp(min=1)
     whole = bool(
-        ((first_lo == last_lo) & (first_hi == last_hi) & (last_hi - first_lo == both * column_side)).all()
+        (
+            (first_lo == last_lo)
+            & (first_hi == last_hi)
+            & (last_hi - first_lo == both * column_side)
+        ).all()
     )
     own_lo, _, _, own_hi = bounds.tile_ends(axis, row_side)
     tile = (own_lo.new_tensor(range(len(own_lo)))) // (pair // row_side)
@@ -101,6 +105,8 @@ def shared_heads(heads: int, groups: int, columns: int, head_dim: int) -> int:
     """How many heads run together: a divisor of `heads` whose keys and values fit in the cache."""
     per_head = 4 * columns * head_dim
     fitting = [
-        n for n in range(1, heads + 1) if heads % n == 0 and -(-n // groups) * per_head <= _SHARED_BYTES
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and -(-n // groups) * per_head <= _SHARED_BYTES
     ]
     return max(fitting, default=1)

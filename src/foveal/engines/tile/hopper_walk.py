@@ -10,7 +10,6 @@ Rows are queries and columns keys in the forward and in dQ, and the reverse in d
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier

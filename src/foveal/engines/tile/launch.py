@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-
 from dataclasses import dataclass
 from typing import Any
 

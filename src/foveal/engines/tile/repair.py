@@ -36,14 +36,16 @@ def _visible_values(
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in tl.range(0, state[0], num_stages=1):
         first, _, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
-        s, places, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+        s, _, _, places, _, _, _, _, inside = scores(
+            q, queries, keys, scoring, first, state[2], SPEC, True
+        )
         seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
         p = tl.where(seen, tl.exp2(s * unit - lse[:, None]), 0.0)
         acc = visible_product(p, seen, load_values(keys, first, inside, SPEC, True), acc)
     if SPEC.rank == 1:
         for i in tl.range(0, state[1], num_stages=1):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, _, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+            s, _, _, _, _, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
             v = load_values(keys, first, inside, SPEC, True)
             p = tl.exp2(s * unit - lse[:, None]).to(v.dtype)
             acc = tl.dot(p, v, acc, input_precision=SPEC.precision)
@@ -72,17 +74,23 @@ def tile_attend_repair(
     head = (p_k, keys[1], p_v, keys[3], keys[4])
     state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, SPEC.k_tile, RANK)
     own = first_token(tile, q_lengths, Q_TILE)
-    p_heads_lse = p_lse + (program // tiles).to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
+    p_heads_lse = (
+        p_lse + (program // tiles).to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
+    )
     for part in tl.range(0, PARTS, num_stages=1):
         index = part * ROWS + tl.arange(0, ROWS)
         places, i_q, in_grid = tile_tokens(index, own, q_lengths, q_lengths, Q_TILE, RANK)
-        p_rows = p_q + matrix_start(n, h, q_strides) + tile_rows(index, own, q_strides, Q_TILE, RANK)
+        p_rows = (
+            p_q + matrix_start(n, h, q_strides) + tile_rows(index, own, q_strides, Q_TILE, RANK)
+        )
         q = load_rows(p_rows, in_grid, SPEC.head_dim, SPEC.head_pad, True)
         limits = SPEC.route.rows(route, places, in_grid, RANK)
         lse = tl.load(p_heads_lse + i_q, mask=in_grid, other=0.0) * LOG2E
         queries = (n, h, i_q, in_grid)
         acc = _visible_values(q, queries, head, scoring, route, state, limits, lse, SPEC, ROWS)
-        p_rows = p_o + matrix_start(n, h, o_strides) + tile_rows(index, own, o_strides, Q_TILE, RANK)
+        p_rows = (
+            p_o + matrix_start(n, h, o_strides) + tile_rows(index, own, o_strides, Q_TILE, RANK)
+        )
         store_rows(p_rows, acc, in_grid, SPEC.value_dim, SPEC.value_pad)
 
 

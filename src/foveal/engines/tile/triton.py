@@ -102,8 +102,8 @@ class _TileAttention(torch.autograd.Function):
         *values: Tensor,
     ) -> tuple[Tensor, Tensor]:
         from foveal.engines.tile.forward import launch_forward
-        from foveal.engines.tile.repair import launch_repair
         from foveal.engines.tile.launch import Sizes, scoring, stage
+        from foveal.engines.tile.repair import launch_repair
         from foveal.tuning.tile import FORWARD
 
         heads = q.shape[2]
@@ -120,8 +120,9 @@ class _TileAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        from foveal.engines.tile.backward import gradients
+        from foveal.engines.tile.gradients import gradients
 
-        q, k, v, sink, o, lse, *values = ctx.saved_tensors
-        found = gradients(ctx.task, ctx.terms, ctx.sizes, q, k, v, sink, o, lse, do, dlse)
+        q, k, v, sink, o, lse, *_ = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        found = gradients(ctx.task, ctx.terms, ctx.sizes, (q, k, v, o, lse), sink, do, dlse, needed)
         return (None, None, *found)
