@@ -99,10 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(folder: RunFolder) -> report.Results:
     facts = environment(torch.device("cpu"))
     settings = {name: facts[name] for name in ("python", "torch", "commit", "threads")}
-    records = RecordFile(folder.path / f"speed-{settings['torch']}-{settings['commit']}.jsonl")
+    measured = RecordFile(folder.path / f"speed-{settings['torch']}-{settings['commit']}.jsonl")
 
     def measure(step: Step) -> Result:
-        return {"cases": len({record.key for record in speed.run(records, step)})}
+        speed.run(measured, step)
+        return {"file": measured.path.name}
 
     stages = [Stage("image", 40, settings, lambda step: image.run(folder, step))]
     skipped = language_model.absent()
@@ -118,7 +119,7 @@ def _run(folder: RunFolder) -> report.Results:
         results["image"],
         results.get("capture"),
         layers,
-        records.read(),
+        speed.records(measured),
         skipped,
     )
 

@@ -21,7 +21,7 @@ _TEXT = "Gemma-3 270M, sliding layer: window 512"
 
 def _photograph(side: int, window: int, *points: Point) -> Case:
     return Case(
-        f"photograph {side}x{side}, window {window}x{window}",
+        f"photo {side}x{side}, window {window}",
         fv.Neighborhood((window, window)),
         (side, side),
         q_heads=1,
@@ -35,7 +35,7 @@ def _photograph(side: int, window: int, *points: Point) -> Case:
 
 def _gemma(tokens: int) -> Case:
     return Case(
-        f"Gemma-3 270M sliding layer, {tokens} tokens",
+        f"Gemma-3, {tokens} tokens",
         fv.Sliding(left=511),
         (tokens,),
         q_heads=4,
@@ -60,8 +60,14 @@ CASES = (
 _COMPILED = (CASES[2], CASES[6])
 
 
-def run(file: RecordFile, progress: Callable[[str, float], None]) -> list[Record]:
-    """Measures what the file lacks, and returns all records of it."""
+def records(file: RecordFile) -> list[Record]:
+    """What was measured, case by case in the order of CASES."""
+    order = [case.name for case in CASES]
+    return sorted(file.read(), key=lambda record: order.index(record.name))
+
+
+def run(file: RecordFile, progress: Callable[[str, float], None]) -> None:
+    """Measures what the file lacks."""
     plain = tuple(case for case in CASES if case not in _COMPILED)
     halves = ((plain, ("masked", "dense")), (_COMPILED, ("masked", "dense", "flex")))
     for index, (cases, peers) in enumerate(halves):
@@ -79,5 +85,3 @@ def run(file: RecordFile, progress: Callable[[str, float], None]) -> list[Record
         )
         for _ in job.run(step):
             pass
-    order = [case.name for case in CASES]
-    return sorted(file.read(), key=lambda record: order.index(record.name))

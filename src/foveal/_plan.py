@@ -7,12 +7,17 @@ from types import ModuleType
 
 from foveal._errors import RefusedError, UnknownNameError
 from foveal._problem import Problem
-from foveal.engines.tile import cpu, reference, sdpa
+from foveal.engines.tile import cpu, reference, sdpa, triton
 from foveal.patterns.base import Pattern
 from foveal.scores.normal import NormalForm
 
 # Asked in this order; the first that does not refuse runs.
-TILE_IMPLEMENTATIONS: dict[str, ModuleType] = {"sdpa": sdpa, "cpu": cpu, "reference": reference}
+TILE_IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "triton": triton,
+    "sdpa": sdpa,
+    "cpu": cpu,
+    "reference": reference,
+}
 
 
 @dataclass(frozen=True)

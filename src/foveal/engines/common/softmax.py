@@ -26,7 +26,9 @@ def running_softmax(s, unit, largest, total):
 @triton.jit
 def row_lse(largest, total):
     """Base-2 log-sum-exp of rows; -inf for a row that saw nothing."""
-    return tl.where(total == 0.0, float("-inf"), largest + tl.log2(total))
+    return tl.where(
+        total == 0.0, float("-inf"), largest + tl.log2(tl.where(total == 0.0, 1.0, total))
+    )
 
 
 @triton.jit

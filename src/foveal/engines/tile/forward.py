@@ -117,7 +117,7 @@ def tile_attend_forward(
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in range(state[0]):
         first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
-        s, _, _, k_places, _, inside = scores(
+        s, bare, k, k_places, i_k, inside = scores(
             q, queries, head, scoring, first, state[2], SPEC, True
         )
         s = _test(s, route, limits, mark, k_places, whole, SPEC)
@@ -126,7 +126,7 @@ def tile_attend_forward(
     if RANK == 1:
         for i in range(state[1]):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, _, _, k_places, _, inside = scores(
+            s, bare, k, k_places, i_k, inside = scores(
                 q, queries, head, scoring, first, state[2], SPEC, False
             )
             rows = (largest, total, acc)
@@ -162,6 +162,6 @@ def launch_forward(
         tile_attend_forward[(programs,)](
             q, o, lse, sink, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
             keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=spec,
-            num_warps=stage.config.warps, num_stages=stage.config.stages,
+            **stage.options,
         )  # fmt: skip
     return o, lse, suspect

@@ -145,7 +145,7 @@ def _launch_q(
         layout.q_strides(saved.q), layout.q_strides(saved.do), layout.q_strides(dq), layout.q_grid,
         keys, saved.heads, saved.groups, float(task.score.scale), score, records,
         matrix * layout.q_tiles, layout.arguments, SPEC=chosen.spec,
-        num_warps=chosen.config.warps, num_stages=chosen.config.stages,
+        **chosen.options,
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def _key_gradients(
             layout.q_strides(saved.q), layout.q_strides(saved.do),
             layout.k_strides(dk), layout.k_strides(dv), layout.q_grid,
             keys, saved.heads, saved.groups, float(task.score.scale), score, layout.arguments,
-            SPEC=chosen.spec, num_warps=chosen.config.warps, num_stages=chosen.config.stages,
+            SPEC=chosen.spec, **chosen.options,
         )  # fmt: skip
     if per_key is not None and share is not None:
         values = terms[per_key].values

@@ -34,10 +34,14 @@ from foveal.engines.tile.hopper_walk import (
 
 @triton.jit
 def tile_attend_backward_prepare(
-    p_o, p_do, p_lse, p_dlse, p_lse2, p_delta, length, heads, do_n, do_l, do_h, dlse_n, dlse_l, dlse_h,
+    p_o, p_do, p_lse, p_dlse, p_lse2, p_delta, length, heads, last, pitch, plane,
+    do_n, do_l, do_h, dlse_n, dlse_h, dlse_l,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """lse2 = lse / ln 2, +inf for rows that see nothing, and delta.  Both fp32 [N, Hq, Lq]."""
+    """lse2 = lse / ln 2, +inf for rows that see nothing, and delta, fp32 [N, Hq, plane].
+
+    The last axis of the grid, `last` tokens long, takes `pitch` elements, so that boxes can be copied.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -49,11 +53,11 @@ def tile_attend_backward_prepare(
     p_rows = p_do + n * do_n + token * do_l + head * do_h + column[None, :]
     do = tl.load(p_rows, mask=inside, other=0.0).to(tl.float32)
     own = row < length
-    at = tl.program_id(1).to(tl.int64) * length + row
     p_own = p_dlse + n * dlse_n + head * dlse_h + row.to(tl.int64) * dlse_l
     delta = tl.sum(o * do, 1) - tl.load(p_own, mask=own, other=0.0)
-    lse = tl.load(p_lse + at, mask=own, other=0.0)
+    lse = tl.load(p_lse + tl.program_id(1).to(tl.int64) * length + row, mask=own, other=0.0)
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    at = tl.program_id(1).to(tl.int64) * plane + row // last * pitch + row % last
     tl.store(p_lse2 + at, lse2, mask=own)
     tl.store(p_delta + at, delta, mask=own)
 
@@ -68,19 +72,11 @@ def seen_only(p, x, y, z, low, width, last_low, first_up, C: gl.constexpr, AXES:
 
 
 @gluon.jit
-def box_tokens(x, y, z, i, X, Y, Z, B: gl.constexpr):
-    """Raster index of each token of a box, and whether it lies on the grid."""
-    x = x + i // (B[1] * B[2])
-    y = y + i // B[2] % B[1]
-    z = z + i % B[2]
-    return (x * Y + y) * Z + z, (x < X) & (y < Y) & (z < Z)
-
-
-@gluon.jit
 def accumulate_dq(
     WHICH: gl.constexpr, q_s, do_s, q_ready, do_ready, q_free, do_free,
     k_s, v_s, k_ready, v_ready, k_free, v_free,
-    dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, heads, shared, total, scale_log2, scale,
+    dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
+    heads, shared, total, scale_log2, scale,
     R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
@@ -88,12 +84,8 @@ def accumulate_dq(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     q = q_s.index(WHICH).reshape([M, D])
@@ -127,54 +119,52 @@ def accumulate_dq(
         x = bx + first * C[0]
         y = by
         z = bz
-        plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-        token, on_grid_ = box_tokens(x0, y0, z0, row, X, Y, Z, R)
-        lse = gl.load(p_lse2 + plane + token, mask=on_grid_, other=float("inf"))
-        delta = gl.load(p_delta + plane + token, mask=on_grid_, other=0.0)
+        rx = x0 + row // (R[1] * R[2])
+        ry = y0 + row // R[2] % R[1]
+        rz = z0 + row % R[2]
+        own = (rx < X) & (ry < Y) & (rz < Z)
+        at = (n.to(gl.int64) * heads + head) * plane + ((rx * y_pitch + ry) * z_pitch + rz)
+        lse = gl.load(p_lse2 + at, mask=own, other=float("inf"))
+        delta = gl.load(p_delta + at, mask=own, other=0.0)
 
         mbarrier.wait(q_ready.index(WHICH), turn & 1)
         mbarrier.wait(do_ready.index(WHICH), turn & 1)
         if SKIPS:
             g = skip_boxes(g, first * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
         dq = gl.zeros([M, D], gl.float32, O)
-        stage = g % STAGES
-        mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
-        k = k_s.index(stage).reshape([N, D])
-        s_run = warpgroup_mma(
-            q, k.permute((1, 0)), gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
-        )
+        ds = gl.zeros([M, N], q_s.dtype, A)
+        # dQ of a box is computed beside S and dP of the next one, and once more behind the last.
+        before = g % STAGES
         for j in range(count):
             stage = g % STAGES
             phase = (g // STAGES) & 1
-            mbarrier.wait(v_ready.index(stage), phase)
+            k = k_s.index(stage).reshape([N, D]).permute((1, 0))
             v = v_s.index(stage).reshape([N, D]).permute((1, 0))
-            dp_run = warpgroup_mma(
-                do, v, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
-            )
-            s = warpgroup_mma_wait(1, deps=(s_run,))
+            none = gl.zeros([M, N], gl.float32, S)
+            mbarrier.wait(k_ready.index(stage), phase)
+            s_run = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(stage), phase)
+            dp_run = warpgroup_mma(do, v, none, use_acc=False, is_async=True)
+            dq_run = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
+            s = warpgroup_mma_wait(2, deps=(s_run,))
             p = gl.exp2(s * scale_log2 - lse[:, None])
             if HIDES:
                 p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
             # As in the forward: a barrier that is past keeps the exponentials before the wait.
             mbarrier.wait(v_ready.index(stage), phase)
-            dp = warpgroup_mma_wait(0, deps=(dp_run,))
+            dp = warpgroup_mma_wait(1, deps=(dp_run,))
             mbarrier.arrive(v_free.index(stage), count=1)
-            ds = gl.convert_layout((p * (dp - delta[:, None])).to(q_s.dtype), A)
-            dq_run = warpgroup_mma(ds, k_s.index(stage).reshape([N, D]), dq, is_async=True)
+            slope = p * (dp - delta[:, None])
+            mbarrier.wait(k_ready.index(stage), phase)
+            dq = warpgroup_mma_wait(0, deps=(dq_run,))
+            mbarrier.arrive(k_free.index(before), count=1, pred=j > 0)
+            ds = gl.convert_layout(slope.to(q_s.dtype), A)
             x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
-            # The last round repeats its own product instead of one that is not there.
-            after = gl.minimum(g + 1, g + count - 1 - j)
-            mbarrier.wait(k_ready.index(after % STAGES), (after // STAGES) & 1)
-            k = k_s.index(after % STAGES).reshape([N, D])
-            s_run = warpgroup_mma(
-                q, k.permute((1, 0)), gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
-            )
-            dq = warpgroup_mma_wait(1, deps=(dq_run,))
-            if j < count - 1:
-                mbarrier.arrive(k_free.index(stage), count=1)
+            before = stage
             g += 1
-        s = warpgroup_mma_wait(0, deps=(s_run,))
-        mbarrier.arrive(k_free.index((g - 1) % STAGES), count=1)
+        dq = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        mbarrier.arrive(k_free.index(before), count=1)
         if SKIPS:
             g = skip_boxes(g, (nx - stop) * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
         store_rows(dq_desc, n, x0, y0, z0, head, dq * scale, q_s.index(WHICH), AXES)
@@ -187,9 +177,8 @@ def accumulate_dq(
 @gluon.jit
 def accumulate_dk_dv(
     WHICH: gl.constexpr, k_s, v_s, k_ready, v_ready, k_free, v_free,
-    q_s, do_s, q_ready, do_ready, q_free, do_free,
-    dk_desc, dv_desc, p_lse2, p_delta, p_bounds, X, Y, Z, QX, QY, QZ, heads, groups, shared, total,
-    scale_log2, scale,
+    q_s, do_s, lse_s, delta_s, q_ready, do_ready, q_free, do_free,
+    dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups, shared, total, scale_log2, scale,
     R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
@@ -200,15 +189,10 @@ def accumulate_dk_dv(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
-    column = gl.arange(0, N, gl.SliceLayout(0, S))
     k = k_s.index(WHICH).reshape([M, D])
     v = v_s.index(WHICH).reshape([M, D])
     g = 0
@@ -245,7 +229,6 @@ def accumulate_dk_dv(
             x = bx + first * C[0]
             y = by
             z = bz
-            plane = ((n * heads + head).to(gl.int64) * groups + member) * (QX * QY * QZ)
             if SKIPS:
                 g = skip_boxes(g, first * ny * nz, (q_ready, do_ready), (q_free, do_free), STAGES)
             for j in range(count):
@@ -253,25 +236,12 @@ def accumulate_dk_dv(
                 phase = (g // STAGES) & 1
                 q = q_s.index(stage).reshape([N, D])
                 do = do_s.index(stage).reshape([N, D])
+                none = gl.zeros([M, N], gl.float32, S)
                 mbarrier.wait(q_ready.index(stage), phase)
-                s_run = warpgroup_mma(
-                    k,
-                    q.permute((1, 0)),
-                    gl.zeros([M, N], gl.float32, S),
-                    use_acc=False,
-                    is_async=True,
-                )
+                s_run = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
                 mbarrier.wait(do_ready.index(stage), phase)
-                dp_run = warpgroup_mma(
-                    v,
-                    do.permute((1, 0)),
-                    gl.zeros([M, N], gl.float32, S),
-                    use_acc=False,
-                    is_async=True,
-                )
-                token, on_grid_ = box_tokens(x, y, z, column, QX, QY, QZ, C)
-                lse = gl.load(p_lse2 + plane + token, mask=on_grid_, other=float("inf"))
-                delta = gl.load(p_delta + plane + token, mask=on_grid_, other=0.0)
+                dp_run = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
+                lse = lse_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
                 s = warpgroup_mma_wait(1, deps=(s_run,))
                 p = gl.exp2(s * scale_log2 - lse[None, :])
                 if HIDES:
@@ -281,6 +251,7 @@ def accumulate_dk_dv(
                 mbarrier.wait(do_ready.index(stage), phase)
                 dp = warpgroup_mma_wait(0, deps=(dp_run,))
                 dv_run = warpgroup_mma(weights, do, dv, is_async=True)
+                delta = delta_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
                 ds = gl.convert_layout((p * (dp - delta[None, :])).to(q_s.dtype), A)
                 dk_run = warpgroup_mma(ds, q, dk, is_async=True)
                 dv = warpgroup_mma_wait(1, deps=(dv_run,))
@@ -312,9 +283,10 @@ def barriers(n: gl.constexpr, count: gl.constexpr):
 
 @gluon.jit
 def tile_attend_backward_queries(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, heads, groups,
-    shared, total, scale_log2, scale, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr,
-    STAGES: gl.constexpr, HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
+    y_pitch, z_pitch, plane, heads, groups, shared, total, scale_log2, scale,
+    R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """dQ.  Rows are queries, columns keys."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -333,17 +305,17 @@ def tile_attend_backward_queries(
         [
             (accumulate_dq, (
                 0, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready,
-                k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, heads, shared, total,
-                scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
+                k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
+                y_pitch, z_pitch, plane, heads, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
             )),
             (accumulate_dq, (
                 1, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready,
-                k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, heads, shared, total,
-                scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
+                k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
+                y_pitch, z_pitch, plane, heads, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
             )),
             (load_boxes, (
                 (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
-                (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
+                (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
                 p_bounds, X, Y, Z, heads, shared, total, groups, 1, R, C, AXES, STAGES,
             )),
         ],
@@ -354,8 +326,8 @@ def tile_attend_backward_queries(
 
 @gluon.jit
 def tile_attend_backward_keys(
-    k_desc, v_desc, q_desc, do_desc, dk_desc, dv_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
-    QX, QY, QZ, heads, groups, shared, total, scale_log2, scale, R: gl.constexpr, C: gl.constexpr,
+    k_desc, v_desc, q_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, p_bounds, X, Y, Z,
+    heads, groups, shared, total, scale_log2, scale, R: gl.constexpr, C: gl.constexpr,
     AXES: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV.  Rows are keys, columns queries; heads counts key heads, groups queries per key head."""
@@ -364,6 +336,12 @@ def tile_attend_backward_keys(
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
     do_s = gl.allocate_shared_memory(
         q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout
+    )
+    lse_s = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout
+    )
+    delta_s = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout
     )
     k_ready = barriers(2, 1)
     v_ready = barriers(2, 1)
@@ -376,21 +354,123 @@ def tile_attend_backward_keys(
     gl.warp_specialize(
         [
             (accumulate_dk_dv, (
-                0, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, q_ready, do_ready,
-                q_free, do_free, dk_desc, dv_desc, p_lse2, p_delta, p_bounds, X, Y, Z, QX, QY, QZ,
+                0, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s,
+                q_ready, do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z,
                 heads, groups, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
             )),
             (accumulate_dk_dv, (
-                1, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, q_ready, do_ready,
-                q_free, do_free, dk_desc, dv_desc, p_lse2, p_delta, p_bounds, X, Y, Z, QX, QY, QZ,
+                1, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s,
+                q_ready, do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z,
                 heads, groups, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
             )),
             (load_boxes, (
                 (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
-                (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
+                (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
+                (q_ready, do_ready), (q_free, do_free),
                 p_bounds, X, Y, Z, heads, shared, total, 1, groups, R, C, AXES, STAGES,
             )),
         ],
         [4, 1],
         [232, 40],
     )  # fmt: skip
+
+
+def launch_backward(
+    pattern: Pattern,
+    extent: Extent,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    walks: tuple[Walk, Walk] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the shapes of q, k, v; o, lse as launch_forward gave them, `walks` of dQ and of dK, dV."""
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    groups = heads // kv_heads
+    of_queries, of_keys = walks or (
+        queries_walk(pattern, extent, head_dim),
+        keys_walk(pattern, extent, head_dim),
+    )
+    lengths, axes, bounds = packed_bounds(pattern, extent, q.device, False)
+    kv_lengths, _, kv_bounds = packed_bounds(pattern, extent, q.device, True)
+    grid, kv_grid = lengths[:axes], kv_lengths[:axes]
+    do = on_grid(do, grid)
+    lse2, delta = _prepare(o, do.flatten(1, -3), lse, dlse, grid)
+    pitches = [lse2.shape[3] if axes == 2 else lengths[1], lse2.shape[4] if axes == 3 else 1]
+    plane = lse2[0, 0].numel()
+    q, k, v = on_grid(q, grid), on_grid(k, kv_grid), on_grid(v, kv_grid)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    scales = scale * 1.4426950408889634, scale
+    launches = [slice(None)] if axes < 3 else [slice(n, n + 1) for n in range(batch)]
+    for part in launches:
+        entries = len(q[part])
+        walk = of_keys
+        items = work_items(walk, kv_lengths, kv_heads, entries)
+        tile_attend_backward_keys[(min(walk.programs or items, items),)](
+            *(descriptor(x[part], walk.rows, axes) for x in (k, v)),
+            *(descriptor(x[part], walk.columns, axes) for x in (q, do)),
+            *(statistics_descriptor(x[part], walk.columns, grid) for x in (lse2, delta)),
+            *(descriptor(x[part], walk.rows, axes) for x in (dk, dv)),
+            kv_bounds,
+            *kv_lengths,
+            kv_heads,
+            groups,
+            shared_heads(kv_heads, 1, length * groups, head_dim),
+            items,
+            *scales,
+            walk.rows,
+            walk.columns,
+            axes,
+            walk.stages,
+            walk.hides,
+            walk.skips,
+            num_warps=4,
+        )
+        walk = of_queries
+        items = work_items(walk, lengths, heads, entries)
+        tile_attend_backward_queries[(min(walk.programs or items, items),)](
+            *(descriptor(x[part], walk.rows, axes) for x in (q, do)),
+            *(descriptor(x[part], walk.columns, axes) for x in (k, v)),
+            descriptor(dq[part], walk.rows, axes),
+            lse2[part],
+            delta[part],
+            bounds,
+            *lengths,
+            *pitches,
+            plane,
+            heads,
+            groups,
+            shared_heads(heads, groups, k[0].numel() // (kv_heads * head_dim), head_dim),
+            items,
+            *scales,
+            walk.rows,
+            walk.columns,
+            axes,
+            walk.stages,
+            walk.hides,
+            walk.skips,
+            num_warps=4,
+        )
+    return dq.flatten(1, -3), dk.flatten(1, -3), dv.flatten(1, -3)
+
+
+def _prepare(
+    o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor, grid: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """lse2 and delta [N, Hq, *grid], the last axis padded to whole groups of four."""
+    batch, length, heads, head_dim = o.shape
+    pitch = -(-grid[-1] // 4) * 4
+    shape = (batch, heads, *grid[:-1], pitch)
+    lse2, delta = (torch.empty(shape, dtype=torch.float32, device=o.device) for _ in range(2))
+    rows = 64
+    tile_attend_backward_prepare[(triton.cdiv(length, rows), batch * heads)](
+        o, do, lse, dlse, lse2, delta, length, heads, grid[-1], pitch, lse2[0, 0].numel(),
+        *do.stride()[:3], *dlse.stride(),
+        HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), ROWS=rows,
+    )  # fmt: skip
+    return lse2, delta

@@ -233,7 +233,7 @@ def tile_attend_forward(
             )),
             (load_boxes, (
                 (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s),
-                (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
+                (), (), (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
                 groups, 1, R, C, AXES, STAGES,
             )),
         ],

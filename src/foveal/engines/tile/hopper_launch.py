@@ -66,6 +66,14 @@ def descriptor(x: Tensor, box: Box, axes: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], sides, layout)
 
 
+def statistics_descriptor(x: Tensor, box: Box, grid: tuple[int, ...]) -> TensorDescriptor:
+    """Boxes of x [N, H, *grid], fp32, whose last axis is padded."""
+    x = x.flatten(0, 1)
+    sides = [1, *box[: len(grid)]]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(sides))
+    return TensorDescriptor(x, [len(x), *grid], list(x.stride()), sides, layout)
+
+
 def work_items(walk: Walk, lengths: tuple[int, int, int], heads: int, batch: int) -> int:
     x, y, z = walk.rows
     tiles = triton.cdiv(lengths[0], 2 * x) * triton.cdiv(lengths[1], y) * triton.cdiv(lengths[2], z)

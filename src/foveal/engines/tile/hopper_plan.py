@@ -7,12 +7,17 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from foveal.engines.tile.lists import inverse
 from foveal.patterns.base import Bounds, Extent, Pattern
 
 Box = tuple[int, int, int]
 
 # Bytes of keys and values of the heads that are walked together; they share the cache of 50 MB.
 _SHARED_BYTES = 20_000_000
+
+
+# The last side of a box of fp32 numbers is 16 bytes at least.
+_LAST_EXPONENT = 2
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,24 @@ def forward_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
     return _best_walk(pattern, extent, 64, 128, 2 if head_dim > 64 else 4)
 
 
+def queries_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
+    """For dQ; queries are the rows."""
+    return _best_walk(pattern, extent, 64, 64, 4)
+
+
+def keys_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
+    """For dK and dV; keys are the rows."""
+    return _best_walk(pattern, extent, 64, 64, 3, of_keys=True)
+
+
 @functools.lru_cache(maxsize=256)
-def _best_walk(pattern: Pattern, extent: Extent, rows: int, columns: int, stages: int) -> Walk:
+def _best_walk(
+    pattern: Pattern, extent: Extent, rows: int, columns: int, stages: int, of_keys: bool = False
+) -> Walk:
     bounds = pattern.bounds(extent)
     assert bounds is not None, "refuses() lets separable patterns pass only"
+    if of_keys:
+        bounds = Bounds(Extent(bounds.extent.kv_grid, bounds.extent.q_grid), *inverse(bounds))
     axes = len(bounds.lower)
     measured = functools.lru_cache(maxsize=None)(functools.partial(_axis, bounds))
     best: tuple[float, Walk] | None = None
@@ -74,7 +93,7 @@ def _boxes(tokens: int, axes: int) -> list[Box]:
     sides = itertools.product(range(exponent + 1), repeat=axes - 1)
     boxes = []
     for first in sides:
-        if sum(first) <= exponent:
+        if sum(first) <= exponent - _LAST_EXPONENT:
             sizes = [1 << e for e in (*first, exponent - sum(first))]
             x, y, z = sizes + [1] * (3 - axes)
             boxes.append((x, y, z))

@@ -78,7 +78,6 @@ def following(x, y, z, y0, z0, y1, z1, CX: gl.constexpr, CY: gl.constexpr, CZ: g
 @gluon.jit
 def copy_box(desc, n, x, y, z, head, ready, buffer, AXES: gl.constexpr):
     """Starts the copy of one box.  With three axes the descriptor holds one batch entry."""
-    mbarrier.expect(ready, desc.block_type.nbytes)
     if AXES == 1:
         load_box(desc, [n, x, head, 0], ready, buffer)
     elif AXES == 2:
@@ -88,15 +87,28 @@ def copy_box(desc, n, x, y, z, head, ready, buffer, AXES: gl.constexpr):
 
 
 @gluon.jit
+def copy_statistics(desc, partner, line, x, y, z, ready, buffer, AXES: gl.constexpr):
+    """Starts the copy of a box of one number per query, and expects it and its partner."""
+    mbarrier.expect(ready, desc.block_type.nbytes + partner.block_type.nbytes)
+    if AXES == 1:
+        load_box(desc, [line, x], ready, buffer)
+    elif AXES == 2:
+        load_box(desc, [line, x, y], ready, buffer)
+    else:
+        load_box(desc, [line, x, y, z], ready, buffer)
+
+
+@gluon.jit
 def load_boxes(
-    rows, row_s, row_ready, row_free, columns, column_s, column_ready, column_free,
+    rows, row_s, row_ready, row_free,
+    columns, column_s, statistics, statistic_s, column_ready, column_free,
     p_bounds, X, Y, Z, heads, shared, total, divide, multiply,
     R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: the rows of every work item, then its boxes of columns, in order.
 
-    `rows` and `columns` are tuples of one or two descriptors that travel together.  Head h of the
-    rows reads heads h // divide * multiply + [0, multiply) of the columns.
+    `rows` and `columns` are tuples of one or two descriptors that travel together, each of the columns
+    with one of the `statistics` [N Hq, *grid], if there are any.  Head h of the rows reads heads h // divide * multiply + [0, multiply) of the columns.
     """
     g = 0
     turn = 0
@@ -105,6 +117,7 @@ def load_boxes(
         for c in gl.static_range(2):
             for i in gl.static_range(len(rows)):
                 mbarrier.wait(row_free[i].index(c), (turn & 1) ^ 1)
+                mbarrier.expect(row_ready[i].index(c), rows[i].block_type.nbytes)
                 copy_box(
                     rows[i], n, x + c * R[0], y, z, head, row_ready[i].index(c), row_s[i].index(c), AXES,
                 )  # fmt: skip
@@ -119,6 +132,15 @@ def load_boxes(
                 phase = (g // STAGES) & 1
                 for i in gl.static_range(len(columns)):
                     mbarrier.wait(column_free[i].index(stage), phase ^ 1)
+                    if len(statistics) > 0:
+                        copy_statistics(
+                            statistics[i], columns[i], (n * heads + head) * multiply + member,
+                            bx, by, bz, column_ready[i].index(stage), statistic_s[i].index(stage), AXES,
+                        )  # fmt: skip
+                    else:
+                        mbarrier.expect(
+                            column_ready[i].index(stage), columns[i].block_type.nbytes
+                        )
                     copy_box(
                         columns[i], n, bx, by, bz, first_head + member,
                         column_ready[i].index(stage), column_s[i].index(stage), AXES,

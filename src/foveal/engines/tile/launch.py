@@ -72,6 +72,15 @@ class Stage:
     config: Config
     layout: Layout
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return options(self.config.warps, self.config.stages)
+
+
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """Compiler options of a launch."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Sizes:

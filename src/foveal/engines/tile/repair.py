@@ -23,7 +23,7 @@ from foveal.engines.common.tiles import (
     tile_tokens,
 )
 from foveal.engines.tile.forward import load_values, scores
-from foveal.engines.tile.launch import Stage
+from foveal.engines.tile.launch import Stage, options
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def _visible_values(
     unit = SPEC.shape.unit(scoring[0])
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in tl.range(0, state[0], num_stages=1):
-        first, _, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
-        s, _, _, places, _, _, _, _, inside = scores(
+        first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
+        s, bare, k, places, i_k, inside = scores(
             q, queries, keys, scoring, first, state[2], SPEC, True
         )
         seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
@@ -45,7 +45,7 @@ def _visible_values(
     if SPEC.rank == 1:
         for i in tl.range(0, state[1], num_stages=1):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, _, _, _, _, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+            s, bare, k, places, i_k, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
             v = load_values(keys, first, inside, SPEC, True)
             p = tl.exp2(s * unit - lse[:, None]).to(v.dtype)
             acc = tl.dot(p, v, acc, input_precision=SPEC.precision)
@@ -110,5 +110,5 @@ def launch_repair(
     tile_attend_repair[(len(suspect),)](
         q, o, lse, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
         keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=stage.spec,
-        num_warps=4, num_stages=1,
+        **options(4, 1),
     )  # fmt: skip

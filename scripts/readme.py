@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Regenerates the numbers of the README from committed records and the catalogue.
+
+    python scripts/readme.py            # rewrite README.md and benchmarks/cpu.svg
+    python scripts/readme.py --check    # exit 1 when they are stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import foveal as fv
+from foveal.bench.measure import ratio, summarise
+from foveal.bench.record import MEASURED, Record, RecordFile
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+CHART = ROOT / "benchmarks" / "cpu.svg"
+RECORDS = ROOT / "benchmarks" / "cpu.jsonl"
+OURS = "foveal"
+PASSES = ("forward", "forward+backward")
+SHOWN = {
+    "image 96x96, window 13": "2-D neighborhood 13x13 on 96x96, 4 heads of 64",
+    "text 16384, causal window 512": "causal window 512, 16,384 tokens, 4 heads of 64",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="exit 1 instead of writing")
+    check = parser.parse_args().check
+    records = [r for r in RecordFile(RECORDS).read() if r.name in SHOWN]
+    text = README.read_text(encoding="utf-8")
+    text = _between(text, "numbers", _table(records))
+    text = _between(text, "families", _families())
+    stale = []
+    for path, content in ((README, text), (CHART, _chart(records))):
+        if path.exists() and path.read_text(encoding="utf-8") == content:
+            continue
+        stale.append(path.relative_to(ROOT))
+        if not check:
+            path.write_text(content, encoding="utf-8")
+    if stale and check:
+        print("stale, run scripts/readme.py:", *stale)
+    return 1 if stale and check else 0
+
+
+def _between(text: str, name: str, content: str) -> str:
+    """The text with what stands between the two markers replaced."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.sub(pattern, lambda found: found[1] + content + "\n" + found[2], text, flags=re.S)
+
+
+def _table(records: Sequence[Record]) -> str:
+    lines = ["| | pass | foveal | others in the same run |", "|---|---|---|---|"]
+    for case, title in SHOWN.items():
+        group = _timed(records, case)
+        ours = next(r for r in group if r.competitor == OURS)
+        for part in PASSES:
+            if part not in ours.samples:
+                continue
+            others = [
+                f"{r.title} {_ms(r, part)} ms ({ratio(r.samples[part], ours.samples[part]).median:.1f}x)"
+                for r in group
+                if r is not ours and r.same_result and part in r.samples
+            ]
+            lines.append(f"| {title} | {part} | **{_ms(ours, part)} ms** | {', '.join(others)} |")
+    facts = records[0].environment
+    lines.append("")
+    lines.append(
+        f"{facts['device_name']}, {facts['threads']} threads, float32, PyTorch {facts['torch']}; "
+        f"medians, (slower than foveal by). `{records[0].command}`"
+    )
+    return "\n".join(lines)
+
+
+def _families() -> str:
+    counts = Counter(system.family for system in fv.systems())
+    lines = ["| family | systems | names |", "|---|---|---|"]
+    for family, count in counts.items():
+        names = ", ".join(f"`{system.name}`" for system in fv.systems(family))
+        lines.append(f"| {family} | {count} | {names} |")
+    return "\n".join(lines)
+
+
+def _timed(records: Sequence[Record], case: str) -> list[Record]:
+    return [r for r in records if r.name == case and r.status == MEASURED]
+
+
+def _ms(record: Record, part: str) -> str:
+    return f"{summarise(record.samples[part]).median * 1e3:,.0f}"
+
+
+def _chart(records: Sequence[Record]) -> str:
+    """Forward times as bars on a logarithmic scale, one group per case."""
+    rows: list[tuple[str, float | None, bool]] = []
+    for case, title in SHOWN.items():
+        rows.append((title, None, False))
+        group = [r for r in _timed(records, case) if "forward" in r.samples and r.same_result]
+        for record in sorted(group, key=lambda r: summarise(r.samples["forward"]).median):
+            seconds = summarise(record.samples["forward"]).median
+            rows.append((record.title, seconds * 1e3, record.competitor == OURS))
+    times = [time for _, time, _ in rows if time is not None]
+    low, high = 10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times)))
+    left, width, line, top = 250, 430, 26, 34
+
+    def x(time: float) -> float:
+        return left + width * math.log10(time / low) / math.log10(high / low)
+
+    bottom = top + line * len(rows)
+    parts = []
+    tick = low
+    while tick <= high:
+        parts.append(
+            f'<path d="M{x(tick):.1f} {top - 6}V{bottom}" stroke="#d5dae2"/>'
+            f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g} ms</text>'
+        )
+        tick *= 10
+    for index, (label, time, ours) in enumerate(rows):
+        y = top + line * index
+        if time is None:
+            parts.append(f'<text x="8" y="{y + 15}" font-weight="600">{escape(label)}</text>')
+            continue
+        fill = "#0b6e99" if ours else "#b5bdc9"
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>'
+            f'<rect x="{left}" y="{y}" width="{x(time) - left:.1f}" height="19" fill="{fill}"/>'
+            f'<text x="{x(time) + 6:.1f}" y="{y + 14}">{time:,.0f} ms</text>'
+        )
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 28}" '
+        'font-family="system-ui, sans-serif" font-size="13" fill="#1d2733">\n'
+        f'<rect width="760" height="{bottom + 28}" fill="#ffffff"/>\n'
+        '<text x="8" y="18" fill="#5a6675">Forward on a CPU, logarithmic scale, less is better</text>\n'
+        f"{body}\n</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
