@@ -14,7 +14,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/dev.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check --no-tests
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

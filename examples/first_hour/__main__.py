@@ -48,8 +48,9 @@ class Bar:
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         self._progress = Progress("demo")
 
-    def begin(self, seconds: float) -> None:
-        self._start, self._share, self._stage = time.monotonic(), 0.0, seconds
+    def begin(self, stage: Stage) -> None:
+        self._start, self._share, self._stage = time.monotonic(), 0.0, stage.seconds
+        self._text = stage.name
 
     def end(self) -> None:
         self.done, self._stage = self.done + self._stage, 0.0
@@ -145,7 +146,7 @@ def _finish(folder: RunFolder, stages: list[Stage]) -> dict[str, Result]:
     pending = [stage for stage in stages if results[stage.name] is None]
     with Bar(sum(stage.seconds for stage in pending)) as bar:
         for stage in pending:
-            bar.begin(stage.seconds)
+            bar.begin(stage)
             results[stage.name] = folder.finish(stage.name, stage.settings, stage.run(bar))
             bar.end()
     return {name: result for name, result in results.items() if result is not None}

@@ -28,9 +28,10 @@ SIGMA = 0.1
 PATCH = 5
 CROP = (slice(60, 220), slice(140, 300))
 
-# h^2 in units of 2 sigma^2 D, the distance at which two noisy copies of one clean patch lie.
+# h^2 in units of 2 sigma^2 D, the distance at which two noisy copies of one clean patch lie: the best
+# of 0.2, 0.3, 0.45 and 0.6 on the photograph with a window of 13.
 _BANDWIDTH = 0.3
-# The setting that scikit-image's documentation recommends when the noise level is known.
+# h in units of sigma, as in the example of scikit-image's documentation for its fast mode.
 _SKIMAGE_BANDWIDTH = 0.6
 
 

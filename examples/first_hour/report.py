@@ -105,8 +105,8 @@ def _image(page: Page, folder: RunFolder, image: Result) -> None:
         picture(noisy, "noisy-crop"),
         picture(ours, f"{own}-crop"),
         picture(theirs, f"{_PEER}-{_SHOWN_WINDOW}-crop"),
-        caption=f"A window of {_SHOWN_WINDOW}x{_SHOWN_WINDOW}; below a detail. PSNR is of the "
-        "whole picture.",
+        caption=f"A window of {_SHOWN_WINDOW}x{_SHOWN_WINDOW}; the second row is a detail. PSNR "
+        "is of the whole picture.",
     )
     section.figure(_psnr_against_time(image["windows"]))
     section.table(
@@ -115,9 +115,10 @@ def _image(page: Page, folder: RunFolder, image: Result) -> None:
             (f"{row['window']}x{row['window']}", *_cells(row["foveal"]), *_cells(row[_PEER]))
             for row in image["windows"]
         ],
-        caption=f"{_PEER}'s `denoise_nl_means` in its fast mode, with the setting that its manual "
-        "recommends for known noise, is made for this one task: running sums share the distances "
-        "of overlapping patches. `attend` knows nothing of that and computes every distance anew.",
+        caption=f"{_PEER}'s `denoise_nl_means` in its fast mode is made for this one task: running "
+        "sums share the distances of overlapping patches, on one thread. `attend` knows nothing of "
+        "that and computes every distance anew. Each keeps one bandwidth for all windows: the one "
+        f"of {_PEER}'s own example, and for foveal the best of four on this photograph.",
     )
 
 
@@ -221,14 +222,13 @@ def _reading(layers: list[Result]) -> str:
         f"the softmax in the layers that have a window of their own and {_mean(full, WINDOW):.0%} "
         f"in the full ones; single heads range from {min(window):.0%} to {max(window):.0%}. "
         f"The first {SINK_TOKENS} tokens of the text {'add' if gain > 0 else 'change'} "
-        f"{abs(gain):.0%} of the mass in the full layers: much of it rests where the text begins, "
-        f"whatever the text says. Spending half the budget on distant keys at a fixed stride "
+        f"{abs(gain):.0%} of the mass in the full layers: much of it rests where the text begins. "
+        f"Spending half the budget on distant keys at a fixed stride "
         f"{'costs' if stride < 0 else 'gains'} {abs(stride):.1%} of the mass against the window. "
-        f"The best blocks keep {ceiling['local']:.0%} and {ceiling['full']:.0%}: what is left "
-        f"beyond the window can be found, but lies elsewhere for every head. Mass is not error: "
+        f"The best blocks keep {ceiling['local']:.0%} and {ceiling['full']:.0%}: much of "
+        f"what a window misses lies in few blocks, if one knew which. Mass is not error: "
         f"under the window {sum(e > 1 for e in error)} of {len(error)} heads lose an output as "
-        f"large as the output itself (error above 1), because the rows are renormalised over what "
-        f"is kept."
+        f"large as the output itself (error above 1): rows are renormalised over what is kept."
     )
 
 
@@ -289,6 +289,7 @@ def _budget_lines(layers: list[Result], title: str) -> Data:
     x = Axis("keys kept per query", "keys", log=True, ticks=BUDGETS)
     figure = lines(title, series, x, Axis("share of the softmax kept"), height=380)
     figure["layout"]["yaxis"] |= {"range": [0, 1]}
+    figure["layout"]["legend"] |= {"y": -0.3}
     return figure
 
 

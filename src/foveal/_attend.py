@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from foveal._errors import PatternError, ScoreError
 from foveal._memory import memory_note
 from foveal._plan import TILE_IMPLEMENTATIONS, Plan, choose
 from foveal._problem import Problem, describe
@@ -87,6 +88,10 @@ def prepare(
     implementation: str | None,
 ) -> tuple[Plan, NormalForm, Geometry]:
     """Everything that is decided before a kernel runs."""
+    if not isinstance(pattern, Pattern):
+        raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
+    if not isinstance(score, Score):
+        raise ScoreError("score", type(score), "a score such as fv.Softmax() is needed")
     if cu_seqlens is not None:
         pattern = pack(pattern, cu_seqlens, problem.extent)
     else:

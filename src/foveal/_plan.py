@@ -7,12 +7,13 @@ from types import ModuleType
 
 from foveal._errors import RefusedError, UnknownNameError
 from foveal._problem import Problem
-from foveal.engines.tile import cpu, reference, sdpa, triton
+from foveal.engines.tile import cpu, hopper, reference, sdpa, triton
 from foveal.patterns.base import Pattern
 from foveal.scores.normal import NormalForm
 
 # Asked in this order; the first that does not refuse runs.
 TILE_IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "hopper": hopper,
     "triton": triton,
     "sdpa": sdpa,
     "cpu": cpu,

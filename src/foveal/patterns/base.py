@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,8 +146,10 @@ class Pattern:
     @property
     def key(self) -> str:
         """A written identity, as the pattern is written in code; equal keys mean equal patterns."""
+        if not is_dataclass(self):
+            return f"{type(self).__name__} at {id(self):#x}"
         shown: list[str] = []
-        for entry in fields(self):  # type: ignore[arg-type]
+        for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.default is MISSING:
                 shown.append(f"{value}" if not shown else f"{entry.name}={value!r}")

@@ -206,7 +206,7 @@ class Scorer:
 
     def _blind_rows(self, tile: Tile, scores: Tensor) -> Tensor | None:
         """Rows without a key of finite score, or None when there are none.  [..., rows, 1]"""
-        if self.task.score.terms:
+        if self.task.score.terms or self.careful:
             blind = scores.amax(-1, keepdim=True) == -torch.inf
             return blind if bool(blind.any()) else None
         if tile.mask is None or tile.mask.blind is None:

@@ -28,7 +28,7 @@ class TiledAttention(torch.autograd.Function):
         ctx: Any, task: Task, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         # A sum is finite unless a member is not (or it overflows, which only costs time).
-        careful = not bool((k.sum() + v.sum()).isfinite())
+        careful = not bool((q.sum() + k.sum() + v.sum()).isfinite())
         with_lse = task.with_lse or task.score.sink is not None
         o = _like_queries(q, v.shape[-1])
         lse = _like_queries(q, 1)
@@ -144,6 +144,8 @@ def _sweep_backward(
         ds = workspace.matrices(q_t.shape[0], q_t.shape[1], columns.width)
         torch.bmm(do_t, columns.take(v).transpose(1, 2), out=ds)
         ds = ds.view(weights.values.shape)
+        if weights.hidden is not None:
+            ds.masked_fill_(weights.hidden, 0.0)
         # dS = P (dP - sum_j P dP) + P dlse: lse moves with every score of its row by its weight.
         torch.ops.aten._softmax_backward_data.out(ds, weights.values, -1, ds.dtype, grad_input=ds)
         if scorer.task.with_lse:

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foveal.engines.tile.hopper_compat import store_wait
 from foveal.engines.tile.hopper_forward import store_rows
 from foveal.engines.tile.hopper_walk import (
+    barriers,
     ends,
     following,
     load_boxes,
@@ -84,8 +85,12 @@ def accumulate_dq(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    O: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+    )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     q = q_s.index(WHICH).reshape([M, D])
@@ -93,7 +98,7 @@ def accumulate_dq(
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, R[0], R[1], R[2])
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, 2, R)
         bx, nx = reach(p_bounds, 0, X, x0, 2 * R[0], C[0])
         by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
         bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
@@ -189,8 +194,12 @@ def accumulate_dk_dv(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    O: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+    )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     k = k_s.index(WHICH).reshape([M, D])
@@ -198,7 +207,7 @@ def accumulate_dk_dv(
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, R[0], R[1], R[2])
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, 2, R)
         bx, nx = reach(p_bounds, 0, X, x0, 2 * R[0], C[0])
         by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
         bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
@@ -273,15 +282,6 @@ def accumulate_dk_dv(
 
 
 @gluon.jit
-def barriers(n: gl.constexpr, count: gl.constexpr):
-    """n barriers that each wait for `count` arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(n):
-        mbarrier.init(bars.index(i), count)
-    return bars
-
-
-@gluon.jit
 def tile_attend_backward_queries(
     q_desc, do_desc, k_desc, v_desc, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
     y_pitch, z_pitch, plane, heads, groups, shared, total, scale_log2, scale,
@@ -316,7 +316,7 @@ def tile_attend_backward_queries(
             (load_boxes, (
                 (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
                 (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
-                p_bounds, X, Y, Z, heads, shared, total, groups, 1, R, C, AXES, STAGES,
+                p_bounds, X, Y, Z, heads, shared, total, groups, 1, 2, R, C, AXES, STAGES,
             )),
         ],
         [4, 1],
@@ -367,11 +367,11 @@ def tile_attend_backward_keys(
                 (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
                 (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
                 (q_ready, do_ready), (q_free, do_free),
-                p_bounds, X, Y, Z, heads, shared, total, 1, groups, R, C, AXES, STAGES,
+                p_bounds, X, Y, Z, heads, shared, total, 1, groups, 2, R, C, AXES, STAGES,
             )),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from foveal.engines.tile.hopper_compat import store_box, store_wait
 from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, work_items
 from foveal.engines.tile.hopper_plan import Walk, forward_walk, shared_heads
 from foveal.engines.tile.hopper_walk import (
+    barriers,
     ends,
     following,
     load_boxes,
@@ -65,10 +66,10 @@ def store_rows(desc, n, x, y, z, head, value, buffer, AXES: gl.constexpr):
 
 @gluon.jit
 def attend_rows(
-    WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free, turns,
+    WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
     o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-    R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, ORDERED: gl.constexpr,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: running softmax of its box of queries over the boxes of keys."""
     M: gl.constexpr = R[0] * R[1] * R[2]
@@ -85,11 +86,10 @@ def attend_rows(
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     q = q_s.index(WHICH).reshape([M, D])
     g = 0
-    issued = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, R[0], R[1], R[2])
-        bx, nx = reach(p_bounds, 0, X, x0, 2 * R[0], C[0])
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R)
+        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0])
         by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
         bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
         y1 = by + ny * C[1]
@@ -138,17 +138,12 @@ def attend_rows(
             g += 1
             stage = g % STAGES
             mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
-            if ORDERED:
-                mbarrier.wait(turns.index(WHICH), (issued & 1) ^ (1 - WHICH))
-                issued += 1
             k = k_s.index(stage).reshape([N, D]).permute((1, 0))
             s_run = warpgroup_mma(
                 q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
             )
             mbarrier.wait(v_ready.index(before), before_phase)
             acc_run = warpgroup_mma(weights, v_s.index(before).reshape([N, D]), acc, is_async=True)
-            if ORDERED:
-                mbarrier.arrive(turns.index(1 - WHICH), count=1)
             s = warpgroup_mma_wait(1, deps=(s_run,))
             mbarrier.arrive(k_free.index(stage), count=1)
             if HIDES:
@@ -191,55 +186,72 @@ def attend_rows(
 @gluon.jit
 def tile_attend_forward(
     q_desc, k_desc, v_desc, o_desc, p_lse, p_bounds, X, Y, Z, heads, groups, shared, total,
-    scale_log2, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, ORDERED: gl.constexpr,
+    scale_log2, W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """o and lse [N, heads, X Y Z] of every work item; groups = query heads per key head.
 
     A single-axis pattern passes Y = Z = 1, with bounds [0, 1) on those axes.
     """
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
-    o_s = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, o_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
+    o_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, o_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for i in gl.static_range(2):
-        mbarrier.init(q_ready.index(i), 1)
-        mbarrier.init(q_free.index(i), 1)
-        mbarrier.init(turns.index(i), 1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), 1)
-        mbarrier.init(v_ready.index(i), 1)
-        mbarrier.init(k_free.index(i), 2)
-        mbarrier.init(v_free.index(i), 2)
-    gl.warp_specialize(
-        [
-            (attend_rows, (
-                0, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free, turns,
-                o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                R, C, AXES, STAGES, HIDES, SKIPS, ORDERED,
-            )),
-            (attend_rows, (
-                1, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free, turns,
-                o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                R, C, AXES, STAGES, HIDES, SKIPS, ORDERED,
-            )),
-            (load_boxes, (
-                (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s),
-                (), (), (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
-                groups, 1, R, C, AXES, STAGES,
-            )),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    q_ready = barriers(W, 1)
+    q_free = barriers(W, 1)
+    k_ready = barriers(STAGES, 1)
+    v_ready = barriers(STAGES, 1)
+    k_free = barriers(STAGES, W)
+    v_free = barriers(STAGES, W)
+    if W == 2:
+        gl.warp_specialize(
+            [
+                (attend_rows, (
+                    0, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
+                    W, R, C, AXES, STAGES, HIDES, SKIPS,
+                )),
+                (attend_rows, (
+                    1, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
+                    W, R, C, AXES, STAGES, HIDES, SKIPS,
+                )),
+                (load_boxes, (
+                    (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s), (), (),
+                    (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
+                    groups, 1, W, R, C, AXES, STAGES,
+                )),
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (attend_rows, (
+                    0, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
+                    W, R, C, AXES, STAGES, HIDES, SKIPS,
+                )),
+                (attend_rows, (
+                    1, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
+                    W, R, C, AXES, STAGES, HIDES, SKIPS,
+                )),
+                (attend_rows, (
+                    2, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
+                    W, R, C, AXES, STAGES, HIDES, SKIPS,
+                )),
+                (load_boxes, (
+                    (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s), (), (),
+                    (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
+                    groups, 1, W, R, C, AXES, STAGES,
+                )),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip
 
 
 def launch_forward(
@@ -279,13 +291,13 @@ def launch_forward(
             shared,
             total,
             scale * 1.4426950408889634,
+            walk.consumers,
             walk.rows,
             walk.columns,
             axes,
             walk.stages,
             walk.hides,
-            walk.skips and not walk.ordered,
-            walk.ordered,
+            walk.skips,
             num_warps=4,
         )
     return o, lse

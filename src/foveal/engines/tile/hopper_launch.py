@@ -76,5 +76,9 @@ def statistics_descriptor(x: Tensor, box: Box, grid: tuple[int, ...]) -> TensorD
 
 def work_items(walk: Walk, lengths: tuple[int, int, int], heads: int, batch: int) -> int:
     x, y, z = walk.rows
-    tiles = triton.cdiv(lengths[0], 2 * x) * triton.cdiv(lengths[1], y) * triton.cdiv(lengths[2], z)
+    tiles = (
+        triton.cdiv(lengths[0], walk.consumers * x)
+        * triton.cdiv(lengths[1], y)
+        * triton.cdiv(lengths[2], z)
+    )
     return int(tiles * heads * batch)

@@ -22,11 +22,10 @@ _LAST_EXPONENT = 2
 
 @dataclass(frozen=True)
 class Walk:
-    """Boxes of rows (one for each of two consumers) and of columns, and what the kernel may leave out.
+    """Boxes of rows (one for each consumer) and of columns, and what the kernel may leave out.
 
     hides: some box holds a hidden pair.  skips: some consumer sees nothing of a box that the other
-    needs.  ordered: the consumers issue their products in turn.  programs: how many run, 0 for one
-    per work item.
+    needs.  programs: how many run, 0 for one per work item.
     """
 
     rows: Box
@@ -34,13 +33,13 @@ class Walk:
     stages: int
     hides: bool
     skips: bool
-    ordered: bool = False
+    consumers: int = 2
     programs: int = 0
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Boxes that one axis visits: per consumer, per pair of consumers, and whether all are whole."""
+    """Boxes that one axis visits: per consumer, per tile, and whether all are whole."""
 
     own: int
     both: int
@@ -48,10 +47,10 @@ class _Axis:
 
 
 def forward_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
-    """Queries are the rows.  [64 queries per consumer, 128 keys; 32 of a head_dim above 128]"""
-    if head_dim > 128:
-        return _best_walk(pattern, extent, 64, 64, 2)
-    return _best_walk(pattern, extent, 64, 128, 2 if head_dim > 64 else 4)
+    """Queries are the rows."""
+    if head_dim > 64:
+        return _best_walk(pattern, extent, 64, 128, 2)
+    return _best_walk(pattern, extent, 64, 128, 3, consumers=3)
 
 
 def queries_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
@@ -66,7 +65,13 @@ def keys_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
 
 @functools.lru_cache(maxsize=256)
 def _best_walk(
-    pattern: Pattern, extent: Extent, rows: int, columns: int, stages: int, of_keys: bool = False
+    pattern: Pattern,
+    extent: Extent,
+    rows: int,
+    columns: int,
+    stages: int,
+    consumers: int = 2,
+    of_keys: bool = False,
 ) -> Walk:
     bounds = pattern.bounds(extent)
     assert bounds is not None, "refuses() lets separable patterns pass only"
@@ -76,13 +81,15 @@ def _best_walk(
     measured = functools.lru_cache(maxsize=None)(functools.partial(_axis, bounds))
     best: tuple[float, Walk] | None = None
     for row_box, column_box in itertools.product(_boxes(rows, axes), _boxes(columns, axes)):
-        counts = [measured(a, row_box[a], column_box[a], a == 0) for a in range(axes)]
+        counts = [
+            measured(a, row_box[a], column_box[a], consumers if a == 0 else 1) for a in range(axes)
+        ]
         # A consumer that skips a box does not save all of its time: the other one runs alone.
         cost = math.prod(c.own for c in counts) + math.prod(c.both for c in counts)
         if best is None or cost < best[0]:
             whole = all(c.whole for c in counts)
             skips = counts[0].own < counts[0].both
-            best = cost, Walk(row_box, column_box, stages, not whole, skips)
+            best = cost, Walk(row_box, column_box, stages, not whole, skips, consumers)
     assert best is not None
     return best[1]
 
@@ -100,9 +107,9 @@ def _boxes(tokens: int, axes: int) -> list[Box]:
     return boxes
 
 
-def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, paired: bool) -> _Axis:
-    pair = 2 * row_side if paired else row_side
-    first_lo, last_lo, first_hi, last_hi = bounds.tile_ends(axis, pair)
+def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, consumers: int) -> _Axis:
+    tile_side = consumers * row_side
+    first_lo, last_lo, first_hi, last_hi = bounds.tile_ends(axis, tile_side)
     both = (-(-(last_hi - first_lo) // column_side)).clamp(min=1)
     whole = bool(
         (
@@ -112,7 +119,7 @@ def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, paired: bo
         ).all()
     )
     own_lo, _, _, own_hi = bounds.tile_ends(axis, row_side)
-    tile = (own_lo.new_tensor(range(len(own_lo)))) // (pair // row_side)
+    tile = (own_lo.new_tensor(range(len(own_lo)))) // consumers
     start = first_lo[tile]
     begin = (own_lo - start) // column_side
     stop = -(-(own_hi - start) // column_side)

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """What the Hopper kernels share: which boxes a tile walks, who loads them, and what a box hides.
 
-A work item is one tile of one head: two boxes of rows [RX, RY, RZ] that lie side by side on the
-first axis, one for each consumer.  Per axis its rows see [lower[first], upper[last]) of the other
-side; boxes of columns [CX, CY, CZ] cover that range from its start, the last axis fastest.
+A work item is one tile of one head: W boxes R of rows that lie side by side on the first axis, one
+for each consumer.  Per axis its rows see [lower[first], upper[last]) of the other
+side; boxes C of columns cover that range from its start, the last axis fastest.
 Rows are queries and columns keys in the forward and in dQ, and the reverse in dK and dV.
 `p_bounds` int32 holds lower and upper of the rows, axis after axis.
 """
@@ -18,15 +18,24 @@ from foveal.engines.tile.hopper_compat import load_box
 
 
 @gluon.jit
-def place(t, X, Y, Z, heads, shared, RX: gl.constexpr, RY: gl.constexpr, RZ: gl.constexpr):
+def barriers(n: gl.constexpr, count: gl.constexpr):
+    """n barriers that each wait for `count` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(bars.index(i), count)
+    return bars
+
+
+@gluon.jit
+def place(t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr):
     """Batch, head and first row of work item t.
 
     `shared` heads are walked together, so that their columns stay in the cache, the last tiles
     (the longest, when causal) first.
     """
-    ny = gl.cdiv(Y, RY)
-    nz = gl.cdiv(Z, RZ)
-    tiles = gl.cdiv(X, 2 * RX) * ny * nz
+    ny = gl.cdiv(Y, R[1])
+    nz = gl.cdiv(Z, R[2])
+    tiles = gl.cdiv(X, W * R[0]) * ny * nz
     tile = tiles - 1 - (t // shared) % tiles
     rest = t // (shared * tiles)
     groups = heads // shared
@@ -34,9 +43,9 @@ def place(t, X, Y, Z, heads, shared, RX: gl.constexpr, RY: gl.constexpr, RZ: gl.
     return (
         rest // groups,
         head,
-        tile // (ny * nz) * 2 * RX,
-        tile // nz % ny * RY,
-        tile % nz * RZ,
+        tile // (ny * nz) * W * R[0],
+        tile // nz % ny * R[1],
+        tile % nz * R[2],
     )
 
 
@@ -103,7 +112,7 @@ def load_boxes(
     rows, row_s, row_ready, row_free,
     columns, column_s, statistics, statistic_s, column_ready, column_free,
     p_bounds, X, Y, Z, heads, shared, total, divide, multiply,
-    R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: the rows of every work item, then its boxes of columns, in order.
 
@@ -113,15 +122,15 @@ def load_boxes(
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x, y, z = place(t, X, Y, Z, heads, shared, R[0], R[1], R[2])
-        for c in gl.static_range(2):
+        n, head, x, y, z = place(t, X, Y, Z, heads, shared, W, R)
+        for c in gl.static_range(W):
             for i in gl.static_range(len(rows)):
                 mbarrier.wait(row_free[i].index(c), (turn & 1) ^ 1)
                 mbarrier.expect(row_ready[i].index(c), rows[i].block_type.nbytes)
                 copy_box(
                     rows[i], n, x + c * R[0], y, z, head, row_ready[i].index(c), row_s[i].index(c), AXES,
                 )  # fmt: skip
-        cx, nx = reach(p_bounds, 0, X, x, 2 * R[0], C[0])
+        cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0])
         y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1])
         z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2])
         first_head = head // divide * multiply
@@ -138,9 +147,7 @@ def load_boxes(
                             bx, by, bz, column_ready[i].index(stage), statistic_s[i].index(stage), AXES,
                         )  # fmt: skip
                     else:
-                        mbarrier.expect(
-                            column_ready[i].index(stage), columns[i].block_type.nbytes
-                        )
+                        mbarrier.expect(column_ready[i].index(stage), columns[i].block_type.nbytes)
                     copy_box(
                         columns[i], n, bx, by, bz, first_head + member,
                         column_ready[i].index(stage), column_s[i].index(stage), AXES,

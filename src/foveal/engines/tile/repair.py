@@ -45,7 +45,9 @@ def _visible_values(
     if SPEC.rank == 1:
         for i in tl.range(0, state[1], num_stages=1):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, bare, k, places, i_k, inside = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+            s, bare, k, places, i_k, inside = scores(
+                q, queries, keys, scoring, first, state[2], SPEC, True
+            )
             v = load_values(keys, first, inside, SPEC, True)
             p = tl.exp2(s * unit - lse[:, None]).to(v.dtype)
             acc = tl.dot(p, v, acc, input_precision=SPEC.precision)

@@ -35,7 +35,7 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
             f"its tiles hold a head_dim and value_dim of at most {_LARGEST_DIM}; "
             f"here are {problem.head_dim} and {problem.value_dim}"
         )
-    if problem.device == "cuda" and torch.version.hip is None:
+    if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
             return f"it needs compute capability 8.0 or later; this device has {capability}"
