@@ -25,7 +25,9 @@ _STALL = 120.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=("tile", "sweep", "check-worker"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--implementations", default="triton")
@@ -33,7 +35,9 @@ def main() -> int:
     parser.add_argument("--check-seconds", type=float, help="time for checks; 0 leaves them out")
     parser.add_argument("--time-seconds", type=float, help="time for timings; 0 leaves them out")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--stage", default="forward", help="sweep: forward, backward_q, backward_kv")
+    parser.add_argument(
+        "--stage", default="forward", help="sweep: forward, backward_q, backward_kv"
+    )
     parser.add_argument("--dim", type=int, default=128, help="sweep: head_dim")
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)

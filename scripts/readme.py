@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Regenerates the numbers of the README from committed records and the catalogue.
 
-    python scripts/readme.py            # rewrite README.md and benchmarks/cpu.svg
-    python scripts/readme.py --check    # exit 1 when they are stale
+python scripts/readme.py            # rewrite README.md and benchmarks/cpu.svg
+python scripts/readme.py --check    # exit 1 when they are stale
 """
 
 from __future__ import annotations

@@ -289,7 +289,6 @@ def _budget_lines(layers: list[Result], title: str) -> Data:
     x = Axis("keys kept per query", "keys", log=True, ticks=BUDGETS)
     figure = lines(title, series, x, Axis("share of the softmax kept"), height=380)
     figure["layout"]["yaxis"] |= {"range": [0, 1]}
-    figure["layout"]["legend"] |= {"y": -0.3}
     return figure
 
 

@@ -76,10 +76,10 @@ def layout(
         "plot_bgcolor": "#fff",
         "height": height,
         "margin": {"l": 64, "r": 16, "t": 44, "b": 48},
-        "xaxis": x.layout(),
+        "xaxis": x.layout([value for each in series for value in each.x] if x.log else ()),
         "yaxis": y.layout(heights),
         "showlegend": legend,
-        "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        "legend": {"orientation": "h", "yanchor": "top", "y": -0.3, "x": 0},
         "hoverlabel": {"align": "left"},
     }
 

@@ -25,7 +25,7 @@ def tile_attend_backward_shift(
 ):  # fmt: skip
     """shift = sum(o do) - dlse of ROWS queries: what dP is measured against in dS = P (dP - shift).
 
-    o, do [N, Lq, heads, DV] by strides (batch, token, head); lse, shift float32 [N, heads, Lq].
+    o, do [N, Lq, heads, DV] by strides (batch, token, head); base-2 lse, shift float32 [N, heads, Lq].
     """
     tiles = tl.cdiv(Lq, ROWS)
     program = tl.program_id(0)
@@ -50,7 +50,7 @@ def tile_attend_backward_shift(
 def _row_lse(p_lse, i_q, inside):
     """Base-2 lse of queries; inf, which makes all weights 0, where there is none or it is -inf."""
     lse = tl.load(p_lse + i_q, mask=inside, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def _key_box(
     SPEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq and share with the keys of one more box."""
-    first, whole, mark = box
-    n, _, i_q, in_grid = queries
-    s, bare, k, places, i_k, inside = scores(q, queries, keys, scoring, first, stops, SPEC, MASKED)
+    first, mark = box[0], box[2]
+    n, i_q, in_grid = queries[0], queries[2], queries[3]
+    s, inside, places, i_k, bare, k = scores(q, queries, keys, scoring, first, stops, SPEC, MASKED)
     p = tl.exp2(s * SPEC.shape.unit(scoring[0]) - lse[:, None])
     v = load_values(keys, first, inside, SPEC, MASKED)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=SPEC.precision) - shift[:, None])
@@ -157,7 +157,7 @@ def _query_box(
     """dk, dv and share with the queries of one more box; scores and weights stand keys first."""
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
-    first, whole, mark = box
+    first, mark = box[0], box[2]
     n, h, i_k, in_grid = keys
     p_q, q_strides, p_do, do_strides, p_lse, p_shift, q_lengths = queries
     scale, cap, first_term, second_term = scoring

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.engines.common.softmax import (
-    LN2,
     LOG2E,
     any_not_finite,
     row_lse,
@@ -32,7 +31,7 @@ from foveal.engines.tile.launch import Stage
 def scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: tl.constexpr):
     """Scores of a query tile on the keys of the box at `first`, before the test.
 
-    Returns them, the scores without terms, k, the keys' places, their raster indices and `inside`.
+    Returns them, whether keys are `inside`, their places and raster indices, the scores without terms, k.
     """
     K_TILE: tl.constexpr = SPEC.k_tile
     RANK: tl.constexpr = SPEC.rank
@@ -47,7 +46,7 @@ def scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: 
     here = in_grid[:, None] & inside[None, :]
     s = bare + SPEC.first.value(first_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
     s += SPEC.second.value(second_term, n, h, i_q[:, None], i_k[None, :], here) * LOG2E
-    return s, bare, k, places, i_k, inside
+    return s, inside, places, i_k, bare, k
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def tile_attend_forward(
 ):  # fmt: skip
     """o and lse of one tile of queries; `suspect` where o must be repaired if it is to be trusted.
 
-    Tensors [N, x, y, z, H, D] by strides (batch, x, y, z, head); lse float32 [N, heads, queries].
+    Tensors [N, x, y, z, H, D] by strides (batch, x, y, z, head); lse float32 [N, heads, queries], in base 2.
     keys: (k, its strides, v, its strides, lengths of the key grid); scoring: (scale, cap, terms...) as
     the hooks read them; route as SPEC.route reads it.
     """
@@ -117,20 +116,16 @@ def tile_attend_forward(
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in range(state[0]):
         first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
-        s, bare, k, k_places, i_k, inside = scores(
-            q, queries, head, scoring, first, state[2], SPEC, True
-        )
-        s = _test(s, route, limits, mark, k_places, whole, SPEC)
+        box = scores(q, queries, head, scoring, first, state[2], SPEC, True)
+        s = _test(box[0], route, limits, mark, box[2], whole, SPEC)
         rows = (largest, total, acc)
-        largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, True)
+        largest, total, acc = _add_values(s, head, first, box[1], unit, rows, SPEC, True)
     if RANK == 1:
         for i in range(state[1]):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, bare, k, k_places, i_k, inside = scores(
-                q, queries, head, scoring, first, state[2], SPEC, False
-            )
+            box = scores(q, queries, head, scoring, first, state[2], SPEC, False)
             rows = (largest, total, acc)
-            largest, total, acc = _add_values(s, head, first, inside, unit, rows, SPEC, False)
+            largest, total, acc = _add_values(box[0], head, first, box[1], unit, rows, SPEC, False)
 
     lse = row_lse(largest, total)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -140,13 +135,13 @@ def tile_attend_forward(
     p_row_lse = (
         p_lse + tl.cast(program // tiles, tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
     )
-    tl.store(p_row_lse + i_q, lse * LN2, mask=in_grid)
+    tl.store(p_row_lse + i_q, lse, mask=in_grid)
 
 
 def launch_forward(
     stage: Stage, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scoring: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o [N, Lq, Hq, Dv] and lse float32 [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .];
+    """o [N, Lq, Hq, Dv] and base-2 lse float32 [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .];
     int32 1 for each program whose output is to be repaired.
 
     Strides are free but for the last axis, which is contiguous.

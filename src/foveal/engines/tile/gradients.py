@@ -13,7 +13,7 @@ from foveal.engines.tile.backward import (
     tile_attend_backward_q,
     tile_attend_backward_shift,
 )
-from foveal.engines.tile.launch import Sizes, Stage, scoring, stage
+from foveal.engines.tile.launch import LOG2E, Sizes, Stage, scoring, stage
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.terms import BY_DISTANCE, FROM_TABLE, PER_KEY, PER_PAIR, LocalTerm
 from foveal.tuning.tile import BACKWARD_KV, BACKWARD_Q
@@ -24,7 +24,8 @@ _RECORD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward reads: the forward's tensors [N, L, H, .], lse and shift float32 [N, Hq, Lq]."""
+    """What the backward reads: the forward's tensors [N, L, H, .], base-2 lse and shift float32
+    [N, Hq, Lq]."""
 
     q: Tensor
     k: Tensor
@@ -54,7 +55,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, the sink and the values of each term; None where not `needed`.
 
-    tensors: q, k, v, o [N, L, H, .] and lse [N, Hq, Lq].  Bitwise repeatable.
+    tensors: q, k, v, o [N, L, H, .] and base-2 lse [N, Hq, Lq].  Bitwise repeatable.
     """
     q, k, v, o, lse = tensors
     do = do if do.stride(-1) == 1 else do.contiguous()
@@ -72,7 +73,7 @@ def gradients(
         second = stage(BACKWARD_KV, task, terms, sizes, heads)
         dk, dv = _key_gradients(second, task, saved, terms, score, needed[4:], d_terms)
     if sink is not None and needed[3]:
-        share = torch.exp(sink.float()[:, None] - lse) * saved.shift
+        share = torch.exp2(sink.float()[:, None] * LOG2E - lse) * saved.shift
         share = share.masked_fill(lse == -torch.inf, 0.0)
         d_sink = -share.sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, d_sink, *d_terms

@@ -7,8 +7,10 @@ dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,6 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveal.engines.tile.hopper_compat import store_wait
 from foveal.engines.tile.hopper_forward import store_rows
+from foveal.engines.tile.hopper_launch import (
+    descriptor,
+    on_grid,
+    packed_bounds,
+    programs,
+    statistics_descriptor,
+)
+from foveal.engines.tile.hopper_plan import Walk, keys_walk, queries_walk, shared_heads
 from foveal.engines.tile.hopper_walk import (
     barriers,
     ends,
@@ -31,6 +41,7 @@ from foveal.engines.tile.hopper_walk import (
     visible,
     whole,
 )
+from foveal.patterns.base import Extent, Pattern
 
 
 @triton.jit
@@ -78,8 +89,8 @@ def accumulate_dq(
     k_s, v_s, k_ready, v_ready, k_free, v_free,
     dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
     heads, shared, total, scale_log2, scale,
-    R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    SKIPS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: dQ of its box of queries over the boxes of keys."""
     M: gl.constexpr = R[0] * R[1] * R[2]
@@ -98,10 +109,10 @@ def accumulate_dq(
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, 2, R)
-        bx, nx = reach(p_bounds, 0, X, x0, 2 * R[0], C[0])
-        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
-        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
+        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 1)
+        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 1)
+        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 1)
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
@@ -153,8 +164,7 @@ def accumulate_dq(
             dq_run = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
             s = warpgroup_mma_wait(2, deps=(s_run,))
             p = gl.exp2(s * scale_log2 - lse[:, None])
-            if HIDES:
-                p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
+            p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
             # As in the forward: a barrier that is past keeps the exponentials before the wait.
             mbarrier.wait(v_ready.index(stage), phase)
             dp = warpgroup_mma_wait(1, deps=(dp_run,))
@@ -184,8 +194,8 @@ def accumulate_dk_dv(
     WHICH: gl.constexpr, k_s, v_s, k_ready, v_ready, k_free, v_free,
     q_s, do_s, lse_s, delta_s, q_ready, do_ready, q_free, do_free,
     dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups, shared, total, scale_log2, scale,
-    R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    SKIPS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: dK and dV of its box of keys over the boxes of queries of all heads that share them.
 
@@ -207,10 +217,10 @@ def accumulate_dk_dv(
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, 2, R)
-        bx, nx = reach(p_bounds, 0, X, x0, 2 * R[0], C[0])
-        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
-        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
+        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 4 if AXES == 1 else 1)
+        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 4 if AXES == 2 else 1)
+        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 4 if AXES == 3 else 1)
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
@@ -253,8 +263,7 @@ def accumulate_dk_dv(
                 lse = lse_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
                 s = warpgroup_mma_wait(1, deps=(s_run,))
                 p = gl.exp2(s * scale_log2 - lse[None, :])
-                if HIDES:
-                    p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
+                p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
                 weights = gl.convert_layout(p.to(q_s.dtype), A)
                 # As in the forward: a barrier that is past keeps the exponentials before the wait.
                 mbarrier.wait(do_ready.index(stage), phase)
@@ -285,94 +294,146 @@ def accumulate_dk_dv(
 def tile_attend_backward_queries(
     q_desc, do_desc, k_desc, v_desc, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
     y_pitch, z_pitch, plane, heads, groups, shared, total, scale_log2, scale,
-    R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    SKIPS: gl.constexpr,
 ):  # fmt: skip
     """dQ.  Rows are queries, columns keys."""
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
-    do_s = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, do_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
+    do_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, do_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, v_desc.layout)
-    q_ready = barriers(2, 1)
-    do_ready = barriers(2, 1)
-    q_free = barriers(2, 1)
-    do_free = barriers(2, 1)
+    v_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    q_ready = barriers(W, 1)
+    do_ready = barriers(W, 1)
+    q_free = barriers(W, 1)
+    do_free = barriers(W, 1)
     k_ready = barriers(STAGES, 1)
     v_ready = barriers(STAGES, 1)
-    k_free = barriers(STAGES, 2)
-    v_free = barriers(STAGES, 2)
-    gl.warp_specialize(
-        [
-            (accumulate_dq, (
-                0, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready,
-                k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
-                y_pitch, z_pitch, plane, heads, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
-            )),
-            (accumulate_dq, (
-                1, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready,
-                k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z,
-                y_pitch, z_pitch, plane, heads, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
-            )),
-            (load_boxes, (
-                (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
-                (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
-                p_bounds, X, Y, Z, heads, shared, total, groups, 1, 2, R, C, AXES, STAGES,
-            )),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    k_free = barriers(STAGES, W)
+    v_free = barriers(STAGES, W)
+    if W == 2:
+        gl.warp_specialize(
+            [
+                (accumulate_dq, (
+                    0, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready, k_free,
+                    v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
+                    heads, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (accumulate_dq, (
+                    1, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready, k_free,
+                    v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
+                    heads, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (load_boxes, (
+                    (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
+                    (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
+                    p_bounds, X, Y, Z, heads, shared, total, groups, 1, W, R, C, AXES, STAGES,
+                )),
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (accumulate_dq, (
+                    0, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready, k_free,
+                    v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
+                    heads, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (accumulate_dq, (
+                    1, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready, k_free,
+                    v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
+                    heads, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (accumulate_dq, (
+                    2, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s, v_s, k_ready, v_ready, k_free,
+                    v_free, dq_desc, p_lse2, p_delta, p_bounds, X, Y, Z, y_pitch, z_pitch, plane,
+                    heads, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (load_boxes, (
+                    (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
+                    (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
+                    p_bounds, X, Y, Z, heads, shared, total, groups, 1, W, R, C, AXES, STAGES,
+                )),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip
 
 
 @gluon.jit
 def tile_attend_backward_keys(
     k_desc, v_desc, q_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, p_bounds, X, Y, Z,
-    heads, groups, shared, total, scale_log2, scale, R: gl.constexpr, C: gl.constexpr,
-    AXES: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    heads, groups, shared, total, scale_log2, scale,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    SKIPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV.  Rows are keys, columns queries; heads counts key heads, groups queries per key head."""
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_type.shape, k_desc.layout)
-    v_s = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_type.shape, v_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, k_desc.layout)
+    v_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
-    do_s = gl.allocate_shared_memory(
-        q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout
-    )
-    lse_s = gl.allocate_shared_memory(
-        gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout
-    )
-    delta_s = gl.allocate_shared_memory(
-        gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout
-    )
-    k_ready = barriers(2, 1)
-    v_ready = barriers(2, 1)
-    k_free = barriers(2, 1)
-    v_free = barriers(2, 1)
+    do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout)
+    k_ready = barriers(W, 1)
+    v_ready = barriers(W, 1)
+    k_free = barriers(W, 1)
+    v_free = barriers(W, 1)
     q_ready = barriers(STAGES, 1)
     do_ready = barriers(STAGES, 1)
-    q_free = barriers(STAGES, 2)
-    do_free = barriers(STAGES, 2)
-    gl.warp_specialize(
-        [
-            (accumulate_dk_dv, (
-                0, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s,
-                q_ready, do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z,
-                heads, groups, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
-            )),
-            (accumulate_dk_dv, (
-                1, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s,
-                q_ready, do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z,
-                heads, groups, shared, total, scale_log2, scale, R, C, AXES, STAGES, HIDES, SKIPS,
-            )),
-            (load_boxes, (
-                (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
-                (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
-                (q_ready, do_ready), (q_free, do_free),
-                p_bounds, X, Y, Z, heads, shared, total, 1, groups, 2, R, C, AXES, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    q_free = barriers(STAGES, W)
+    do_free = barriers(STAGES, W)
+    if W == 2:
+        gl.warp_specialize(
+            [
+                (accumulate_dk_dv, (
+                    0, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s, q_ready,
+                    do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups,
+                    shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (accumulate_dk_dv, (
+                    1, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s, q_ready,
+                    do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups,
+                    shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (load_boxes, (
+                    (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
+                    (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
+                    (q_ready, do_ready), (q_free, do_free),
+                    p_bounds, X, Y, Z, heads, shared, total, 1, groups, W, R, C, AXES, STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (accumulate_dk_dv, (
+                    0, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s, q_ready,
+                    do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups,
+                    shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (accumulate_dk_dv, (
+                    1, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s, q_ready,
+                    do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups,
+                    shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (accumulate_dk_dv, (
+                    2, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s, q_ready,
+                    do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds, X, Y, Z, heads, groups,
+                    shared, total, scale_log2, scale, W, R, C, AXES, STAGES, SKIPS,
+                )),
+                (load_boxes, (
+                    (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
+                    (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
+                    (q_ready, do_ready), (q_free, do_free),
+                    p_bounds, X, Y, Z, heads, shared, total, 1, groups, W, R, C, AXES, STAGES,
+                )),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip
 
 
 def launch_backward(
@@ -408,10 +469,9 @@ def launch_backward(
     scales = scale * 1.4426950408889634, scale
     launches = [slice(None)] if axes < 3 else [slice(n, n + 1) for n in range(batch)]
     for part in launches:
-        entries = len(q[part])
         walk = of_keys
-        items = work_items(walk, kv_lengths, kv_heads, entries)
-        tile_attend_backward_keys[(min(walk.programs or items, items),)](
+        items, running = programs(walk, kv_lengths, k[part])
+        tile_attend_backward_keys[(running,)](
             *(descriptor(x[part], walk.rows, axes) for x in (k, v)),
             *(descriptor(x[part], walk.columns, axes) for x in (q, do)),
             *(statistics_descriptor(x[part], walk.columns, grid) for x in (lse2, delta)),
@@ -423,17 +483,17 @@ def launch_backward(
             shared_heads(kv_heads, 1, length * groups, head_dim),
             items,
             *scales,
+            walk.consumers,
             walk.rows,
             walk.columns,
             axes,
             walk.stages,
-            walk.hides,
             walk.skips,
             num_warps=4,
         )
         walk = of_queries
-        items = work_items(walk, lengths, heads, entries)
-        tile_attend_backward_queries[(min(walk.programs or items, items),)](
+        items, running = programs(walk, lengths, q[part])
+        tile_attend_backward_queries[(running,)](
             *(descriptor(x[part], walk.rows, axes) for x in (q, do)),
             *(descriptor(x[part], walk.columns, axes) for x in (k, v)),
             descriptor(dq[part], walk.rows, axes),
@@ -448,11 +508,11 @@ def launch_backward(
             shared_heads(heads, groups, k[0].numel() // (kv_heads * head_dim), head_dim),
             items,
             *scales,
+            walk.consumers,
             walk.rows,
             walk.columns,
             axes,
             walk.stages,
-            walk.hides,
             walk.skips,
             num_warps=4,
         )

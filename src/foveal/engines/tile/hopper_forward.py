@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.tile.hopper_compat import store_box, store_wait
-from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, work_items
+from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, programs
 from foveal.engines.tile.hopper_plan import Walk, forward_walk, shared_heads
 from foveal.engines.tile.hopper_walk import (
     barriers,
@@ -88,10 +88,10 @@ def attend_rows(
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R)
-        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0])
-        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1])
-        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2])
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
+        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 1)
+        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 1)
+        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 1)
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
@@ -278,10 +278,10 @@ def launch_forward(
     launches = [slice(None)] if axes < 3 else [slice(n, n + 1) for n in range(batch)]
     for part in launches:
         tensors = [x[part] for x in on_q]
-        total = work_items(walk, lengths, heads, len(tensors[0]))
+        total, running = programs(walk, lengths, tensors[0])
         sides = (walk.rows, walk.columns, walk.columns, walk.rows)
         descriptors = [descriptor(x, box, axes) for x, box in zip(tensors, sides, strict=True)]
-        tile_attend_forward[(min(walk.programs or total, total),)](
+        tile_attend_forward[(running,)](
             *descriptors,
             lse[part],
             bounds,

@@ -49,8 +49,20 @@ def on_grid(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return (
         x
         if suits and x.data_ptr() % 16 == 0
-        else x.contiguous(memory_format=torch.contiguous_format)
+        else x.contiguous()
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(sides: tuple[int, ...], dtype: torch.dtype) -> Any:
+    if dtype == torch.float32:
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(sides))
+    return gl.NVMMASharedLayout.get_default_for(list(sides), _ELEMENT[dtype])
+
+
+@functools.lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def descriptor(x: Tensor, box: Box, axes: int) -> TensorDescriptor:
@@ -62,23 +74,22 @@ def descriptor(x: Tensor, box: Box, axes: int) -> TensorDescriptor:
         sides = [1, *sides]
     # Strides of axes of one element mean nothing, yet have to be multiples of 16 bytes.
     strides = [s if n > 1 else 8 for s, n in zip(x.stride(), x.shape, strict=True)]
-    layout = gl.NVMMASharedLayout.get_default_for(sides, _ELEMENT[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], sides, layout)
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], sides, _layout(tuple(sides), x.dtype))
 
 
 def statistics_descriptor(x: Tensor, box: Box, grid: tuple[int, ...]) -> TensorDescriptor:
     """Boxes of x [N, H, *grid], fp32, whose last axis is padded."""
     x = x.flatten(0, 1)
     sides = [1, *box[: len(grid)]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(sides))
-    return TensorDescriptor(x, [len(x), *grid], list(x.stride()), sides, layout)
+    shape = [len(x), *grid]
+    return TensorDescriptor(x, shape, list(x.stride()), sides, _layout(tuple(sides), x.dtype))
 
 
-def work_items(walk: Walk, lengths: tuple[int, int, int], heads: int, batch: int) -> int:
+def programs(walk: Walk, lengths: tuple[int, int, int], rows: Tensor) -> tuple[int, int]:
+    """How many work items the rows [N, *grid, H, D] make, and how many programs share them."""
     x, y, z = walk.rows
-    tiles = (
-        triton.cdiv(lengths[0], walk.consumers * x)
-        * triton.cdiv(lengths[1], y)
-        * triton.cdiv(lengths[2], z)
-    )
-    return int(tiles * heads * batch)
+    tiles = triton.cdiv(lengths[0], walk.consumers * x) * triton.cdiv(lengths[1], y)
+    items = tiles * triton.cdiv(lengths[2], z) * len(rows) * rows.shape[-2]
+    if not walk.persistent:
+        return items, items
+    return items, min(items, _multiprocessors(rows.device))

@@ -25,7 +25,8 @@ class Walk:
     """Boxes of rows (one for each consumer) and of columns, and what the kernel may leave out.
 
     hides: some box holds a hidden pair.  skips: some consumer sees nothing of a box that the other
-    needs.  programs: how many run, 0 for one per work item.
+    needs.  persistent: each program takes work items in turn, which saves its start and lets loads run
+    ahead, but balances nothing.
     """
 
     rows: Box
@@ -34,16 +35,17 @@ class Walk:
     hides: bool
     skips: bool
     consumers: int = 2
-    programs: int = 0
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Boxes that one axis visits: per consumer, per tile, and whether all are whole."""
+    """Boxes that one axis visits: per consumer, per tile; whether all are whole; whether tiles visit alike."""
 
     own: int
     both: int
     whole: bool
+    even: bool
 
 
 def forward_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
@@ -55,12 +57,13 @@ def forward_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
 
 def queries_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
     """For dQ; queries are the rows."""
-    return _best_walk(pattern, extent, 64, 64, 4)
+    return _best_walk(pattern, extent, 64, 64, 4, consumers=2 if head_dim > 64 else 3)
 
 
 def keys_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
     """For dK and dV; keys are the rows."""
-    return _best_walk(pattern, extent, 64, 64, 3, of_keys=True)
+    consumers = 2 if head_dim > 64 else 3
+    return _best_walk(pattern, extent, 64, 64, 3, consumers=consumers, of_keys=True)
 
 
 @functools.lru_cache(maxsize=256)
@@ -89,7 +92,9 @@ def _best_walk(
         if best is None or cost < best[0]:
             whole = all(c.whole for c in counts)
             skips = counts[0].own < counts[0].both
-            best = cost, Walk(row_box, column_box, stages, not whole, skips, consumers)
+            # Measured: it pays on sequences and images, not on volumes.
+            persistent = axes < 3 and all(c.even for c in counts)
+            best = cost, Walk(row_box, column_box, stages, not whole, skips, consumers, persistent)
     assert best is not None
     return best[1]
 
@@ -124,9 +129,11 @@ def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, consumers:
     begin = (own_lo - start) // column_side
     stop = -(-(own_hi - start) // column_side)
     own = (stop - begin).clamp(min=1)
-    return _Axis(int(own.sum()), int(both[tile].sum()), whole)
+    even = bool(both.max() <= 1.25 * both.float().mean())
+    return _Axis(int(own.sum()), int(both[tile].sum()), whole, even)
 
 
+@functools.lru_cache(maxsize=256)
 def shared_heads(heads: int, groups: int, columns: int, head_dim: int) -> int:
     """How many heads run together: a divisor of `heads` whose keys and values fit in the cache."""
     per_head = 4 * columns * head_dim

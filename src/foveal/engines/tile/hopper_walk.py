@@ -27,16 +27,18 @@ def barriers(n: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
-def place(t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr):
+def place(t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr, LAST_FIRST: gl.constexpr):
     """Batch, head and first row of work item t.
 
-    `shared` heads are walked together, so that their columns stay in the cache, the last tiles
-    (the longest, when causal) first.
+    `shared` heads are walked together, so that their columns stay in the cache.  When causal the
+    longest tiles are the last of the queries and the first of the keys; they come first.
     """
     ny = gl.cdiv(Y, R[1])
     nz = gl.cdiv(Z, R[2])
     tiles = gl.cdiv(X, W * R[0]) * ny * nz
-    tile = tiles - 1 - (t // shared) % tiles
+    tile = (t // shared) % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
     rest = t // (shared * tiles)
     groups = heads // shared
     head = rest % groups * shared + t % shared
@@ -65,9 +67,10 @@ def ends(p_bounds, base, length, first, count):
 
 
 @gluon.jit
-def reach(p_bounds, base, length, first, count, C: gl.constexpr):
+def reach(p_bounds, base, length, first, count, C: gl.constexpr, ALIGN: gl.constexpr):
     """Where the boxes of an axis start, and how many there are: at least one, which may be empty."""
     start, _, _, stop = ends(p_bounds, base, length, first, count)
+    start = start // ALIGN * ALIGN
     return start, gl.maximum(gl.cdiv(stop - start, C), 1)
 
 
@@ -119,10 +122,12 @@ def load_boxes(
     `rows` and `columns` are tuples of one or two descriptors that travel together, each of the columns
     with one of the `statistics` [N Hq, *grid], if there are any.  Head h of the rows reads heads h // divide * multiply + [0, multiply) of the columns.
     """
+    # The copy of numbers along the last axis starts at 16 bytes.
+    ALIGN: gl.constexpr = 1 if len(statistics) == 0 else 4
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x, y, z = place(t, X, Y, Z, heads, shared, W, R)
+        n, head, x, y, z = place(t, X, Y, Z, heads, shared, W, R, len(statistics) == 0)
         for c in gl.static_range(W):
             for i in gl.static_range(len(rows)):
                 mbarrier.wait(row_free[i].index(c), (turn & 1) ^ 1)
@@ -130,9 +135,9 @@ def load_boxes(
                 copy_box(
                     rows[i], n, x + c * R[0], y, z, head, row_ready[i].index(c), row_s[i].index(c), AXES,
                 )  # fmt: skip
-        cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0])
-        y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1])
-        z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2])
+        cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0], ALIGN if AXES == 1 else 1)
+        y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1], ALIGN if AXES == 2 else 1)
+        z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2], ALIGN if AXES == 3 else 1)
         first_head = head // divide * multiply
         for member in range(multiply):
             bx, by, bz = cx, y0, z0

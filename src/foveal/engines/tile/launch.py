@@ -103,10 +103,13 @@ def stage(kind: str, task: Task, terms: tuple[LocalTerm, ...], sizes: Sizes, hea
     dim = max(sizes.head_dim, sizes.value_dim)
     config = tuning.lookup(kind, tuning.architecture(sizes.device), dim, sizes.dtype)
     pattern, extent = task.pattern, task.extent
-    if pattern.depends_on_data or pattern.bounds(extent) is None:
+    if separable(pattern, extent):
+        layout = _box_layout(kind, pattern, extent, config, sizes.device)
+    elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         layout = _list_layout(kind, pattern, extent, config, sizes.device, heads)
     else:
-        layout = _box_layout(kind, pattern, extent, config, sizes.device)
+        versions = _versions(pattern)
+        layout = _kept_list_layout(kind, pattern, extent, config, sizes.device, heads, versions)
     chosen = [_HOOKS[term.kind] for term in terms] + [hooks.NOTHING] * (2 - len(terms))
     spec = Spec(
         q_tile=layout.q_tile,
@@ -121,6 +124,24 @@ def stage(kind: str, task: Task, terms: tuple[LocalTerm, ...], sizes: Sizes, hea
         precision="ieee",
     )
     return Stage(spec, config, layout)
+
+
+def separable(pattern: Pattern, extent: Extent) -> bool:
+    """Whether the pattern is a product of intervals."""
+    return not pattern.depends_on_data and _has_bounds(pattern, extent)
+
+
+@functools.lru_cache(maxsize=256)
+def _has_bounds(pattern: Pattern, extent: Extent) -> bool:
+    return pattern.bounds(extent) is not None
+
+
+def _versions(pattern: Pattern) -> tuple[int, ...]:
+    """Changes when a block list of the pattern is written in place."""
+    if isinstance(pattern, Blocks):
+        return (pattern.selection.indices._version,)
+    members = getattr(pattern, "members", ())
+    return tuple(version for member in members for version in _versions(member))
 
 
 _HOOKS = {
@@ -251,6 +272,19 @@ def _list_layout(
     grids = in_three(extent.flat().q_grid), in_three(extent.flat().kv_grid)
     arguments = (*lists, *marks, *limits)
     return Layout(1, (1, 1, q_tile), (1, 1, k_tile), *grids, route, arguments)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_list_layout(
+    kind: str,
+    pattern: Pattern,
+    extent: Extent,
+    config: Config,
+    device: torch.device,
+    heads: int,
+    versions: tuple[int, ...],
+) -> Layout:
+    return _list_layout(kind, pattern, extent, config, device, heads)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.engines.common.softmax import LOG2E, visible_product
+from foveal.engines.common.softmax import visible_product
 from foveal.engines.common.tiles import (
     first_token,
     load_rows,
@@ -35,21 +35,17 @@ def _visible_values(
     unit = SPEC.shape.unit(scoring[0])
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in tl.range(0, state[0], num_stages=1):
-        first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
-        s, bare, k, places, i_k, inside = scores(
-            q, queries, keys, scoring, first, state[2], SPEC, True
-        )
-        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
-        p = tl.where(seen, tl.exp2(s * unit - lse[:, None]), 0.0)
-        acc = visible_product(p, seen, load_values(keys, first, inside, SPEC, True), acc)
+        visit = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
+        box = scores(q, queries, keys, scoring, visit[0], state[2], SPEC, True)
+        seen = SPEC.route.sees(route, limits, visit[2], box[2], SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        p = tl.where(seen, tl.exp2(box[0] * unit - lse[:, None]), 0.0)
+        acc = visible_product(p, seen, load_values(keys, visit[0], box[1], SPEC, True), acc)
     if SPEC.rank == 1:
         for i in tl.range(0, state[1], num_stages=1):
             first = SPEC.route.full(route, state, i, SPEC.k_tile)
-            s, bare, k, places, i_k, inside = scores(
-                q, queries, keys, scoring, first, state[2], SPEC, True
-            )
-            v = load_values(keys, first, inside, SPEC, True)
-            p = tl.exp2(s * unit - lse[:, None]).to(v.dtype)
+            box = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
+            v = load_values(keys, first, box[1], SPEC, True)
+            p = tl.exp2(box[0] * unit - lse[:, None]).to(v.dtype)
             acc = tl.dot(p, v, acc, input_precision=SPEC.precision)
     return acc
 
@@ -87,7 +83,7 @@ def tile_attend_repair(
         )
         q = load_rows(p_rows, in_grid, SPEC.head_dim, SPEC.head_pad, True)
         limits = SPEC.route.rows(route, places, in_grid, RANK)
-        lse = tl.load(p_heads_lse + i_q, mask=in_grid, other=0.0) * LOG2E
+        lse = tl.load(p_heads_lse + i_q, mask=in_grid, other=0.0)
         queries = (n, h, i_q, in_grid)
         acc = _visible_values(q, queries, head, scoring, route, state, limits, lse, SPEC, ROWS)
         p_rows = (
@@ -106,7 +102,7 @@ def launch_repair(
     suspect: Tensor,
     scoring: tuple[Any, ...],
 ) -> None:
-    """Writes the rows of o [N, Lq, Hq, Dv] in suspect tiles, given lse [N, Hq, Lq]."""
+    """Writes the rows of o [N, Lq, Hq, Dv] in suspect tiles, given base-2 lse [N, Hq, Lq]."""
     layout, heads = stage.layout, q.shape[2]
     keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
     tile_attend_repair[(len(suspect),)](

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foveal.engines.tile.parts import Task
-from foveal.patterns.base import Bounds
+from foveal.patterns.base import Bounds, Extent, Pattern
 from foveal.scores.base import Additive, Geometry
 from foveal.scores.bias import Alibi, Bias, KeyBias, RelativeBias
 from foveal.scores.normal import NormalForm
@@ -92,7 +93,11 @@ def _local(term: Additive, task: Task, whole: bool) -> LocalTerm:
             task.k_tokens.to(torch.int32).contiguous(),
         )
     if kind == FROM_TABLE:
-        q_codes, k_codes = _table_codes(term.parameter, task)
+        geometry, tokens = task.geometry, None if whole else (task.q_tokens, task.k_tokens)
+        at = _Places(task.pattern, task.extent, geometry.pattern, geometry.extent, tokens)
+        kept = whole and not task.pattern.depends_on_data
+        find = _kept_codes if kept else _codes
+        q_codes, k_codes = find(tuple(term.parameter.shape[1:]), at, term.parameter.device)
         return LocalTerm(kind, term.parameter.flatten(1), q_codes, k_codes)
     if whole:
         values = term.parameter
@@ -106,28 +111,42 @@ def _local(term: Additive, task: Task, whole: bool) -> LocalTerm:
     return LocalTerm(kind, values[:, :, 0] if kind == PER_KEY else values)
 
 
-def _table_codes(table: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Codes [1, Lq], [1, Lk] whose difference is the entry of every visible pair of the task.
+@dataclass(frozen=True)
+class _Places:
+    """Where a task stands in the whole; tokens None: it is the whole."""
+
+    pattern: Pattern
+    extent: Extent
+    whole_pattern: Pattern
+    whole_extent: Extent
+    tokens: tuple[Tensor, Tensor] | None
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _codes(sizes, at, device)
+
+
+def _codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes [1, Lq], [1, Lk] whose difference is the entry of every visible pair of a table [*sizes].
 
     Within a sub-problem the offset of a pair is linear in the difference of its local places, so two
     visible pairs per axis tell the factor of that axis.
     """
-    grids = (task.extent.q_grid, task.extent.kv_grid)
-    bounds = task.pattern.bounds(task.extent)
+    grids = (at.extent.q_grid, at.extent.kv_grid)
+    bounds = at.pattern.bounds(at.extent)
     if bounds is not None and bounds.extent.kv_grid != grids[1]:
         bounds = None
     rank = len(grids[1])
     factors = [0] * rank
+    query, key = _widest_pair(bounds, rank)
     for axis in range(rank):
-        query, key = _widest_pair(bounds, axis, rank)
         after = [k + (a == axis) for a, k in enumerate(key)]
         if after[axis] < grids[1][axis]:
-            pairs = (_entry(table, task, query, key), _entry(table, task, query, after))
-            factors[axis] = pairs[1] - pairs[0]
-    query, key = _widest_pair(bounds, 0, rank)
-    constant = _entry(table, task, query, key)
+            factors[axis] = _entry(sizes, at, query, after) - _entry(sizes, at, query, key)
+    constant = _entry(sizes, at, query, key)
     constant -= sum(f * (k - q) for f, k, q in zip(factors, key, query, strict=True))
-    q_codes, k_codes = (_linear(factors, grid, table.device) for grid in grids)
+    q_codes, k_codes = (_linear(factors, grid, device) for grid in grids)
     return q_codes - constant, k_codes
 
 
@@ -140,8 +159,8 @@ def _linear(factors: list[int], grid: tuple[int, ...], device: torch.device) -> 
     return total.reshape(1, -1)
 
 
-def _widest_pair(bounds: Bounds | None, axis: int, rank: int) -> tuple[list[int], list[int]]:
-    """A query that sees as many keys along `axis` as any, and the first key that it sees."""
+def _widest_pair(bounds: Bounds | None, rank: int) -> tuple[list[int], list[int]]:
+    """A query that sees as many keys along every axis as any, and the first key that it sees."""
     if bounds is None:
         return [0] * rank, [0] * rank
     widths = [hi - lo for lo, hi in zip(bounds.lower, bounds.upper, strict=True)]
@@ -149,21 +168,20 @@ def _widest_pair(bounds: Bounds | None, axis: int, rank: int) -> tuple[list[int]
     return query, [int(lo[q]) for lo, q in zip(bounds.lower, query, strict=True)]
 
 
-def _entry(table: Tensor, task: Task, query: list[int], key: list[int]) -> int:
+def _entry(sizes: tuple[int, ...], at: _Places, query: list[int], key: list[int]) -> int:
     """Where in the flat table the pair of two local places falls, before any clamp."""
-    geometry = task.geometry
     tokens = []
-    for place, grid, of in (
-        (query, task.extent.q_grid, task.q_tokens),
-        (key, task.extent.kv_grid, task.k_tokens),
+    for number, (place, grid) in enumerate(
+        zip((query, key), (at.extent.q_grid, at.extent.kv_grid), strict=True)
     ):
         index = 0
         for coordinate, length in zip(place, grid, strict=True):
             index = index * length + coordinate
-        tokens.append(of[:1, index].cpu())
-    q_pos = tokens[0] + (geometry.extent.Lk - geometry.extent.Lq)
+        token = torch.tensor([index]) if at.tokens is None else at.tokens[number][:1, index].cpu()
+        tokens.append(token)
+    q_pos = tokens[0] + (at.whole_extent.Lk - at.whole_extent.Lq)
     entry = 0
-    offsets = geometry.pattern.offsets(q_pos, tokens[1], geometry.extent)
-    for size, offset in zip(table.shape[1:], offsets, strict=True):
+    offsets = at.whole_pattern.offsets(q_pos, tokens[1], at.whole_extent)
+    for size, offset in zip(sizes, offsets, strict=True):
         entry = entry * size + int(offset) + size // 2
     return entry

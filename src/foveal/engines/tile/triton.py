@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from foveal._problem import Problem
 from foveal.engines.tile.parts import Task, solve, whole_task
-from foveal.patterns.base import Pattern
+from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
 from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
@@ -49,16 +51,24 @@ def _interpreted() -> bool:
 
 
 def _refuses_pattern(pattern: Pattern, problem: Problem) -> str | None:
-    from foveal.engines.tile.launch import refuses_lists
+    if pattern.depends_on_data:
+        return _refusal(pattern, problem.extent)
+    return _kept_refusal(pattern, problem.extent)
 
-    extent = problem.extent
+
+@functools.lru_cache(maxsize=256)
+def _kept_refusal(pattern: Pattern, extent: Extent) -> str | None:
+    return _refusal(pattern, extent)
+
+
+def _refusal(pattern: Pattern, extent: Extent) -> str | None:
+    from foveal.engines.tile.launch import refuses_lists, separable
+
     parts = pattern.parts(extent)
-    if parts is not None:
-        reasons = (refuses_lists(part.pattern, part.extent) for part in parts)
+    if parts:
+        reasons = (_refusal(part.pattern, part.extent) for part in parts)
         return next((reason for reason in reasons if reason is not None), None)
-    if pattern.depends_on_data or pattern.bounds(extent) is None:
-        return refuses_lists(pattern, extent)
-    return None
+    return None if separable(pattern, extent) else refuses_lists(pattern, extent)
 
 
 def attend(
@@ -84,11 +94,14 @@ def _attend_task(
     values = tuple(term.values for term in terms)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     o, lse = _TileAttention.apply(task, terms, q, k, v, task.score.sink, *values)
-    return o, lse.transpose(1, 2)
+    return o, lse.transpose(1, 2) if task.with_lse else None
 
 
 class _TileAttention(torch.autograd.Function):
-    """o [N, Lq, Hq, Dv] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .]."""
+    """o [N, Lq, Hq, Dv] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .].
+
+    lse is in base 2, and not differentiable, unless the task asks for it.
+    """
 
     @staticmethod
     def forward(
@@ -108,13 +121,17 @@ class _TileAttention(torch.autograd.Function):
 
         heads = q.shape[2]
         ctx.sizes = Sizes(q.shape[-1], v.shape[-1], q.dtype, q.device)
-        ctx.task, ctx.terms = task, terms
+        ctx.task = task
+        ctx.terms = tuple(dataclasses.replace(t, values=t.values.new_empty(0)) for t in terms)
         forward = stage(FORWARD, task, terms, ctx.sizes, heads)
         score = scoring(task, terms, heads)
         o, lse, suspect = launch_forward(forward, q, k, v, sink, score)
         if len(suspect) and not isinstance(task.pattern, Dense):
             launch_repair(forward, q, k, v, o, lse, suspect, score)
         ctx.save_for_backward(q, k, v, sink, o, lse, *values)
+        if task.with_lse:
+            return o, lse * math.log(2)
+        ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
@@ -122,7 +139,11 @@ class _TileAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         from foveal.engines.tile.gradients import gradients
 
-        q, k, v, sink, o, lse, *_ = ctx.saved_tensors
+        q, k, v, sink, o, lse, *values = ctx.saved_tensors
+        terms = tuple(
+            dataclasses.replace(term, values=x) for term, x in zip(ctx.terms, values, strict=True)
+        )
         needed = ctx.needs_input_grad[2:]
-        found = gradients(ctx.task, ctx.terms, ctx.sizes, (q, k, v, o, lse), sink, do, dlse, needed)
+        tensors = (q, k, v, o, lse)
+        found = gradients(ctx.task, terms, ctx.sizes, tensors, sink, do, dlse, needed)
         return (None, None, *found)
