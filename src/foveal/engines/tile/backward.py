@@ -67,6 +67,10 @@ def _key_box(
     SPEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq and share with the keys of one more box."""
+    FIRST: tl.constexpr = SPEC.first
+    SECOND: tl.constexpr = SPEC.second
+    Q_TILE: tl.constexpr = SPEC.q_tile
+    K_TILE: tl.constexpr = SPEC.k_tile
     first, mark = box[0], box[2]
     n, i_q, in_grid = queries[0], queries[2], queries[3]
     s, inside, places, i_k, bare, k = scores(q, queries, keys, scoring, first, stops, SPEC, MASKED)
@@ -75,15 +79,15 @@ def _key_box(
     ds = p * (tl.dot(do, tl.trans(v), input_precision=SPEC.precision) - shift[:, None])
     seen = in_grid[:, None] & inside[None, :]
     if MASKED:
-        test = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        test = SPEC.route.sees(route, limits, mark, places, Q_TILE, K_TILE, SPEC.rank)
         seen = seen & test
         ds = tl.where(test, ds, 0.0)
     i_q, i_k = i_q[:, None], i_k[None, :]
     share += SPEC.first.share(scoring[2], n, ds, i_q, i_k, seen)
     share += SPEC.second.share(scoring[3], n, ds, i_q, i_k, seen)
     row = records[4].to(tl.int64) + i_q
-    _record(records[0], scoring[2], records[1], row, n, i_q, i_k, ds, seen, SPEC.first)
-    _record(records[2], scoring[3], records[3], row, n, i_q, i_k, ds, seen, SPEC.second)
+    _record(records[0], scoring[2], records[1], row, n, i_q, i_k, ds, seen, FIRST)
+    _record(records[2], scoring[3], records[3], row, n, i_q, i_k, ds, seen, SECOND)
     ds = ds * SPEC.shape.slope(bare, scoring[1])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=SPEC.precision), share
 
@@ -98,6 +102,7 @@ def tile_attend_backward_q(
     p_share float32 like lse, or None: what each query adds to the gradient of its head's slope.
     records: per term (float32 [matrices, Lq, entries] or None, entries), counted from first_program.
     """
+    K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     ROWS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
@@ -124,21 +129,21 @@ def tile_attend_backward_q(
     queries = (n, h, i_q, in_grid)
     first_row = (matrix - first_program // tiles) * q_lengths[0] * q_lengths[1] * q_lengths[2]
     rows = (records[0], records[1], records[2], records[3], first_row)
-    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, SPEC.k_tile, RANK)
+    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, K_TILE, RANK)
     limits = SPEC.route.rows(route, places, in_grid, RANK)
     stops = state[2]
 
     dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     share = tl.zeros([ROWS], tl.float32)
     for i in range(state[0]):
-        box = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
+        box = SPEC.route.partial(route, state, i, K_TILE, RANK)
         dq, share = _key_box(
             q, do, lse, shift, queries, head, scoring, rows, box, stops, limits, route, dq, share,
             SPEC, True,
         )  # fmt: skip
     if RANK == 1:
         for i in range(state[1]):
-            box = (SPEC.route.full(route, state, i, SPEC.k_tile), True, i)
+            box = (SPEC.route.full(route, state, i, K_TILE), True, i)
             dq, share = _key_box(
                 q, do, lse, shift, queries, head, scoring, rows, box, stops, limits, route, dq,
                 share, SPEC, False,
@@ -155,6 +160,7 @@ def _query_box(
     SPEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and share with the queries of one more box; scores and weights stand keys first."""
+    K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     first, mark = box[0], box[2]
@@ -176,7 +182,7 @@ def _query_box(
     p = tl.exp2(s * SPEC.shape.unit(scale) - lse[None, :])
     ds = p * (tl.dot(v, tl.trans(do), input_precision=SPEC.precision) - shift[None, :])
     if MASKED:
-        seen = SPEC.route.sees(route, limits, mark, places, SPEC.k_tile, Q_TILE, RANK)
+        seen = SPEC.route.sees(route, limits, mark, places, K_TILE, Q_TILE, RANK)
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=SPEC.precision)
@@ -194,6 +200,7 @@ def tile_attend_backward_kv(
 
     p_share float32 [N, heads, keys], or None: the sum over queries of dS.
     """
+    Q_TILE: tl.constexpr = SPEC.q_tile
     K_TILE: tl.constexpr = SPEC.k_tile
     RANK: tl.constexpr = SPEC.rank
     ROWS: tl.constexpr = K_TILE[0] * K_TILE[1] * K_TILE[2]
@@ -218,7 +225,7 @@ def tile_attend_backward_kv(
     dv = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for g in range(groups):
         h = kv_h * groups + g
-        state = SPEC.route.open(route, tile, n, h, k_lengths, q_lengths, K_TILE, SPEC.q_tile, RANK)
+        state = SPEC.route.open(route, tile, n, h, k_lengths, q_lengths, K_TILE, Q_TILE, RANK)
         matrix = n.to(tl.int64) * heads + h
         first_query = matrix * q_lengths[0] * q_lengths[1] * q_lengths[2]
         queries = (
@@ -229,14 +236,14 @@ def tile_attend_backward_kv(
         own_keys = (n, h, i_k, in_grid)
         share = tl.zeros([ROWS], tl.float32)
         for i in range(state[0]):
-            box = SPEC.route.partial(route, state, i, SPEC.q_tile, RANK)
+            box = SPEC.route.partial(route, state, i, Q_TILE, RANK)
             dk, dv, share = _query_box(
                 k, v, own_keys, queries, scoring, box, state[2], limits, route, dk, dv, share,
                 SPEC, True,
             )  # fmt: skip
         if RANK == 1:
             for i in range(state[1]):
-                box = (SPEC.route.full(route, state, i, SPEC.q_tile), True, i)
+                box = (SPEC.route.full(route, state, i, Q_TILE), True, i)
                 dk, dv, share = _query_box(
                     k, v, own_keys, queries, scoring, box, state[2], limits, route, dk, dv, share,
                     SPEC, False,

@@ -51,7 +51,8 @@ def scores(q, queries, keys, scoring, first, stops, SPEC: tl.constexpr, MASKED: 
 
 @triton.jit
 def load_values(keys, first, inside, SPEC: tl.constexpr, MASKED: tl.constexpr):
-    p_rows = keys[2] + box_rows(first, keys[3], SPEC.k_tile, SPEC.rank)
+    K_TILE: tl.constexpr = SPEC.k_tile
+    p_rows = keys[2] + box_rows(first, keys[3], K_TILE, SPEC.rank)
     return load_rows(p_rows, inside, SPEC.value_dim, SPEC.value_pad, MASKED)
 
 
@@ -68,8 +69,10 @@ def _add_values(s, keys, first, inside, unit, rows, SPEC: tl.constexpr, MASKED: 
 @triton.jit
 def _test(s, route, limits, mark, places, whole, SPEC: tl.constexpr):
     """s with -inf where a pair is hidden; on a grid, nothing to do for whole boxes."""
+    Q_TILE: tl.constexpr = SPEC.q_tile
+    K_TILE: tl.constexpr = SPEC.k_tile
     if SPEC.rank == 1 or not whole:
-        seen = SPEC.route.sees(route, limits, mark, places, SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        seen = SPEC.route.sees(route, limits, mark, places, Q_TILE, K_TILE, SPEC.rank)
         s = tl.where(seen, s, float("-inf"))
     return s
 
@@ -85,6 +88,7 @@ def tile_attend_forward(
     keys: (k, its strides, v, its strides, lengths of the key grid); scoring: (scale, cap, terms...) as
     the hooks read them; route as SPEC.route reads it.
     """
+    K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     ROWS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
@@ -103,7 +107,7 @@ def tile_attend_forward(
     p_rows = p_q + matrix_start(n, h, q_strides) + box_rows(own, q_strides, Q_TILE, RANK)
     q = load_rows(p_rows, in_grid, SPEC.head_dim, SPEC.head_pad, True)
     queries = (n, h, i_q, in_grid)
-    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, SPEC.k_tile, RANK)
+    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, K_TILE, RANK)
     limits = SPEC.route.rows(route, places, in_grid, RANK)
     unit = SPEC.shape.unit(scoring[0])
 
@@ -115,14 +119,14 @@ def tile_attend_forward(
         total = tl.where(largest == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in range(state[0]):
-        first, whole, mark = SPEC.route.partial(route, state, i, SPEC.k_tile, RANK)
+        first, whole, mark = SPEC.route.partial(route, state, i, K_TILE, RANK)
         box = scores(q, queries, head, scoring, first, state[2], SPEC, True)
         s = _test(box[0], route, limits, mark, box[2], whole, SPEC)
         rows = (largest, total, acc)
         largest, total, acc = _add_values(s, head, first, box[1], unit, rows, SPEC, True)
     if RANK == 1:
         for i in range(state[1]):
-            first = SPEC.route.full(route, state, i, SPEC.k_tile)
+            first = SPEC.route.full(route, state, i, K_TILE)
             box = scores(q, queries, head, scoring, first, state[2], SPEC, False)
             rows = (largest, total, acc)
             largest, total, acc = _add_values(box[0], head, first, box[1], unit, rows, SPEC, False)

@@ -115,7 +115,8 @@ class _HopperAttention(torch.autograd.Function):
         from foveal.engines.tile.hopper_forward import launch_forward
 
         ctx.pattern, ctx.extent, ctx.scale = pattern, extent, scale
-        o, lse = launch_forward(pattern, extent, scale, q, k, v)
+        with torch.cuda.device(q.device):
+            o, lse = launch_forward(pattern, extent, scale, q, k, v)
         ctx.save_for_backward(q, k, v, o, lse)
         return o, lse
 
@@ -125,5 +126,8 @@ class _HopperAttention(torch.autograd.Function):
         from foveal.engines.tile.hopper_backward import launch_backward
 
         q, k, v, o, lse = ctx.saved_tensors
-        gradients = launch_backward(ctx.pattern, ctx.extent, ctx.scale, q, k, v, o, lse, do, dlse)
-        return None, None, None, *gradients
+        with torch.cuda.device(q.device):
+            dq, dk, dv = launch_backward(
+                ctx.pattern, ctx.extent, ctx.scale, q, k, v, o, lse, do, dlse
+            )
+        return None, None, None, dq, dk, dv

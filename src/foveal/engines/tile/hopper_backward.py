@@ -372,9 +372,15 @@ def tile_attend_backward_keys(
     k_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
-    do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout)
+    do_s = gl.allocate_shared_memory(
+        q_desc.dtype, [STAGES] + q_desc.block_type.shape, do_desc.layout
+    )
+    lse_s = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout
+    )
+    delta_s = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout
+    )
     k_ready = barriers(W, 1)
     v_ready = barriers(W, 1)
     k_free = barriers(W, 1)
@@ -449,7 +455,7 @@ def launch_backward(
     dlse: Tensor,
     walks: tuple[Walk, Walk] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the shapes of q, k, v; o, lse as launch_forward gave them, `walks` of dQ and of dK, dV."""
+    """dq, dk, dv of q, k, v; o and lse as launch_forward gave them; `walks` of dQ and of dK, dV."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     groups = heads // kv_heads
@@ -490,6 +496,7 @@ def launch_backward(
             walk.stages,
             walk.skips,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         walk = of_queries
         items, running = programs(walk, lengths, q[part])
@@ -515,6 +522,7 @@ def launch_backward(
             walk.stages,
             walk.skips,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return dq.flatten(1, -3), dk.flatten(1, -3), dv.flatten(1, -3)
 
@@ -532,5 +540,6 @@ def _prepare(
         o, do, lse, dlse, lse2, delta, length, heads, grid[-1], pitch, lse2[0, 0].numel(),
         *do.stride()[:3], *dlse.stride(),
         HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), ROWS=rows,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return lse2, delta

@@ -299,5 +299,6 @@ def launch_forward(
             walk.hides,
             walk.skips,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return o, lse

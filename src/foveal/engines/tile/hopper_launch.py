@@ -46,11 +46,7 @@ def on_grid(x: Tensor, grid: tuple[int, ...]) -> Tensor:
         stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1
     ]
     suits = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
-    return (
-        x
-        if suits and x.data_ptr() % 16 == 0
-        else x.contiguous()
-    )
+    return x if suits and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 @functools.lru_cache(maxsize=256)
@@ -74,7 +70,9 @@ def descriptor(x: Tensor, box: Box, axes: int) -> TensorDescriptor:
         sides = [1, *sides]
     # Strides of axes of one element mean nothing, yet have to be multiples of 16 bytes.
     strides = [s if n > 1 else 8 for s, n in zip(x.stride(), x.shape, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], sides, _layout(tuple(sides), x.dtype))
+    return TensorDescriptor(
+        x, list(x.shape), [*strides[:-1], 1], sides, _layout(tuple(sides), x.dtype)
+    )
 
 
 def statistics_descriptor(x: Tensor, box: Box, grid: tuple[int, ...]) -> TensorDescriptor:

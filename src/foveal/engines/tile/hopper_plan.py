@@ -40,7 +40,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Boxes that one axis visits: per consumer, per tile; whether all are whole; whether tiles visit alike."""
+    """Boxes that one axis visits per consumer and per tile; whether all are whole, and even in number."""
 
     own: int
     both: int

@@ -120,7 +120,8 @@ def load_boxes(
     """The producer: the rows of every work item, then its boxes of columns, in order.
 
     `rows` and `columns` are tuples of one or two descriptors that travel together, each of the columns
-    with one of the `statistics` [N Hq, *grid], if there are any.  Head h of the rows reads heads h // divide * multiply + [0, multiply) of the columns.
+    with one of the `statistics` [N Hq, *grid], if there are any.  Head h of the rows reads the
+    heads h // divide * multiply + [0, multiply) of the columns.
     """
     # The copy of numbers along the last axis starts at 16 bytes.
     ALIGN: gl.constexpr = 1 if len(statistics) == 0 else 4
@@ -190,14 +191,16 @@ def row_bounds(p_bounds, base, length, first, row, DIVIDE: gl.constexpr, MODULO:
 def visible(x, y, z, low, width, LAYOUT: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr):
     """Which pairs of these rows and the box of columns at (x, y, z) are visible.  [rows, columns]"""
     c = gl.arange(0, C[0] * C[1] * C[2], gl.SliceLayout(0, LAYOUT))
-    at = x + c // (C[1] * C[2])
-    seen = (at[None, :] - low[0][:, None]).to(gl.uint32) < width[0][:, None].to(gl.uint32)
+    # The distance of the row comes first: column minus lower end would not change from box to box,
+    # and compilers then keep it in registers for every pair.
+    at = (c // (C[1] * C[2]))[None, :] + (x - low[0])[:, None]
+    seen = at.to(gl.uint32) < width[0][:, None].to(gl.uint32)
     if AXES > 1:
-        at = y + c // C[2] % C[1]
-        seen &= (at[None, :] - low[1][:, None]).to(gl.uint32) < width[1][:, None].to(gl.uint32)
+        at = (c // C[2] % C[1])[None, :] + (y - low[1])[:, None]
+        seen &= at.to(gl.uint32) < width[1][:, None].to(gl.uint32)
     if AXES > 2:
-        at = z + c % C[2]
-        seen &= (at[None, :] - low[2][:, None]).to(gl.uint32) < width[2][:, None].to(gl.uint32)
+        at = (c % C[2])[None, :] + (z - low[2])[:, None]
+        seen &= at.to(gl.uint32) < width[2][:, None].to(gl.uint32)
     return seen
 
 

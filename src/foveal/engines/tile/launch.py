@@ -102,6 +102,10 @@ def stage(kind: str, task: Task, terms: tuple[LocalTerm, ...], sizes: Sizes, hea
     """The kernel `kind` of tuning.tile for a task; heads: query heads."""
     dim = max(sizes.head_dim, sizes.value_dim)
     config = tuning.lookup(kind, tuning.architecture(sizes.device), dim, sizes.dtype)
+    if any(term.kind in (PER_PAIR, BY_DISTANCE, FROM_TABLE) for term in terms):
+        # Compilers stage what terms read per pair in shared memory too: float32 per pair and stage.
+        smaller = min(config.queries, 64), min(config.keys, 64)
+        config = Config(*smaller, config.warps, 1)
     pattern, extent = task.pattern, task.extent
     if separable(pattern, extent):
         layout = _box_layout(kind, pattern, extent, config, sizes.device)

@@ -31,18 +31,20 @@ def _visible_values(
     q, queries, keys, scoring, route, state, limits, lse, SPEC: tl.constexpr, ROWS: tl.constexpr
 ):
     """Output of some rows [ROWS, Dv], given their base-2 lse; a hidden pair adds nothing."""
+    Q_TILE: tl.constexpr = SPEC.q_tile
+    K_TILE: tl.constexpr = SPEC.k_tile
     VALUE_PAD: tl.constexpr = SPEC.value_pad
     unit = SPEC.shape.unit(scoring[0])
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for i in tl.range(0, state[0], num_stages=1):
-        visit = SPEC.route.partial(route, state, i, SPEC.k_tile, SPEC.rank)
+        visit = SPEC.route.partial(route, state, i, K_TILE, SPEC.rank)
         box = scores(q, queries, keys, scoring, visit[0], state[2], SPEC, True)
-        seen = SPEC.route.sees(route, limits, visit[2], box[2], SPEC.q_tile, SPEC.k_tile, SPEC.rank)
+        seen = SPEC.route.sees(route, limits, visit[2], box[2], Q_TILE, K_TILE, SPEC.rank)
         p = tl.where(seen, tl.exp2(box[0] * unit - lse[:, None]), 0.0)
         acc = visible_product(p, seen, load_values(keys, visit[0], box[1], SPEC, True), acc)
     if SPEC.rank == 1:
         for i in tl.range(0, state[1], num_stages=1):
-            first = SPEC.route.full(route, state, i, SPEC.k_tile)
+            first = SPEC.route.full(route, state, i, K_TILE)
             box = scores(q, queries, keys, scoring, first, state[2], SPEC, True)
             v = load_values(keys, first, box[1], SPEC, True)
             p = tl.exp2(box[0] * unit - lse[:, None]).to(v.dtype)
@@ -56,6 +58,7 @@ def tile_attend_repair(
     keys, heads, groups, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Writes o of the tiles that are suspect; arguments as of the forward."""
+    K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     ROWS: tl.constexpr = 16
@@ -70,7 +73,7 @@ def tile_attend_repair(
     p_k = keys[0] + matrix_start(n, h // groups, keys[1])
     p_v = keys[2] + matrix_start(n, h // groups, keys[3])
     head = (p_k, keys[1], p_v, keys[3], keys[4])
-    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, SPEC.k_tile, RANK)
+    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, K_TILE, RANK)
     own = first_token(tile, q_lengths, Q_TILE)
     p_heads_lse = (
         p_lse + (program // tiles).to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]

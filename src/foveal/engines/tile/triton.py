@@ -93,7 +93,7 @@ def _attend_task(
     terms = local_terms(task, task.q_tokens is whole)
     values = tuple(term.values for term in terms)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o, lse = _TileAttention.apply(task, terms, q, k, v, task.score.sink, *values)
+    o, lse = _TileAttention.apply(task, terms, q, k, v, task.score.sink, *values)  # type: ignore[no-untyped-call]
     return o, lse.transpose(1, 2) if task.with_lse else None
 
 
