@@ -134,10 +134,10 @@ class Scorer:
     workspace: Workspace
 
     def weights(self, tile: Tile, q: Tensor, k: Tensor) -> Weights:
-        """Weights of q [M, G rows, D] on k [M, columns, D]; they live in the workspace."""
+        """Weights of scaled q [M, G rows, D] on k [M, columns, D]; they live in the workspace."""
         score = self.task.score
         products = self.workspace.matrices(q.shape[0], q.shape[1], k.shape[1])
-        torch.baddbmm(products, q, k.transpose(1, 2), beta=0, alpha=score.scale, out=products)
+        torch.bmm(q, k.transpose(1, 2), out=products)
         slope = None
         if (cap := score.soft_cap) is not None:
             products.div_(cap).tanh_()
@@ -196,7 +196,7 @@ class Scorer:
             return None
         if not self.careful:
             for columns, additive in tile.mask.additive:
-                scores[..., columns] += self._fit(additive)
+                scores[..., columns].add_(self._fit(additive))
             return None
         all_hidden = torch.zeros_like(scores, dtype=torch.bool)
         for columns, hidden in tile.mask.pieces:

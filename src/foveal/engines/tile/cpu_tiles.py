@@ -39,7 +39,8 @@ class TiledAttention(torch.autograd.Function):
             scorer = Scorer(task, chunk, local, careful, with_lse, workspace)
             q_c, k_c, v_c, o_c, lse_c = (chunk.of_tensor(x) for x in (q, k, v, o, lse))
             for sweep in sweeps:
-                q_s, k_s, v_s = sweep.queries(q_c), sweep.keys(k_c), sweep.keys(v_c)
+                q_s = sweep.queries(q_c) * task.score.scale
+                k_s, v_s = sweep.keys(k_c), sweep.keys(v_c)
                 o_s, lse_s = _sweep_forward(scorer, sweep, q_s, k_s, v_s)
                 sweep.store_queries(o_c, o_s)
                 sweep.store_queries(lse_c, lse_s)
@@ -63,10 +64,11 @@ class TiledAttention(torch.autograd.Function):
         else:
             dlse = _like_queries(q, 1).zero_()
         workspaces = Workspace(q), Workspace(q)
+        weights_workspace = Workspace(q)
         sweeps = walk(task.pattern, task.extent, q.shape[:3].numel())
         for chunk in chunks(q, _widest(sweeps), len(task.q_tokens)):
             with_lse = task.score.sink is not None
-            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, workspaces[0])
+            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, weights_workspace)
             by_query = [chunk.of_tensor(x) for x in (q, do, dlse)]
             by_key = [chunk.of_tensor(x) for x in (k, v)]
             dq_c, dk_c, dv_c = (chunk.of_tensor(x) for x in (dq, dk, dv))
@@ -76,15 +78,16 @@ class TiledAttention(torch.autograd.Function):
                 per_row = share * chunk.of_tensor(pull).squeeze(-1).flatten(0, 1)
                 chunk.add_per_head(d_local[-1], per_row.sum(-1))
             for sweep in sweeps:
+                q_s, do_s, dlse_s = (sweep.queries(x) for x in by_query)
                 dq_s, dk_s, dv_s = _sweep_backward(
                     scorer,
                     sweep,
-                    [sweep.queries(x) for x in by_query],
+                    (q_s * task.score.scale, do_s, dlse_s),
                     [sweep.keys(x) for x in by_key],
                     d_local,
-                    workspaces[1],
+                    workspaces,
                 )
-                sweep.store_queries(dq_c, dq_s)
+                sweep.store_queries(dq_c, dq_s.mul_(task.score.scale))
                 sweep.add_keys(dk_c, dk_s)
                 sweep.add_keys(dv_c, dv_s)
         d_parameters = (d.to(p.dtype) for d, p in zip(d_local, parameters, strict=True))
@@ -125,13 +128,16 @@ def _sweep_forward(
 def _sweep_backward(
     scorer: Scorer,
     sweep: Sweep,
-    by_query: list[Tensor],
+    by_query: tuple[Tensor, Tensor, Tensor],
     by_key: list[Tensor],
     d_parameters: list[Tensor],
-    workspace: Workspace,
+    workspaces: tuple[Workspace, Workspace],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [M, G, R, D], dk and dv [M, C, D] of q, do, dlse and k, v; adds to those of the parameters."""
-    (q, do, dlse), (k, v) = by_query, by_key
+    """dq [M, G, R, D], dk and dv [M, C, D] of scaled q, do, dlse and k, v; adds to those of the parameters.
+
+    dq is the gradient of the scaled q.
+    """
+    (q, do, dlse), (k, v), (products, parts) = by_query, by_key, workspaces
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for tile in sweep.tiles:
         columns, rows = _columns(tile, scorer.chunk), tile.rows
@@ -140,8 +146,9 @@ def _sweep_backward(
             continue
         q_t, do_t, k_t = _rows(q, rows), _rows(do, rows), columns.take(k)
         weights = scorer.weights(tile, q_t, k_t)
-        columns.add_product(dv, weights.matrices.transpose(1, 2), do_t)
-        ds = workspace.matrices(q_t.shape[0], q_t.shape[1], columns.width)
+        part = parts.matrices(v.shape[0], columns.width, v.shape[2])
+        columns.add(dv, torch.bmm(weights.matrices.transpose(1, 2), do_t, out=part))
+        ds = products.matrices(q_t.shape[0], q_t.shape[1], columns.width)
         torch.bmm(do_t, columns.take(v).transpose(1, 2), out=ds)
         ds = ds.view(weights.values.shape)
         if weights.hidden is not None:
@@ -156,9 +163,9 @@ def _sweep_backward(
             d_parameters[index] += scorer.bias_gradient(index, ds, tile)
         if weights.slope is not None:
             ds.mul_(weights.slope)
-        ds.mul_(scorer.task.score.scale)
         _product_into(dq[:, :, rows], ds.flatten(1, 2), k_t, weights.hidden)
-        columns.add_product(dk, ds.flatten(1, 2).transpose(1, 2), q_t)
+        part = parts.matrices(k.shape[0], columns.width, k.shape[2])
+        columns.add(dk, torch.bmm(ds.flatten(1, 2).transpose(1, 2), q_t, out=part))
     return dq, dk, dv
 
 

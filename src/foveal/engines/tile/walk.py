@@ -67,11 +67,11 @@ class Runs:
             return keys[:, self.slices[0]]
         return torch.cat([keys[:, s] for s in self.slices], dim=1)
 
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """total[:, columns] += left [M, columns, rows] @ right [M, rows, D]"""
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """total[:, columns] += part [M, columns, D]"""
         widths = [s.stop - s.start for s in self.slices]
-        for run, piece in zip(self.slices, left.split(widths, dim=1), strict=True):
-            total[:, run].baddbmm_(piece, right)
+        for run, piece in zip(self.slices, part.split(widths, dim=1), strict=True):
+            total[:, run].add_(piece)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Listed:
     def take(self, keys: Tensor) -> Tensor:
         return keys.gather(1, self._rows(keys.shape[-1]))
 
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        total.scatter_add_(1, self._rows(total.shape[-1]), torch.bmm(left, right))
+    def add(self, total: Tensor, part: Tensor) -> None:
+        total.scatter_add_(1, self._rows(total.shape[-1]), part)
 
     def _rows(self, width: int) -> Tensor:
         return self.index[..., None].expand(-1, -1, width)
@@ -142,7 +142,7 @@ class Sweep:
     def add_keys(self, total: Tensor, part: Tensor) -> None:
         """total[box] += part [M, C, D]"""
         view = self._k_view(total)
-        view += part.view(view.shape)
+        view.add_(part.view(view.shape))
 
     def _q_view(self, tokens: Tensor) -> Tensor:
         return _boxed(tokens, self.extent.q_grid, self.q_box)
