@@ -182,11 +182,11 @@ class _Tiles(Iterable[Tile]):
 
 
 # What a tile costs, in elements of its score matrices: its elements, more the fewer rows share the
-# keys they read (a product of 24 rows runs at half the speed of a tall one), and its calls (60 us
+# keys they read (a product of 24 rows runs at half the speed of a tall one), and its calls (150 us
 # against 3.2 ns an element: two products and a softmax at D = 64 on two AVX-512 cores).
-_CALLS = 20_000
+_CALLS = 50_000
 _HALF_SPEED_ROWS = 24
-_SIDES = {1: (16, 32, 64, 128, 256, 512), 2: (4, 8, 16, 32), 3: (2, 4, 8)}
+_SIDES = {1: (16, 32, 64, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
 
 
 def choose_tile(bounds: Bounds, heads: int) -> tuple[int, ...]:
