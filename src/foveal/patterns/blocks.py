@@ -60,7 +60,8 @@ class BlockSelection:
 
     def block_mask(self, kv_blocks: int) -> Tensor:
         """bool [B, heads, q_blocks, kv_blocks]"""
-        mask = torch.zeros(*self.indices.shape[:-1], kv_blocks + 1, dtype=torch.bool)
+        shape = (*self.indices.shape[:-1], kv_blocks + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
         place = torch.where(self.indices < 0, kv_blocks, self.indices).long()
         return mask.scatter_(-1, place, True)[..., :kv_blocks]
 

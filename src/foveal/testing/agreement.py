@@ -127,9 +127,9 @@ class _Call:
         """
         unsigned = dataclasses.replace(self, v=self.v.detach().abs(), return_lse=True)
         o = unsigned.results("reference", torch.float64)["o"]
-        do = self.weights(exact)["o"].abs()
+        do = self.weights(exact)["o"].abs().to(o)
         both = []
-        for dlse in (torch.zeros(o.shape[:-1], dtype=o.dtype), (do * o).sum(-1)):
+        for dlse in (torch.zeros(o.shape[:-1], dtype=o.dtype, device=o.device), (do * o).sum(-1)):
             both.append(unsigned.results("reference", torch.float64, {"o": do, "lse": dlse}))
         return {name: torch.maximum(both[0][name].abs(), both[1][name].abs()) for name in exact}
 
