@@ -249,8 +249,8 @@ def tile_attend_backward_kv(
                     SPEC, False,
                 )  # fmt: skip
         if p_share is not None:
-            p_rows = p_share + matrix * k_lengths[0] * k_lengths[1] * k_lengths[2]
-            tl.store(p_rows + i_k, share, mask=in_grid)
+            p_sums = p_share + matrix * k_lengths[0] * k_lengths[1] * k_lengths[2]
+            tl.store(p_sums + i_k, share, mask=in_grid)
     p_rows = p_dk + matrix_start(n, kv_h, dk_strides) + box_rows(own, dk_strides, K_TILE, RANK)
     store_rows(p_rows, dk * product_scale, in_grid, SPEC.head_dim, SPEC.head_pad)
     p_rows = p_dv + matrix_start(n, kv_h, dv_strides) + box_rows(own, dv_strides, K_TILE, RANK)

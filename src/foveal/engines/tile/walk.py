@@ -186,6 +186,8 @@ class _Tiles(Iterable[Tile]):
 # against 3.2 ns an element: two products and a softmax at D = 64 on two AVX-512 cores).
 _CALLS = 50_000
 _HALF_SPEED_ROWS = 24
+# Queries of one sweep: with their keys they are copied out of the caller's layout once.
+_SWEEP_QUERIES = 2048
 _SIDES = {1: (16, 32, 64, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
 
 
@@ -261,12 +263,23 @@ def _box_sweeps(pattern: Pattern, extent: Extent, heads: int) -> tuple[Sweep, ..
     spans = [_spans(bounds, axis, side) for axis, side in enumerate(choose_tile(bounds, heads))]
     sweeps = []
     for inner in itertools.product(*spans[1:]):
-        q_box = (slice(None), *(span.queries for span in inner)) if inner else ()
-        k_box = (slice(None), *(span.keys for span in inner)) if inner else ()
-        widest = max(math.prod(math.prod(s.widths) for s in (outer, *inner)) for outer in spans[0])
-        tiles = _Tiles(functools.partial(_box_tiles, extent, spans[0], inner))
-        sweeps.append(Sweep(extent, tiles, widest, q_box, k_box))
+        q_box = tuple(span.queries for span in inner)
+        k_box = tuple(span.keys for span in inner)
+        rows = math.prod(span.widths[0] for span in inner)
+        for outer in _segments(spans[0], rows):
+            queries = slice(outer[0].queries.start, outer[-1].queries.stop)
+            keys = slice(outer[0].keys.start, outer[-1].keys.stop)
+            widest = max(math.prod(math.prod(s.widths) for s in (o, *inner)) for o in outer)
+            tiles = _Tiles(functools.partial(_box_tiles, extent, outer, inner))
+            sweeps.append(Sweep(extent, tiles, widest, (queries, *q_box), (keys, *k_box)))
     return tuple(sweeps)
+
+
+def _segments(spans: list[_Span], rows: int) -> Iterator[list[_Span]]:
+    """Neighbouring spans whose queries (times `rows`) stay few enough to be laid out in cache."""
+    count = max(1, _SWEEP_QUERIES // (rows * spans[0].widths[0]))
+    for start in range(0, len(spans), count):
+        yield spans[start : start + count]
 
 
 def _box_tiles(extent: Extent, outer: list[_Span], inner: tuple[_Span, ...]) -> Iterator[Tile]:
@@ -274,11 +287,16 @@ def _box_tiles(extent: Extent, outer: list[_Span], inner: tuple[_Span, ...]) -> 
     k_index = torch.arange(extent.Lk).view(extent.kv_grid)
     q_width = math.prod(span.widths[0] for span in inner)
     k_width = math.prod(span.widths[1] for span in inner)
+    q_first, k_first = outer[0].queries.start, outer[0].keys.start
     for span in outer:
         chosen = (span, *inner)
+        rows = slice(
+            (span.queries.start - q_first) * q_width, (span.queries.stop - q_first) * q_width
+        )
+        columns = slice((span.keys.start - k_first) * k_width, (span.keys.stop - k_first) * k_width)
         yield Tile(
-            slice(span.queries.start * q_width, span.queries.stop * q_width),
-            Runs((slice(span.keys.start * k_width, span.keys.stop * k_width),)),
+            rows,
+            Runs((columns,)),
             _box_mask(chosen),
             functools.partial(_box_tokens, q_index, k_index, chosen),
         )
