@@ -38,12 +38,6 @@ class Chunk:
         x = x[:, self.heads] if x.shape[1] > 1 else x
         return x.expand(batches, heads, *x.shape[2:]).flatten(0, 1)
 
-    def add_per_head(self, total: Tensor, part: Tensor) -> None:
-        """total [Hq] += part [M, G] summed over batches."""
-        heads = self.heads.stop - self.heads.start
-        per_head = part.view(-1, heads, self.groups).sum(0)
-        total.view(self.kv_heads, self.groups)[self.heads] += per_head
-
     def of_values(self, values: Tensor) -> Tensor:
         """[M or 1, G or 1, q, k] of values [B or 1, P or 1, Hq or 1, q, k]"""
         B, P, heads = values.shape[:3]

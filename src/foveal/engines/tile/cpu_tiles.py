@@ -5,6 +5,7 @@ A tile holds complete rows, so one softmax is exact and the backward computes it
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from foveal.engines.tile.cpu_scores import Chunk, Scorer, Workspace, chunks
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.reference import visible_product
 from foveal.engines.tile.walk import Listed, Runs, Sweep, Tile, walk
+from foveal.engines.tile.workers import in_order
 
 
 class TiledAttention(torch.autograd.Function):
@@ -33,17 +35,21 @@ class TiledAttention(torch.autograd.Function):
         o = _like_queries(q, v.shape[-1])
         lse = _like_queries(q, 1)
         local = tuple(p.to(q.dtype) for p in parameters)
-        workspace = Workspace(q)
         sweeps = walk(task.pattern, task.extent, q.shape[:3].numel())
-        for chunk in chunks(q, _widest(sweeps), len(task.q_tokens)):
-            scorer = Scorer(task, chunk, local, careful, with_lse, workspace)
+
+        def work(item: tuple[Chunk, Sweep]) -> None:
+            chunk, sweep = item
+            scorer = Scorer(task, chunk, local, careful, with_lse, Workspace(q))
             q_c, k_c, v_c, o_c, lse_c = (chunk.of_tensor(x) for x in (q, k, v, o, lse))
-            for sweep in sweeps:
-                q_s = sweep.queries(q_c) * task.score.scale
-                k_s, v_s = sweep.keys(k_c), sweep.keys(v_c)
-                o_s, lse_s = _sweep_forward(scorer, sweep, q_s, k_s, v_s)
-                sweep.store_queries(o_c, o_s)
-                sweep.store_queries(lse_c, lse_s)
+            q_s = sweep.queries(q_c) * task.score.scale
+            k_s, v_s = sweep.keys(k_c), sweep.keys(v_c)
+            o_s, lse_s = _sweep_forward(scorer, sweep, q_s, k_s, v_s)
+            sweep.store_queries(o_c, o_s)
+            sweep.store_queries(lse_c, lse_s)
+
+        parts = chunks(q, _widest(sweeps), len(task.q_tokens))
+        for _ in in_order(list(itertools.product(parts, sweeps)), work):
+            pass
         lse = lse.squeeze(-1)
         ctx.task, ctx.careful = task, careful
         ctx.save_for_backward(q, k, v, o, lse, *parameters)
@@ -63,33 +69,33 @@ class TiledAttention(torch.autograd.Function):
             dlse = dlse.masked_fill(lse == -torch.inf, 0.0)[..., None]
         else:
             dlse = _like_queries(q, 1).zero_()
-        workspaces = Workspace(q), Workspace(q)
-        weights_workspace = Workspace(q)
         sweeps = walk(task.pattern, task.extent, q.shape[:3].numel())
-        for chunk in chunks(q, _widest(sweeps), len(task.q_tokens)):
+
+        def work(item: tuple[Chunk, Sweep]) -> tuple[Tensor, Tensor, list[Tensor]]:
+            chunk, sweep = item
             with_lse = task.score.sink is not None
-            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, weights_workspace)
-            by_query = [chunk.of_tensor(x) for x in (q, do, dlse)]
-            by_key = [chunk.of_tensor(x) for x in (k, v)]
-            dq_c, dk_c, dv_c = (chunk.of_tensor(x) for x in (dq, dk, dv))
-            if (sink := scorer.sink()) is not None:
-                share = torch.exp(sink - chunk.of_tensor(lse).flatten(0, 1))
-                pull = dlse - (do * o).sum(-1, keepdim=True)
-                per_row = share * chunk.of_tensor(pull).squeeze(-1).flatten(0, 1)
-                chunk.add_per_head(d_local[-1], per_row.sum(-1))
-            for sweep in sweeps:
-                q_s, do_s, dlse_s = (sweep.queries(x) for x in by_query)
-                dq_s, dk_s, dv_s = _sweep_backward(
-                    scorer,
-                    sweep,
-                    (q_s * task.score.scale, do_s, dlse_s),
-                    [sweep.keys(x) for x in by_key],
-                    d_local,
-                    workspaces,
-                )
-                sweep.store_queries(dq_c, dq_s.mul_(task.score.scale))
-                sweep.add_keys(dk_c, dk_s)
-                sweep.add_keys(dv_c, dv_s)
+            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, Workspace(q))
+            q_s, do_s, dlse_s = (sweep.queries(chunk.of_tensor(x)) for x in (q, do, dlse))
+            by_key = [sweep.keys(chunk.of_tensor(x)) for x in (k, v)]
+            d_own = [torch.zeros_like(p) for p in local]
+            dq_s, dk_s, dv_s = _sweep_backward(
+                scorer, sweep, (q_s * task.score.scale, do_s, dlse_s), by_key, d_own
+            )
+            sweep.store_queries(chunk.of_tensor(dq), dq_s.mul_(task.score.scale))
+            return dk_s, dv_s, d_own
+
+        parts = chunks(q, _widest(sweeps), len(task.q_tokens))
+        items = list(itertools.product(parts, sweeps))
+        for (chunk, sweep), (dk_s, dv_s, d_own) in zip(items, in_order(items, work), strict=True):
+            sweep.add_keys(chunk.of_tensor(dk), dk_s)
+            sweep.add_keys(chunk.of_tensor(dv), dv_s)
+            for total, part in zip(d_local, d_own, strict=True):
+                total.add_(part)
+        if task.score.sink is not None:
+            # dsink = sum over rows of (dlse - do.o) exp(sink - lse)
+            sink = local[-1].view(1, *q.shape[1:3], 1)
+            pull = dlse.squeeze(-1) - (do * o).sum(-1)
+            d_local[-1] += (torch.exp(sink - lse) * pull).sum((0, 3)).flatten()
         d_parameters = (d.to(p.dtype) for d, p in zip(d_local, parameters, strict=True))
         return (None, dq, dk, dv, *d_parameters)
 
@@ -131,13 +137,13 @@ def _sweep_backward(
     by_query: tuple[Tensor, Tensor, Tensor],
     by_key: list[Tensor],
     d_parameters: list[Tensor],
-    workspaces: tuple[Workspace, Workspace],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [M, G, R, D], dk and dv [M, C, D] of scaled q, do, dlse and k, v; adds to those of the parameters.
 
     dq is the gradient of the scaled q.
     """
-    (q, do, dlse), (k, v), (products, parts) = by_query, by_key, workspaces
+    (q, do, dlse), (k, v) = by_query, by_key
+    products, parts = Workspace(q), Workspace(q)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for tile in sweep.tiles:
         columns, rows = _columns(tile, scorer.chunk), tile.rows
