@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,7 +60,6 @@ def run(
                 record |= {
                     "ok": False,
                     "error": text[:2000],
-                    "trace": traceback.format_exc()[-3000:],
                 }
             record["seconds"] = round(time.monotonic() - began, 2)
             write(record)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,8 +234,7 @@ def _warm_up(
     except Exception as error:
         runner.error = f"{type(error).__name__}: {error}"[:1500]
         runner.graph = None
-        trace = traceback.format_exc()[-3000:]
-        write({"case": case.name, "runner": runner.name, "failed": runner.error, "trace": trace})
+        write({"case": case.name, "runner": runner.name, "failed": runner.error})
 
 
 def _report(case: Case, runner: Runner, write: Writer) -> None:

@@ -27,7 +27,7 @@ RECORDS = ROOT / "benchmarks" / "cpu.jsonl"
 OURS = "foveal"
 PASSES = ("forward", "forward+backward")
 SHOWN = {
-    "image 96x96, window 13": "2-D neighborhood 13x13 on 96x96, 4 heads of 64",
+    "image 96x96, window 13x13": "2-D neighborhood 13x13 on 96x96, 4 heads of 64",
     "text 16384, causal window 512": "causal window 512, 16,384 tokens, 4 heads of 64",
 }
 
@@ -76,7 +76,7 @@ def _table(records: Sequence[Record]) -> str:
     lines.append("")
     lines.append(
         f"{facts['device_name']}, {facts['threads']} threads, float32, PyTorch {facts['torch']}; "
-        f"medians, (slower than foveal by). `{records[0].command}`"
+        "medians; in brackets, how many times as long as foveal. `foveal bench --suite cpu --threads 2`"
     )
     return "\n".join(lines)
 
@@ -120,7 +120,7 @@ def _chart(records: Sequence[Record]) -> str:
     while tick <= high:
         parts.append(
             f'<path d="M{x(tick):.1f} {top - 6}V{bottom}" stroke="#d5dae2"/>'
-            f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g} ms</text>'
+            f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,g} ms</text>'
         )
         tick *= 10
     for index, (label, time, ours) in enumerate(rows):

@@ -61,8 +61,8 @@ def attend(
     [B, *grid, Hq, Dv] in the dtype of q and, with `return_lse`, the natural log of the softmax
     denominator [B, *grid, Hq] in float32 (float64 for float64 inputs).  Gradients flow through both.
     Options: cu_seqlens int32 [N + 1], ascending from 0 to the total, confines the pattern to packed
-    documents (B is 1 as a rule, any B shares the cut); implementation names one of "sdpa", "cpu",
-    "reference", which then runs or raises RefusedError; None lets the plan choose.
+    documents (B is 1 as a rule, any B shares the cut); implementation names one of "hopper", "triton",
+    "sdpa", "cpu", "reference", which then runs or raises RefusedError; None lets the plan choose.
     Cost: 2 (D + Dv) FLOPs per visible pair and query head forward, 2.5 times that backward.
     Limits: a row that sees no key gives o = 0, lse = -inf and gradient 0; NaN and inf reach the rows
     that see them and no others.  Raises a subclass of foveal.errors.FovealError on bad input.

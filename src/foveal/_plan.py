@@ -45,6 +45,8 @@ def choose(
     refusals: list[tuple[str, str]] = []
     for name, module in TILE_IMPLEMENTATIONS.items():
         reason = module.refuses(problem, pattern, score)
+        if reason is None and module is hopper:
+            reason = hopper.caveat(pattern)
         if reason is None:
             return Plan(name, pattern, tuple(refusals))
         refusals.append((name, reason))

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from foveal._problem import Problem
 from foveal.engines.tile.parts import Task, solve, whole_task
 from foveal.patterns.base import Extent, Pattern
+from foveal.patterns.dense import Dense
 from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
 
@@ -25,6 +26,16 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
         or _refuses_sizes(problem)
         or _refuses_score(score)
         or _refuses_pattern(pattern, problem.extent)
+    )
+
+
+def caveat(pattern: Pattern) -> str | None:
+    """Why it runs only when named, or None."""
+    if isinstance(pattern, Dense):
+        return None
+    return (
+        "it lets NaN and inf of hidden keys reach other rows of their tile, "
+        "so it runs only when it is named"
     )
 
 

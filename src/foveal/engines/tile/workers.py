@@ -31,9 +31,10 @@ def in_order(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[
         with torch.no_grad():
             return work(item)
 
+    # The caller sums results meanwhile; a team of its own would take the workers' cores.
+    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from pool.map(alone, items)
     finally:
-        # What a worker sets for itself is also what threads started later would inherit.
         torch.set_num_threads(threads)
