@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.walk import Tile
+from foveal.engines.tile.workers import Scratch
 
 # Score matrices of one tile kept together: about the second-level cache of a current core.
 _WORKSPACE_BYTES = 2 << 20
@@ -79,20 +80,6 @@ def chunks(q: Tensor, widest: int, sub_problems: int) -> Iterator[Chunk]:
             yield Chunk(slice(n, n + 1), slice(h, min(h + room, kv_heads)), *shape)
 
 
-class Workspace:
-    """One buffer for the score matrices of a tile, used again by the next tile."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._buffer = like.new_empty(0)
-
-    def matrices(self, count: int, rows: int, columns: int) -> Tensor:
-        """Unwritten memory [count, rows, columns]."""
-        size = count * rows * columns
-        if self._buffer.numel() < size:
-            self._buffer = self._buffer.new_empty(size)
-        return self._buffer[:size].view(count, rows, columns)
-
-
 @dataclass
 class Weights:
     """Softmax weights of one tile [M, G, rows, columns], and what the backward needs beside them.
@@ -125,19 +112,20 @@ class Scorer:
     parameters: tuple[Tensor, ...]
     careful: bool
     with_lse: bool
-    workspace: Workspace
+    scratch: Scratch
 
     def weights(self, tile: Tile, q: Tensor, k: Tensor) -> Weights:
-        """Weights of scaled q [M, G rows, D] on k [M, columns, D]; they live in the workspace."""
+        """Weights of q [M, G rows, D] on k [M, D, columns]; they live in the scratch."""
         score = self.task.score
-        products = self.workspace.matrices(q.shape[0], q.shape[1], k.shape[1])
-        torch.bmm(q, k.transpose(1, 2), out=products)
+        shape = (q.shape[0], q.shape[1], k.shape[2])
+        products = self.scratch.take("scores", shape, q.dtype)
+        torch.baddbmm(products, q, k, beta=0, alpha=score.scale, out=products)
         slope = None
         if (cap := score.soft_cap) is not None:
             products.div_(cap).tanh_()
             slope = 1 - products * products
             products.mul_(cap)
-        scores = products.view(len(q), -1, tile.height, k.shape[1])
+        scores = products.view(len(q), -1, tile.height, k.shape[2])
         for index, parameter in enumerate(self.parameters[: len(score.terms)]):
             scores += self._bias(index, parameter, tile)
         hidden = self._hide(tile, scores)
@@ -157,6 +145,21 @@ class Scorer:
                 lse = total
         slope = None if slope is None else slope.view(scores.shape)
         return Weights(scores, slope, hidden, lse)
+
+    def score_gradient(self, weights: Weights, products: Tensor, dlse: Tensor) -> Tensor:
+        """Gradient of the scores [M, G, rows, columns], written over products = do v^T.
+
+        dS = P (dP - sum_j P dP) + P dlse: lse moves with every score of its row by its weight.
+        """
+        ds = products.view(weights.values.shape)
+        if weights.hidden is not None:
+            ds.masked_fill_(weights.hidden, 0.0)
+        torch.ops.aten._softmax_backward_data.out(ds, weights.values, -1, ds.dtype, grad_input=ds)
+        if self.task.with_lse:
+            ds.addcmul_(weights.values, dlse)
+        if weights.hidden is not None:
+            ds.masked_fill_(weights.hidden, 0.0)
+        return ds
 
     def bias_gradient(self, index: int, ds: Tensor, tile: Tile) -> Tensor:
         """Gradient of a term's parameter, given that of the scores of a tile [M, G, rows, columns]."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveal.engines.tile.cpu_scores import Chunk, Scorer, Workspace, chunks
+from foveal.engines.tile.cpu_scores import Chunk, Scorer, chunks
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.reference import visible_product
-from foveal.engines.tile.walk import Listed, Runs, Sweep, Tile, walk
-from foveal.engines.tile.workers import in_order
+from foveal.engines.tile.stacks import Stack, stacks
+from foveal.engines.tile.walk import Sweep, walk
+from foveal.engines.tile.workers import Scratch, in_order
 
 
 class TiledAttention(torch.autograd.Function):
@@ -37,15 +38,17 @@ class TiledAttention(torch.autograd.Function):
         local = tuple(p.to(q.dtype) for p in parameters)
         sweeps = walk(task.pattern, task.extent, q.shape[:3].numel())
 
-        def work(item: tuple[Chunk, Sweep]) -> None:
+        def work(item: tuple[Chunk, Sweep], scratch: Scratch) -> None:
             chunk, sweep = item
-            scorer = Scorer(task, chunk, local, careful, with_lse, Workspace(q))
-            q_c, k_c, v_c, o_c, lse_c = (chunk.of_tensor(x) for x in (q, k, v, o, lse))
-            q_s = sweep.queries(q_c) * task.score.scale
-            k_s, v_s = sweep.keys(k_c), sweep.keys(v_c)
-            o_s, lse_s = _sweep_forward(scorer, sweep, q_s, k_s, v_s)
-            sweep.store_queries(o_c, o_s)
-            sweep.store_queries(lse_c, lse_s)
+            scorer = Scorer(task, chunk, local, careful, with_lse, scratch)
+            q_s = sweep.queries(chunk.of_tensor(q), scratch, "q")
+            k_s, v_s = (sweep.keys(chunk.of_tensor(x), scratch, n) for x, n in ((k, "k"), (v, "v")))
+            o_c, lse_c = chunk.of_tensor(o), chunk.of_tensor(lse)
+            o_s = sweep.results(o_c, scratch, "o")
+            lse_s = sweep.results(lse_c, scratch, "lse")
+            _sweep_forward(scorer, sweep, (q_s, k_s, v_s), (o_s, lse_s))
+            sweep.store(o_c, o_s)
+            sweep.store(lse_c, lse_s)
 
         parts = chunks(q, _widest(sweeps), len(task.q_tokens))
         for _ in in_order(list(itertools.product(parts, sweeps)), work):
@@ -71,17 +74,24 @@ class TiledAttention(torch.autograd.Function):
             dlse = _like_queries(q, 1).zero_()
         sweeps = walk(task.pattern, task.extent, q.shape[:3].numel())
 
-        def work(item: tuple[Chunk, Sweep]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        def work(
+            item: tuple[Chunk, Sweep], scratch: Scratch
+        ) -> tuple[Tensor, Tensor, list[Tensor]]:
             chunk, sweep = item
             with_lse = task.score.sink is not None
-            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, Workspace(q))
-            q_s, do_s, dlse_s = (sweep.queries(chunk.of_tensor(x)) for x in (q, do, dlse))
-            by_key = [sweep.keys(chunk.of_tensor(x)) for x in (k, v)]
-            d_own = [torch.zeros_like(p) for p in local]
-            dq_s, dk_s, dv_s = _sweep_backward(
-                scorer, sweep, (q_s * task.score.scale, do_s, dlse_s), by_key, d_own
+            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, scratch)
+            q_s, do_s, dlse_s = (
+                sweep.queries(chunk.of_tensor(x), scratch, name)
+                for x, name in ((q, "q"), (do, "do"), (dlse, "dlse"))
             )
-            sweep.store_queries(chunk.of_tensor(dq), dq_s.mul_(task.score.scale))
+            by_key = [
+                sweep.keys(chunk.of_tensor(x), scratch, name) for x, name in ((k, "k"), (v, "v"))
+            ]
+            d_own = [torch.zeros_like(p) for p in local]
+            dq_c = chunk.of_tensor(dq)
+            dq_s = sweep.results(dq_c, scratch, "dq")
+            dk_s, dv_s = _sweep_backward(scorer, sweep, (q_s, do_s, dlse_s), by_key, dq_s, d_own)
+            sweep.store(dq_c, dq_s)
             return dk_s, dv_s, d_own
 
         parts = chunks(q, _widest(sweeps), len(task.q_tokens))
@@ -112,23 +122,33 @@ def _zeros_like_keys(k: Tensor) -> Tensor:
 
 
 def _sweep_forward(
-    scorer: Scorer, sweep: Sweep, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """o [M, G, R, Dv] and lse [M, G, R, 1] of q [M, G, R, D] on k and v [M, C, D]."""
-    o = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(*q.shape[:3], 1)
-    for tile in sweep.tiles:
-        columns, rows = _columns(tile, scorer.chunk), tile.rows
-        if columns.width == 0:
-            sink = scorer.sink()
-            o[:, :, rows] = 0.0
-            lse[:, :, rows, 0] = -torch.inf if sink is None else sink
+    scorer: Scorer,
+    sweep: Sweep,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+) -> None:
+    """Writes o [M, G, R, Dv] and lse [M, G, R, 1] of q [M, G, R, D] on k and v [M, C, D].
+
+    lse is written only if the scorer computes it.
+    """
+    (q, k, v), (o, lse) = inputs, results
+    for stack in stacks(sweep.tiles, scorer.chunk):
+        if stack.columns.width == 0:
+            _nothing_seen(scorer, stack, o, lse)
             continue
-        weights = scorer.weights(tile, _rows(q, rows), columns.take(k))
-        if weights.lse is not None:
-            lse[:, :, rows, 0] = weights.lse
-        _product_into(o[:, :, rows], weights.matrices, columns.take(v), weights.hidden)
-    return o, lse
+        cut = (stack.of_queries(q), stack.of_keys_transposed(k), stack.of_keys(v))
+        for tile, q_t, k_t, v_t, o_t in zip(stack.tiles, *cut, stack.outputs(o), strict=True):
+            weights = scorer.weights(tile, q_t, k_t)
+            if weights.lse is not None:
+                lse[:, :, tile.rows, 0] = weights.lse
+            _product_into(o_t, weights.matrices, v_t, weights.hidden)
+
+
+def _nothing_seen(scorer: Scorer, stack: Stack, o: Tensor, lse: Tensor) -> None:
+    sink = scorer.sink()
+    for tile in stack.tiles:
+        o[:, :, tile.rows] = 0.0
+        lse[:, :, tile.rows, 0] = -torch.inf if sink is None else sink
 
 
 def _sweep_backward(
@@ -136,64 +156,50 @@ def _sweep_backward(
     sweep: Sweep,
     by_query: tuple[Tensor, Tensor, Tensor],
     by_key: list[Tensor],
+    dq: Tensor,
     d_parameters: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [M, G, R, D], dk and dv [M, C, D] of scaled q, do, dlse and k, v; adds to those of the parameters.
-
-    dq is the gradient of the scaled q.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Writes dq [M, G, R, D], adds to the gradients of the parameters, returns dk and dv [M, C, D]."""
     (q, do, dlse), (k, v) = by_query, by_key
-    products, parts = Workspace(q), Workspace(q)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for tile in sweep.tiles:
-        columns, rows = _columns(tile, scorer.chunk), tile.rows
-        if columns.width == 0:
-            dq[:, :, rows] = 0.0
+    take, scale = scorer.scratch.take, scorer.task.score.scale
+    dk, dv = (take(n, x.shape, x.dtype).zero_() for x, n in ((k, "dk"), (v, "dv")))
+    for stack in stacks(sweep.tiles, scorer.chunk):
+        if stack.columns.width == 0:
+            for tile in stack.tiles:
+                dq[:, :, tile.rows] = 0.0
             continue
-        q_t, do_t, k_t = _rows(q, rows), _rows(do, rows), columns.take(k)
-        weights = scorer.weights(tile, q_t, k_t)
-        part = parts.matrices(v.shape[0], columns.width, v.shape[2])
-        columns.add(dv, torch.bmm(weights.matrices.transpose(1, 2), do_t, out=part))
-        ds = products.matrices(q_t.shape[0], q_t.shape[1], columns.width)
-        torch.bmm(do_t, columns.take(v).transpose(1, 2), out=ds)
-        ds = ds.view(weights.values.shape)
-        if weights.hidden is not None:
-            ds.masked_fill_(weights.hidden, 0.0)
-        # dS = P (dP - sum_j P dP) + P dlse: lse moves with every score of its row by its weight.
-        torch.ops.aten._softmax_backward_data.out(ds, weights.values, -1, ds.dtype, grad_input=ds)
-        if scorer.task.with_lse:
-            ds.addcmul_(weights.values, dlse[:, :, rows])
-        if weights.hidden is not None:
-            ds.masked_fill_(weights.hidden, 0.0)
-        for index in range(len(scorer.task.score.terms)):
-            d_parameters[index] += scorer.bias_gradient(index, ds, tile)
-        if weights.slope is not None:
-            ds.mul_(weights.slope)
-        _product_into(dq[:, :, rows], ds.flatten(1, 2), k_t, weights.hidden)
-        part = parts.matrices(k.shape[0], columns.width, k.shape[2])
-        columns.add(dk, torch.bmm(ds.flatten(1, 2).transpose(1, 2), q_t, out=part))
-    return dq, dk, dv
+        rows = (stack.of_queries(q), stack.of_queries(do), stack.outputs(dq))
+        columns = (stack.of_keys(k), stack.of_keys_transposed(k), stack.of_keys_transposed(v))
+        sums = (stack.adders(dk), stack.adders(dv))
+        for tile, q_t, do_t, dq_t, k_t, kt_t, vt_t, add_dk, add_dv in zip(
+            stack.tiles, *rows, *columns, *sums, strict=True
+        ):
+            weights = scorer.weights(tile, q_t, kt_t)
+            add_dv(weights.matrices.mT, do_t)
+            products = torch.bmm(
+                do_t, vt_t, out=take("ds", (*do_t.shape[:2], vt_t.shape[2]), q.dtype)
+            )
+            ds = scorer.score_gradient(weights, products, dlse[:, :, tile.rows])
+            for index in range(len(scorer.task.score.terms)):
+                d_parameters[index] += scorer.bias_gradient(index, ds, tile)
+            if weights.slope is not None:
+                ds.mul_(weights.slope)
+            _product_into(dq_t, products, k_t, weights.hidden, scale)
+            add_dk(products.mT, q_t, alpha=scale)
+    return dk, dv
 
 
-def _product_into(out: Tensor, matrices: Tensor, values: Tensor, hidden: Tensor | None) -> None:
-    """out [M, G, rows, D] = matrices [M, G rows, columns] @ values [M, columns, D]"""
+def _product_into(
+    out: Tensor, matrices: Tensor, values: Tensor, hidden: Tensor | None, alpha: float = 1.0
+) -> None:
+    """out = alpha matrices [M, G rows, columns] @ values [M, columns, D], out as by `Stack.outputs`."""
     if hidden is not None:
-        out.copy_(visible_product(matrices, values, ~hidden.flatten(1, 2)).view(out.shape))
-    elif out.shape[1] == 1:
-        torch.bmm(matrices, values, out=out[:, 0])
+        product = visible_product(matrices, values, ~hidden.flatten(1, 2))
+        torch.mul(product.view(out.shape), alpha, out=out)
+    elif out.dim() == 3:
+        torch.baddbmm(out, matrices, values, beta=0, alpha=alpha, out=out)
     else:
-        out.copy_(torch.bmm(matrices, values).view(out.shape))
-
-
-def _rows(x: Tensor, rows: slice) -> Tensor:
-    """[M, G rows, D] of x [M, G, R, D]"""
-    return x[:, 0, rows] if x.shape[1] == 1 else x[:, :, rows].flatten(1, 2)
-
-
-def _columns(tile: Tile, chunk: Chunk) -> Runs | Listed:
-    if isinstance(tile.columns, Tensor):
-        return Listed(chunk.of_broadcast(tile.columns))
-    return tile.columns
+        torch.mul(torch.bmm(matrices, values).view(out.shape), alpha, out=out)
 
 
 def _widest(sweeps: tuple[Sweep, ...]) -> int:

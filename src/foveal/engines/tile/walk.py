@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.engines.tile.workers import Scratch
 from foveal.patterns.base import PARTIAL, SKIPPED, Bounds, Extent, Pattern
 
 Slices = tuple[slice, ...]
@@ -67,11 +68,11 @@ class Runs:
             return keys[:, self.slices[0]]
         return torch.cat([keys[:, s] for s in self.slices], dim=1)
 
-    def add(self, total: Tensor, part: Tensor) -> None:
-        """total[:, columns] += part [M, columns, D]"""
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+        """total[:, columns] += alpha left [M, columns, rows] @ right [M, rows, D]"""
         widths = [s.stop - s.start for s in self.slices]
-        for run, piece in zip(self.slices, part.split(widths, dim=1), strict=True):
-            total[:, run].add_(piece)
+        for run, piece in zip(self.slices, left.split(widths, dim=1), strict=True):
+            total[:, run].baddbmm_(piece, right, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Listed:
     def take(self, keys: Tensor) -> Tensor:
         return keys.gather(1, self._rows(keys.shape[-1]))
 
-    def add(self, total: Tensor, part: Tensor) -> None:
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+        part = torch.bmm(left, right).mul_(alpha)
         total.scatter_add_(1, self._rows(total.shape[-1]), part)
 
     def _rows(self, width: int) -> Tensor:
@@ -126,18 +128,24 @@ class Sweep:
     q_box: Slices = ()
     k_box: Slices = ()
 
-    def queries(self, tokens: Tensor) -> Tensor:
-        """Contiguous [M, G, R, D] of tokens [N, heads, G, Lq, D], however they are stored."""
-        return self._q_view(tokens).flatten(3, -2).flatten(0, 1).contiguous()
+    def queries(self, tokens: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """Matrices [M, G, R, D] of tokens [N, heads, G, Lq, D]: a view where one will do."""
+        return _matrices(self._q_view(tokens), 3, scratch, name)
 
-    def keys(self, tokens: Tensor) -> Tensor:
-        """Contiguous [M, C, D] of tokens [N, heads, Lk, D]."""
-        return self._k_view(tokens).flatten(2, -2).flatten(0, 1).contiguous()
+    def keys(self, tokens: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """Matrices [M, C, D] of tokens [N, heads, Lk, D]: a view where one will do."""
+        return _matrices(self._k_view(tokens), 2, scratch, name)
 
-    def store_queries(self, total: Tensor, part: Tensor) -> None:
-        """total[box] = part [M, G, R, D]"""
+    def results(self, total: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """Unwritten matrices [M, G, R, D] for `store`: total [N, heads, G, Lq, D] itself if it will do."""
         view = self._q_view(total)
-        view.copy_(part.view(view.shape))
+        return view[0] if _one_batch_of_matrices(view, 3) else _flattened(view, 3, scratch, name)
+
+    def store(self, total: Tensor, part: Tensor) -> None:
+        """total[box] = part [M, G, R, D], as `results` gave it."""
+        view = self._q_view(total)
+        if not _one_batch_of_matrices(view, 3):
+            view.copy_(part.view(view.shape))
 
     def add_keys(self, total: Tensor, part: Tensor) -> None:
         """total[box] += part [M, C, D]"""
@@ -149,6 +157,27 @@ class Sweep:
 
     def _k_view(self, tokens: Tensor) -> Tensor:
         return _boxed(tokens, self.extent.kv_grid, self.k_box)
+
+
+def _matrices(view: Tensor, outer: int, scratch: Scratch, name: str) -> Tensor:
+    """[M, ..., rows, D] of a view [n, heads, ..., *box, D] with `outer` axes before its box."""
+    if _one_batch_of_matrices(view, outer):
+        return view[0]
+    matrices = _flattened(view, outer, scratch, name)
+    matrices.view(view.shape).copy_(view)
+    return matrices
+
+
+def _one_batch_of_matrices(view: Tensor, outer: int) -> bool:
+    """Whether products may read view[0] as it stands."""
+    return view.shape[0] == 1 and view.dim() == outer + 2 and view.stride(-1) == 1
+
+
+def _flattened(view: Tensor, outer: int, scratch: Scratch, name: str) -> Tensor:
+    """Unwritten contiguous memory for the matrices of a view."""
+    rows = math.prod(view.shape[outer:-1])
+    shape = (view.shape[0] * view.shape[1], *view.shape[2:outer], rows, view.shape[-1])
+    return scratch.take(name, shape, view.dtype)
 
 
 def _boxed(tokens: Tensor, grid: tuple[int, ...], box: Slices) -> Tensor:
@@ -188,7 +217,7 @@ _CALLS = 50_000
 _HALF_SPEED_ROWS = 24
 # Queries of one sweep: with their keys they are copied out of the caller's layout once.
 _SWEEP_QUERIES = 2048
-_SIDES = {1: (16, 32, 64, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
+_SIDES = {1: (16, 32, 64, 96, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
 
 
 def choose_tile(bounds: Bounds, heads: int) -> tuple[int, ...]:
