@@ -331,47 +331,40 @@ def _flex(case: Case) -> Attend:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=case.kv_heads is not None)
 
 
-def sweep(stage: str, dim: int, write: Writer) -> None:
-    """Times of the portable edition with other sizes of one kernel, dense, causal and local."""
-    grids = {
+def sweep(stage: str, dim: int, configs: list[tuning.Config], write: Writer) -> None:
+    """Times of the portable edition with other sizes of one kernel: full rows, causal and local."""
+    problems = {
         "dense": (fv.Dense(), (8192,)),
         "causal": (fv.Causal(), (8192,)),
         "local": (fv.Neighborhood((25, 25)), (128, 128)),
     }
-    lookup = tuning.lookup
-    for queries, keys, warps, stages in _configs():
-        config = tuning.Config(queries, keys, warps, stages)
-
-        def chosen(kind: str, *rest: Any, config: tuning.Config = config) -> tuning.Config:
-            return config if kind == stage else lookup(kind, *rest)
-
-        tuning.lookup = chosen
+    part = "forward" if stage == "forward" else "backward"
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    for config in configs or list(_configs()):
         record: dict[str, object] = {"stage": stage, "dim": dim, **dataclasses.asdict(config)}
-        for name, (pattern, grid) in grids.items():
+        for name, (pattern, grid) in problems.items():
             case = Case(name, grid, 16, dim, pattern)
             inputs = tuple(
                 torch.randn(1, *grid, 16, dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv"
             )
             runner = _ours(case, "triton", inputs)
-            part = "forward" if stage == "forward" else "backward"
             try:
-                if part == "backward":
-                    runner.prepare_backward()
-                call = runner.forward if part == "forward" else runner.backward
-                call()
-                flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-                for _ in range(5):
-                    _sample(runner, part, call, flush)
+                with tuning.forced(stage, config):
+                    if part == "backward":
+                        runner.prepare_backward()
+                    call = runner.forward if part == "forward" else runner.backward
+                    call()
+                    for _ in range(7):
+                        _sample(runner, part, call, flush)
                 record[name] = min(runner.samples[part])
             except Exception as error:
                 record[name] = f"{type(error).__name__}: {error}"[:200]
         write(record)
         print(record, flush=True)
-    tuning.lookup = lookup
 
 
-def _configs() -> Iterator[tuple[int, int, int, int]]:
+def _configs() -> Iterator[tuning.Config]:
     for queries, keys in ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32)):
         for warps in (4, 8):
             for stages in (1, 2, 3):
-                yield queries, keys, warps, stages
+                yield tuning.Config(queries, keys, warps, stages)

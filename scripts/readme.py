@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Regenerates the numbers of the README from committed records and the catalogue.
+"""Regenerates the numbers of the README and of benchmarks/README.md from committed records and the catalogue.
 
-python scripts/readme.py            # rewrite README.md and benchmarks/cpu.svg
+python scripts/readme.py            # rewrite both and benchmarks/cpu.svg
 python scripts/readme.py --check    # exit 1 when they are stale
 """
 
@@ -17,13 +17,16 @@ from html import escape
 from pathlib import Path
 
 import foveal as fv
-from foveal.bench.measure import ratio, summarise
-from foveal.bench.record import MEASURED, Record, RecordFile
+from foveal.bench.heat import CHOSEN, Heat, heats
+from foveal.bench.measure import BACKWARD, FORWARD, ratio, summarise
+from foveal.bench.record import ABSENT, MEASURED, Record, RecordFile
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CHART = ROOT / "benchmarks" / "cpu.svg"
 RECORDS = ROOT / "benchmarks" / "cpu.jsonl"
+RESULTS = ROOT / "benchmarks" / "README.md"
+MASKS = ROOT / "benchmarks" / "masks_h100.jsonl"
 OURS = "foveal"
 PASSES = ("forward", "forward+backward")
 SHOWN = {
@@ -40,8 +43,9 @@ def main() -> int:
     text = README.read_text(encoding="utf-8")
     text = _between(text, "numbers", _table(records))
     text = _between(text, "families", _families())
+    results = _between(RESULTS.read_text(encoding="utf-8"), "masks", _masks())
     stale = []
-    for path, content in ((README, text), (CHART, _chart(records))):
+    for path, content in ((README, text), (CHART, _chart(records)), (RESULTS, results)):
         if path.exists() and path.read_text(encoding="utf-8") == content:
             continue
         stale.append(path.relative_to(ROOT))
@@ -79,6 +83,60 @@ def _table(records: Sequence[Record]) -> str:
         "medians; in brackets, how many times as long as foveal. `foveal bench --suite cpu --threads 2`"
     )
     return "\n".join(lines)
+
+
+def _masks() -> str:
+    """TFLOP/s of every implementation on every mask, forward / backward, one table per length."""
+    records = RecordFile(MASKS).read()
+    if not records:
+        return "No records of the masks suite are committed yet."
+    blocks = [
+        f"`{MASKS.name}`: `foveal bench --suite masks --device cuda` ([what is measured]"
+        "(../docs/guides/masks.md)); the `--out` folder was removed from the recorded commands."
+    ]
+    found = heats(records, (FORWARD, BACKWARD))
+    for forward, backward in zip(found[::2], found[1::2], strict=True):
+        rows = [
+            row
+            for row in forward.rows
+            if any(forward.word(row, c) != _ABSENT for c in forward.columns)
+        ]
+        lines = [
+            f"TFLOP/s forward / backward, {forward.length:,} tokens:",
+            "",
+            f"| mask | {' | '.join(rows)} |",
+            "|---" * (len(rows) + 1) + "|",
+        ]
+        for column in forward.columns:
+            cells = (_mask_cell(forward, backward, row, column) for row in rows)
+            lines.append(f"| {column} | {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    facts, absent = records[0].environment, {r.title for r in records if r.status == ABSENT}
+    ceilings = facts["ceilings"][records[0].case["dtype"]]
+    missing = f" Not installed there: {', '.join(sorted(absent))}." if absent else ""
+    products, copies = (ceilings[name] / 1e12 for name in ("flops_per_second", "bytes_per_second"))
+    blocks.append(
+        f"{facts['device_name']}, PyTorch {facts['torch']}, bfloat16, 64 heads of 128 on 8, FLOPs of "
+        f"visible pairs; {CHOSEN} what the plan chooses; ceilings measured in the run: "
+        f"{products:.0f} TFLOP/s, {copies:.2f} TB/s.{missing}"
+    )
+    return "\n\n".join(blocks)
+
+
+_ABSENT = "absent"
+
+
+def _mask_cell(forward: Heat, backward: Heat, row: str, column: str) -> str:
+    if forward.value(row, column) is None:
+        return forward.word(row, column)
+    passes = []
+    for heat in (forward, backward):
+        value = heat.value(row, column)
+        text = heat.word(row, column) if value is None else f"{value / 1e12:.0f}"
+        passes.append(
+            f"**{text}**" if value is not None and value == heat.fastest(column) else text
+        )
+    return " / ".join(passes) + (f" {CHOSEN}" if forward.chosen(row, column) else "")
 
 
 def _families() -> str:

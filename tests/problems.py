@@ -42,6 +42,13 @@ PATTERNS: list[tuple[fv.Pattern, Grids]] = [
     (fv.Causal() & fv.Strided(2, causal=False), ((15,), (15,))),
     (fv.Sliding(3) | fv.Strided(5), ((21,), (21,))),
     (fv.Axial(0) | fv.Axial(1), ((5, 4), (5, 4))),
+    (fv.Axial(0) | fv.Neighborhood((3, 3)), ((9, 11), (9, 11))),
+    (fv.Sphere(0.7), ((6, 9), (6, 9))),
+    (fv.Sphere(0.7), ((4, 5), (6, 10))),
+    (fv.Scales((1, 2, (2, 3), 3), "before"), ((20,), (20,))),
+    (fv.Scales((1, 2, (2, 3), 3), window=2), ((20,), (20,))),
+    (fv.Tree(torch.tensor([[0, 0, 0, 1, 1, 2, -1], [-1, 0, -1, 0, -1, 0, -1]])), ((7,), (7,))),
+    (fv.Rows(torch.tensor([0, 3, 1, 1]), torch.tensor([2, 9, 1, 5])), ((4,), (9,))),
 ]
 
 ScoreMaker = Callable[[Sizes, fv.Pattern, torch.Generator], fv.Score]

@@ -40,7 +40,7 @@ FOREIGN = {
 @pytest.mark.parametrize("name", MODULES)
 def test_public_names_are_sorted_and_present(name: str) -> None:
     module = importlib.import_module(name)
-    assert list(module.__all__) == sorted(module.__all__)
+    assert list(module.__all__) == sorted(module.__all__, key=lambda n: (not n.isupper(), n))
     assert len(set(module.__all__)) == len(module.__all__)
     assert all(hasattr(module, public) for public in module.__all__)
 

@@ -7,15 +7,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from foveal._errors import PatternError, ScoreError
+from foveal import _operators
 from foveal._memory import memory_note
-from foveal._plan import TILE_IMPLEMENTATIONS, Plan, choose
-from foveal._problem import Problem, describe
-from foveal.patterns.base import Pattern
+from foveal._plan import TILE_IMPLEMENTATIONS, prepare
+from foveal.engines.tile.recorded import record, transforming
+from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
-from foveal.patterns.documents import pack
-from foveal.scores.base import Geometry, Score
-from foveal.scores.normal import NormalForm, check_parameters, normal_form
+from foveal.scores.base import Score
 from foveal.scores.softmax import Softmax
 
 
@@ -66,38 +64,54 @@ def attend(
     Cost: 2 (D + Dv) FLOPs per visible pair and query head forward, 2.5 times that backward.
     Limits: a row that sees no key gives o = 0, lse = -inf and gradient 0; NaN and inf reach the rows
     that see them and no others.  Raises a subclass of foveal.errors.FovealError on bad input.
+    Transforms: one operator under torch.compile; autocast casts q, k, v as it does for PyTorch's own
+    attention; torch.func maps it and differentiates it once.  The capture of a CUDA graph needs one
+    call of the same kind before it; cu_seqlens on a device are read once per tensor and per write that
+    PyTorch counts, which the replay of a graph is not.
     """
-    problem = describe(q, k, v, return_lse)
-    plan, form, geometry = prepare(problem, q.device, pattern, score, cu_seqlens, implementation)
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (_autocast(x) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return _attend(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
+    return _attend(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As PyTorch casts the arguments of its own attention."""
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    score: Score,
+    cu_seqlens: Tensor | None,
+    return_lse: bool,
+    implementation: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return _operators.attend(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
+    prepared = prepare(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
+    problem, form = prepared.problem, prepared.form(score)
+    if prepared.division is not None or transforming():
+        run = prepared.run(form)
+        with memory_note(problem, prepared.plan):
+            o, statistic = record(run, q, k, v, *form.parameters)
+        o = o if o.shape[:-1] == q.shape[:-1] else o.unflatten(1, problem.extent.q_grid)
+        return (o, _lse(statistic, run.lse_unit, problem.extent)) if return_lse else o
+    module = TILE_IMPLEMENTATIONS[prepared.plan.implementation]
     flat = (x.flatten(1, -3) for x in (q, k, v))
-    with memory_note(problem, plan):
-        o, lse = TILE_IMPLEMENTATIONS[plan.implementation].attend(
-            problem, plan.pattern, form, geometry, *flat
-        )
+    with memory_note(problem, prepared.plan):
+        o, lse = module.attend(problem, prepared.plan.pattern, form, prepared.geometry, *flat)
     grid = problem.extent.q_grid
     o = o.unflatten(1, grid)
     return (o, lse.to(problem.lse_dtype).unflatten(1, grid)) if return_lse else o
 
 
-def prepare(
-    problem: Problem,
-    device: torch.device,
-    pattern: Pattern,
-    score: Score,
-    cu_seqlens: Tensor | None,
-    implementation: str | None,
-) -> tuple[Plan, NormalForm, Geometry]:
-    """Everything that is decided before a kernel runs."""
-    if not isinstance(pattern, Pattern):
-        raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
-    if not isinstance(score, Score):
-        raise ScoreError("score", type(score), "a score such as fv.Softmax() is needed")
-    if cu_seqlens is not None:
-        pattern = pack(pattern, cu_seqlens, problem.extent)
-    else:
-        pattern.validate(problem.extent)
-    pattern.validate_lists(problem.batch, problem.q_heads, problem.kv_heads)
-    geometry = Geometry(pattern, problem.extent, problem.batch, problem.q_heads, problem.kv_heads)
-    form = normal_form(score, problem.head_dim, geometry)
-    check_parameters(form, device)
-    return choose(problem, pattern, form, implementation), form, geometry
+def _lse(statistic: Tensor, unit: float, extent: Extent) -> Tensor:
+    """[B, *grid, Hq] of [B, Hq, Lq]"""
+    lse: Tensor = statistic.transpose(1, 2).unflatten(1, extent.q_grid)
+    return lse if unit == 1.0 else lse * unit

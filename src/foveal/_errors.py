@@ -51,6 +51,10 @@ class ScoreError(_ArgumentError, ValueError):
     """A score whose parameters or tensors do not fit the problem."""
 
 
+class RuleError(_ArgumentError, ValueError):
+    """A rule whose parameters are out of range, or a state or gate that it cannot use."""
+
+
 class SelectionError(_ArgumentError, ValueError):
     """A block selection that breaks its contract."""
 

@@ -1,15 +1,29 @@
-"""Which implementation runs a problem, and why the others do not."""
+"""Which implementation runs a problem, why the others do not, and what is kept between calls."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import cast
 
-from foveal._errors import RefusedError, UnknownNameError
-from foveal._problem import Problem
+import torch
+from torch import Tensor
+
+from foveal._capture import capturing
+from foveal._errors import PatternError, RefusedError, ScoreError, UnknownNameError
+from foveal._packing import document_ends
+from foveal._problem import Problem, describe
+from foveal._recent import Recent
 from foveal.engines.tile import cpu, hopper, reference, sdpa, triton
+from foveal.engines.tile.parts import Division, Kernels, divide
+from foveal.engines.tile.recorded import KernelRun, RepeatedRun, Run
 from foveal.patterns.base import Pattern
-from foveal.scores.normal import NormalForm
+from foveal.patterns.blocks import Blocks
+from foveal.patterns.documents import pack
+from foveal.scores.base import Geometry, Score
+from foveal.scores.normal import NormalForm, check_parameters, collect, normal_form
 
 # Asked in this order; the first that does not refuse runs.
 TILE_IMPLEMENTATIONS: dict[str, ModuleType] = {
@@ -19,6 +33,8 @@ TILE_IMPLEMENTATIONS: dict[str, ModuleType] = {
     "cpu": cpu,
     "reference": reference,
 }
+# Those that give their gradients themselves; the others are differentiated by PyTorch.
+KERNELS = ("hopper", "triton")
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,161 @@ def choose(
     for name, module in TILE_IMPLEMENTATIONS.items():
         reason = module.refuses(problem, pattern, score)
         if reason is None and module is hopper:
-            reason = hopper.caveat(pattern)
+            reason = hopper.caveat(score)
         if reason is None:
             return Plan(name, pattern, tuple(refusals))
         refusals.append((name, reason))
     raise AssertionError("the reference never refuses")
+
+
+def decide(
+    problem: Problem,
+    device: torch.device,
+    pattern: Pattern,
+    score: Score,
+    cu_seqlens: Tensor | None,
+    implementation: str | None,
+) -> tuple[Plan, NormalForm, Geometry]:
+    """Checks a call and chooses what runs it."""
+    if not isinstance(pattern, Pattern):
+        raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
+    if not isinstance(score, Score):
+        raise ScoreError("score", type(score), "a score such as fv.Softmax() is needed")
+    if cu_seqlens is not None:
+        pattern = pack(pattern, cu_seqlens, problem.extent)
+    else:
+        pattern.validate(problem.extent)
+    pattern.validate_lists(problem.batch, problem.q_heads, problem.kv_heads)
+    geometry = Geometry(pattern, problem.extent, problem.batch, problem.q_heads, problem.kv_heads)
+    form = normal_form(score, problem.head_dim, geometry)
+    check_parameters(form, device)
+    return choose(problem, pattern, form, implementation), form, geometry
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is found once per kind of call; it holds no tensor that a call or a score holds.
+
+    `plain` is the form of a score without tensors; `division` is there for those in KERNELS.
+    """
+
+    problem: Problem
+    plan: Plan
+    geometry: Geometry
+    plain: NormalForm | None
+    division: Division | None
+
+    def form(self, score: Score) -> NormalForm:
+        return collect(score, self.problem.head_dim) if self.plain is None else self.plain
+
+    def run(self, form: NormalForm) -> Run:
+        """The call without its tensors, as one step of autograd."""
+        return self._plain_run if form is self.plain else self._run(form)
+
+    @functools.cached_property
+    def _plain_run(self) -> Run:
+        assert self.plain is not None
+        return self._run(self.plain)
+
+    def _run(self, form: NormalForm) -> Run:
+        name = self.plan.implementation
+        module = TILE_IMPLEMENTATIONS[name]
+        if self.division is None:
+            return RepeatedRun(name, module, self.problem, self.plan.pattern, form, self.geometry)
+        kernels, with_lse = cast(Kernels, module), self.problem.return_lse
+        return KernelRun(name, kernels, self.division, form, self.geometry, with_lse)
+
+
+# Lists found from data live as long as their entry: fewer of them, each with the writes it has seen.
+_STATIC: Recent[Prepared] = Recent(128)
+_LISTED: Recent[tuple[tuple[int, ...], Prepared]] = Recent(8)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    score: Score,
+    cu_seqlens: Tensor | None,
+    return_lse: bool,
+    implementation: str | None,
+) -> Prepared:
+    """Everything that is decided before a kernel runs, found once per kind of call."""
+    call = q, k, v, pattern, score, cu_seqlens, return_lse, implementation
+    if not isinstance(pattern, Pattern) or not isinstance(score, Score):
+        return _prepare(*call)
+    ends = None if cu_seqlens is None else document_ends(cu_seqlens)
+    key = (
+        *(pattern, ends, _kind(score), return_lse, implementation),
+        *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
+    )
+    if pattern.depends_on_data:
+        return _prepare_listed(key, call)
+    kept = _STATIC.get(key)
+    if kept is None:
+        kept = _prepare(*call)
+        _STATIC.put(key, kept)
+    return kept
+
+
+def _prepare_listed(key: Hashable, call: _Call) -> Prepared:
+    """As kept, if the lists were not written to since; a graph under capture takes them as they are."""
+    kept = _LISTED.get(key)
+    writes = _writes(call[3])
+    if kept is not None and (kept[0] == writes or capturing(call[0])):
+        return kept[1]
+    prepared = _prepare(*call)
+    if writes is not None:
+        _LISTED.put(key, (writes, prepared))
+    return prepared
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    score: Score,
+    cu_seqlens: Tensor | None,
+    return_lse: bool,
+    implementation: str | None,
+) -> Prepared:
+    problem = describe(q, k, v, return_lse)
+    plan, form, geometry = decide(problem, q.device, pattern, score, cu_seqlens, implementation)
+    division = None
+    if plan.implementation in KERNELS:
+        division = divide(plan.pattern, problem.extent, q.device)
+    return Prepared(problem, plan, geometry, None if form.parameters else form, division)
+
+
+_Call = tuple[Tensor, Tensor, Tensor, Pattern, Score, Tensor | None, bool, str | None]
+
+
+def _writes(pattern: Pattern) -> tuple[int, ...] | None:
+    """Counts the writes to the lists of a pattern; None where they are not counted."""
+    if not pattern.depends_on_data:
+        return ()
+    if isinstance(pattern, Blocks):
+        indices = pattern.selection.indices
+        return None if indices.is_inference() else (indices._version,)
+    counts: tuple[int, ...] = ()
+    for member in getattr(pattern, "members", ()):
+        own = _writes(member)
+        if own is None:
+            return None
+        counts += own
+    return counts or None
+
+
+def _kind(value: object) -> Hashable:
+    """What a plan may depend on in a score: all but the values in its tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, tuple):
+        return tuple(_kind(member) for member in value)
+    if isinstance(value, Score):
+        fields = getattr(type(value), "__match_args__", None)
+        if fields is not None:
+            return type(value), *(_kind(getattr(value, name)) for name in fields)
+    return value

@@ -27,7 +27,6 @@ class Problem:
     value_dim: int
     dtype: torch.dtype
     device: str
-    needs_grad: bool
     return_lse: bool
 
     @property
@@ -77,7 +76,6 @@ def describe(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Problem:
         value_dim=v.shape[-1],
         dtype=q.dtype,
         device=q.device.type,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
         return_lse=return_lse,
     )
 

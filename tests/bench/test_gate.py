@@ -21,7 +21,7 @@ IMAGE = Case("image", Neighborhood(window=3), (7, 9), **SMALL)
 def _verdicts(case: Case, competitor) -> dict[str, bool]:
     gate = Gate(case, case.inputs(CPU))
     prepared = competitor.prepare(case, gate.inputs)
-    return {v.name: v.ok for v in gate.verdicts(prepared, competitor.pattern(case))}
+    return {v.name: v.ok for v in gate.verdicts(prepared, competitor)}
 
 
 def test_ours_is_checked_with_lse_and_all_gradients() -> None:
@@ -38,7 +38,7 @@ def test_sampled_rows_check_whole_gradients(monkeypatch: pytest.MonkeyPatch) -> 
     case = Case("text", Sliding(left=9), (50,), q_heads=4, kv_heads=2, head_dim=8, value_dim=6)
     gate = Gate(case, case.inputs(CPU))
     prepared = Foveal().prepare(case, gate.inputs)
-    verdicts = gate.verdicts(prepared, case.pattern)
+    verdicts = gate.verdicts(prepared, Foveal())
     assert [v.name for v in verdicts if not v.ok] == []
     assert all(v.error > 0 for v in verdicts)
 
@@ -55,14 +55,14 @@ def test_an_error_in_any_result_is_red(part: str) -> None:
         o, lse = good.with_lse(*(x * 1.0 for x in (q, k, v)))
         return (o * 1.001 if part == "o" else o), (lse + 1e-3 if part == "lse" else lse)
 
-    verdicts = gate.verdicts(replace(good, with_lse=with_lse), IMAGE.pattern)
+    verdicts = gate.verdicts(replace(good, with_lse=with_lse), Foveal())
     assert not {v.name: v.ok for v in verdicts}[part]
 
 
 def test_a_wrong_mask_is_red() -> None:
     gate = Gate(IMAGE, IMAGE.inputs(CPU))
     wider = Foveal().prepare(replace(IMAGE, pattern=Neighborhood(window=5)), gate.inputs)
-    assert not all(v.ok for v in gate.verdicts(wider, IMAGE.pattern))
+    assert not all(v.ok for v in gate.verdicts(wider, Foveal()))
 
 
 LOCAL = [
@@ -79,14 +79,16 @@ def test_local_attention_says_the_same(pattern: Pattern) -> None:
     if reason := peer.absent():
         pytest.skip(reason)
     case = Case("text", pattern, (128,), **SMALL)
-    assert peer.refuses(case) is None
+    assert peer.refuses(case, CPU) is None
     assert all(_verdicts(case, peer).values())
 
 
 def test_every_refusal_is_a_sentence() -> None:
     awkward = Case("x", Sliding(left=4, sink_tokens=2), (9,), q_heads=4, kv_heads=2)
     far = Case("x", Sliding(left=511), (2**16,))
-    reasons = [reason for case in (awkward, far) for b in BASELINES if (reason := b.refuses(case))]
+    reasons = [
+        reason for case in (awkward, far) for b in BASELINES if (reason := b.refuses(case, CPU))
+    ]
     assert f"it has no {awkward.pattern.key}" in reasons
     assert any("leaves windows of 1" in reason for reason in reasons)
     assert any("the mask alone takes 4.3 GB" in reason for reason in reasons)

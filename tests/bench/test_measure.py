@@ -36,7 +36,7 @@ class Sleeper:
 
 def test_samples_are_paired_and_the_order_rotates() -> None:
     log: list[str] = []
-    runners = {name: Sleeper(log, name, 0.001, name == "a") for name in "abc"}
+    runners = {name: [Sleeper(log, name, 0.001, name == "a")] for name in "abc"}
     samples = measure(runners, CPU, SHORT)
     counts = {len(values) for each in samples.values() for values in each.values()}
     assert len(counts) == 1
@@ -45,7 +45,7 @@ def test_samples_are_paired_and_the_order_rotates() -> None:
 
 
 def test_passes_are_timed_apart() -> None:
-    samples = measure({"a": Sleeper([], "a", 0.004, True)}, CPU, SHORT)["a"]
+    samples = measure({"a": [Sleeper([], "a", 0.004, True)]}, CPU, SHORT)["a"]
     times = {part: summarise(values).median for part, values in samples.items()}
     assert times[FORWARD] == pytest.approx(0.004, rel=0.5)
     assert times[BACKWARD] == pytest.approx(0.008, rel=0.5)
@@ -53,12 +53,12 @@ def test_passes_are_timed_apart() -> None:
 
 
 def test_runner_without_backward_has_forward_samples_only() -> None:
-    assert list(measure({"a": Sleeper([], "a", 0.0, False)}, CPU, SHORT)["a"]) == [FORWARD]
+    assert list(measure({"a": [Sleeper([], "a", 0.0, False)]}, CPU, SHORT)["a"]) == [FORWARD]
 
 
 def test_progress_ends_at_one() -> None:
     heard: list[float] = []
-    measure({"a": Sleeper([], "a", 0.001, False)}, CPU, SHORT, heard.append)
+    measure({"a": [Sleeper([], "a", 0.001, False)]}, CPU, SHORT, heard.append)
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
 

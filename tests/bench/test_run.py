@@ -9,16 +9,28 @@ import pytest
 import torch
 
 from foveal._errors import UnknownNameError
+from foveal.bench import cases as cases_module
 from foveal.bench.baselines import Competitor, baselines
 from foveal.bench.cases import SUITES, Case, suite, system_suite
 from foveal.bench.measure import BOTH, FORWARD, Budget
-from foveal.bench.record import ABSENT, FAILED, MEASURED, REFUSED, WRONG, Record, RecordFile
+from foveal.bench.record import (
+    ABSENT,
+    FAILED,
+    MEASURED,
+    OUT_OF_MEMORY,
+    REFUSED,
+    WRONG,
+    Record,
+    RecordFile,
+)
 from foveal.bench.report import html, judge, terminal, terminal_judgements
 from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan
 from foveal.bench.run import Job
 from foveal.cli import main
 from foveal.patterns import Neighborhood
+from foveal.scores import RelativeBias, Softmax
 from foveal.systems import system
+from foveal.systems.base import Claim
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", Neighborhood(window=3), (6, 5), q_heads=2, kv_heads=2, head_dim=4, value_dim=4)
@@ -32,7 +44,7 @@ class Absent(Competitor):
 class Refusing(Competitor):
     name, title = "refusing", "Refusing"
 
-    def refuses(self, case: Case) -> str | None:
+    def refuses(self, case: Case, device: torch.device) -> str | None:
         return "it never wants to"
 
 
@@ -273,3 +285,102 @@ def test_interrupted_command_keeps_what_was_measured(
 )
 def test_bad_usage_is_status_two(call: Call, words: tuple[str, ...]) -> None:
     assert call(*words) == 2
+
+
+@pytest.mark.parametrize("name", ["cross_axis_attention", "ifactformer"])
+def test_operators_without_a_pattern_are_gated_and_timed(name: str, tmp_path: Path) -> None:
+    found = system_suite(system(name), CPU)
+    small = replace(system(name), reference_shapes=({"grid": (3, 4), "heads": 2, "head_dim": 5},))
+    cases = system_suite(small, CPU).cases
+    assert [case.name.split()[0] for case in found.cases] == [name]
+    file = RecordFile(tmp_path / "records.jsonl")
+    (record,) = next(Job(cases, (), CPU, file, FAST).run())
+    assert record.status == MEASURED
+    assert {FORWARD, BOTH} <= set(record.samples)
+    names = [verdict["name"] for verdict in record.gate]
+    assert "o" in names
+    assert "gradient 0" in names
+    assert any(name.startswith(system(small.name).identities[0].name) for name in names)
+    assert "3x4, 2 heads" in terminal([record])
+    assert html([record]).sections
+
+
+def test_an_operator_that_breaks_its_identity_is_red(tmp_path: Path) -> None:
+    entry = system("cross_axis_attention")
+    broken = replace(
+        entry.identities[0], draw=lambda draw: Claim((draw.normal(3),), torch.sin, torch.cos)
+    )
+    shapes = ({"grid": (3, 4), "heads": 2, "head_dim": 5},)
+    cases = system_suite(replace(entry, identities=(broken,), reference_shapes=shapes), CPU).cases
+    file = RecordFile(tmp_path / "records.jsonl")
+    (record,) = next(Job(cases, (), CPU, file, FAST).run())
+    assert record.status == WRONG
+    assert broken.name in record.reason
+
+
+def test_a_reference_shape_is_timed_with_its_options() -> None:
+    first = system_suite(system("gna"), torch.device("cuda")).cases[0]
+    assert first.pattern == Neighborhood(80, stride=16)
+    assert "window 80, stride 16" in first.name
+
+
+def test_scores_are_moved_to_the_device_of_the_run() -> None:
+    bias = RelativeBias(torch.zeros(2, 5))
+    moved = cases_module._on(Softmax() + bias, torch.device("meta"))
+    assert moved.members[1].table.device.type == "meta"
+    plain = Softmax()
+    assert cases_module._on(plain, torch.device("meta")) is plain
+
+
+class Exhausted(Competitor):
+    name, title = "exhausted", "Exhausted"
+
+    def prepare(self, case, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+
+
+def test_named_implementations_are_measured_or_say_why_not(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "records.jsonl")
+    job = Job((TINY,), (Exhausted(),), CPU, file, FAST, implementations=("triton", "sdpa", "cpu"))
+    records = next(job.run())
+    assert {r.competitor: r.status for r in records} == {
+        "foveal": MEASURED,
+        "foveal-triton": REFUSED,
+        "foveal-sdpa": REFUSED,
+        "exhausted": OUT_OF_MEMORY,
+    }
+    assert records[0].plan["implementation"] == "cpu"
+    assert "it runs on CUDA tensors" in records[1].reason
+    assert list(job.run()) == []
+
+
+def test_records_count_the_work_of_the_case(records: list[Record]) -> None:
+    work, tiles = records[0].work, records[0].plan["tiles"]
+    assert work["pairs"] == tiles["pairs"] == int(TINY.pattern.dense_mask((6, 5), (6, 5)).sum())
+    assert work["flops"][FORWARD] == 4 * 4 * 2 * work["pairs"]
+    assert work["flops"][BOTH] == 3.5 * work["flops"][FORWARD]
+    assert {"visited", "skipped", "full", "partial", "speedup_bound"} <= set(tiles)
+    assert set(records[0].environment["ceilings"]) == {"float32"}
+
+
+def test_everything_wrong_is_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "_competitors", lambda self, case: (None, (Wrong(),)))
+    file = RecordFile(tmp_path / "records.jsonl")
+    (record,) = next(Job((TINY,), (), CPU, file, FAST).run())
+    assert record.status == WRONG
+
+
+def test_masks_suite_runs_at_the_lengths_that_are_asked_for(
+    call: Call, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    masks = ("--suite", "masks", "--against", "none", "--budget", "0.01", "--passes", "forward")
+    lengths = ("--lengths", "32,64", "--max-tokens", "40", "--only", "window")
+    assert call(*masks, *lengths, "--out", "run") == 0
+    names = [record.name for record in RecordFile(tmp_path / "run" / "records.jsonl").read()]
+    assert set(names) == {
+        f"{mask}, 32 tokens" for mask in ("window", "causal window", "global window")
+    }
+    assert "Implementations and patterns" in (tmp_path / "run" / "report.html").read_text()
+    assert call("--compare", "run", "run") == 0
+    assert call(*QUICK, "--lengths", "64") == 2
+    assert "only masks has lengths" in capsys.readouterr().err

@@ -14,6 +14,8 @@ from torch.nn.functional import gelu, instance_norm, layer_norm, linear, relu
 import foveal as fv
 from foveal import layers
 from foveal.layers.factorised_axes import rotate
+from foveal.layers.groups import document_groups
+from foveal.layers.sphere import latitude_weights
 from tests.systems.definitions import (
     factor,
     grid_pairs,
@@ -292,3 +294,101 @@ def test_sphere_layer(source: torch.Generator) -> None:
     areas = rows.repeat_interleave(4) * (2 * math.pi / 4)
     expected = projected(layer, x, lambda q, k, v: integral(q, k, v, areas))
     assert_same(layer, layer(x), expected, x)
+
+
+def test_sphere_layer_within_a_radius(source: torch.Generator) -> None:
+    layer = seeded(layers.SphereAttention(4, 2, radius=0.9), source)
+    x, grid = draw(source, 2, 5, 6, 4), (5, 6)
+    near = fv.Sphere(0.9).dense_mask(grid, grid)
+    areas = latitude_weights(5).repeat_interleave(6).log()
+    assert_same(layer, layer(x), projected(layer, x, masked(near, areas)), x)
+
+
+@pytest.mark.parametrize(("sees", "window"), [("own", None), ("before", None), ("own", 2)])
+def test_scale_layer(sees: Any, window: int | None, source: torch.Generator) -> None:
+    layer = seeded(layers.ScaleAttention(4, 2, (1, 2, 3), sees, window), source)
+    x = draw(source, 2, 14, 4)
+    starts = (0, 1, 5, 14)
+    scale = [n for n in range(3) for _ in range(starts[n + 1] - starts[n])]
+
+    def rule(i: int, j: int) -> bool:
+        if sees == "before":
+            return scale[j] <= scale[i]
+        if scale[i] != scale[j] or window is None:
+            return scale[i] == scale[j]
+        side = scale[i] + 1
+        own = neighborhood((side, side), window=min(window, side))
+        return bool(own[i - starts[side - 1], j - starts[side - 1]])
+
+    assert_same(layer, layer(x), projected(layer, x, masked(pairs(14, rule))), x)
+
+
+def test_hierarchical_layer(source: torch.Generator) -> None:
+    layer = seeded(layers.HierarchicalAttention(4, 2), source)
+    kinds = torch.tensor([[4, 3, 2, 1, 1, 2, 1, 3, 2, 1], [4, 3, 2, 1, 3, 2, 1, 1, 2, 0]])
+    groups = document_groups(kinds)
+    x = draw(source, 2, 10, 4)
+    rows = []
+    for row, own in zip(x, groups, strict=True):
+        same = (own[:, :, None] == own[:, None]) & (own[:, :, None] >= 0)
+        visible = same.any(0)
+        blind = ~visible.any(-1)
+        y = projected(layer, row[None], masked(visible | blind[:, None]))
+        rows.append(torch.where(blind[:, None], layer.proj.bias, y[0]))
+    assert_same(layer, layer(x, groups), torch.stack(rows), x)
+
+
+def test_box_layer(source: torch.Generator) -> None:
+    layer = seeded(layers.BoxAttention(4, 2, box=(2, 3), ratio=2), source)
+    x = draw(source, 11, 4)
+    places = torch.randint(0, 6, (11, 3), generator=source)
+    places[:, 0] %= 2
+    cells = [(b, y // 2, z // 3) for b, y, z in places.tolist()]
+    visible = pairs(11, lambda i, j: cells[i] == cells[j])
+    y = x + projected(layer, layer.norms[0](x)[None], masked(visible))[0]
+    assert_same(layer, layer(x, places), y + layer.mlp(layer.norms[1](y)), x)
+
+
+def test_neighbour_layer(source: torch.Generator) -> None:
+    layer = seeded(layers.NeighbourAttention(4, 2, cutoff=2.0, angles=True), source)
+    x = draw(source, 3, 5, 4)
+    points = draw(source, 3, 5, 3)
+
+    def distances() -> Tensor:
+        return points.norm(dim=-1)
+
+    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        unit = points / distances()[..., None]
+        angles = layer.angle_weight[None, :, None, None] * (unit @ unit.transpose(1, 2))[:, None]
+        scores = torch.einsum("aehd,afhd->ahef", q, k) / math.sqrt(2) + angles
+        r = (distances() / 2.0).clamp(max=1 - 1e-12)
+        envelope = torch.where(distances() < 2.0, torch.exp(-(r**2) / (1 - r**2)), 0.0)
+        weights = envelope[:, None, None] * torch.exp(scores)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1.0, total)
+        return torch.einsum("ahef,afhd->aehd", weights, v)
+
+    unit = points / distances()[..., None]
+    got = layer(x, distances(), unit)
+    assert_same(layer, got, projected(layer, x, mix), x, points)
+
+
+def test_forces_have_a_gradient(source: torch.Generator) -> None:
+    """Second derivatives: the loss of a force, by the plain implementation."""
+    layer = seeded(layers.NeighbourAttention(4, 2, 2.0, implementation="reference"), source)
+    x, points = draw(source, 2, 3, 4), draw(source, 2, 3, 3)
+
+    def force(at: Tensor) -> Tensor:
+        energy = layer(x, at.norm(dim=-1)).sin().sum()
+        return torch.autograd.grad(energy, at, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(force, (points,))
+
+
+def test_an_edge_that_crosses_the_cut_off_changes_nothing_suddenly(source: torch.Generator) -> None:
+    layer = seeded(layers.NeighbourAttention(4, 2, 2.0), source)
+    x = draw(source, 1, 3, 4).detach()
+    at = [
+        layer(x, torch.tensor([[0.3, 0.9, edge]], dtype=torch.float64)) for edge in (1.999, 2.001)
+    ]
+    assert (at[0] - at[1])[:, :2].abs().max() < 1e-9

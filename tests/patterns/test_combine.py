@@ -72,3 +72,40 @@ def test_written_keys_tell_the_sets_apart() -> None:
     keys += [(a & b).key for a, b in PAIRS] + [(a | b).key for a, b in PAIRS]
     assert len(set(keys)) == len(keys)
     assert len({fv.Sliding(4), fv.Sliding(4), fv.Sliding(5)}) == 2
+
+
+GRIDS = [
+    (fv.Axial(0) | fv.Axial(1), (9, 11)),
+    (fv.Axial(0) | fv.Axial(1), (16, 8)),
+    (fv.Neighborhood((3, 3)) | fv.Causal(), (10, 17)),
+    ((fv.Axial(0) | fv.Neighborhood((1, 3, 2))) & fv.Causal(), (5, 6, 4)),
+    (fv.Partition((3, 4)) | fv.Axial(1), (20, 9)),
+    ((fv.Axial(0) | fv.Axial(-1, True)) & fv.Neighborhood((5, 5)), (12, 12)),
+]
+
+
+@pytest.mark.parametrize(("pattern", "grid"), GRIDS, ids=str)
+def test_on_a_grid_tiles_are_boxes(pattern: fv.Pattern, grid: tuple[int, ...]) -> None:
+    (part,) = pattern.parts(fv.Extent(grid, grid)) or ()
+    order, places = part.q_tokens[0], torch.arange(part.extent.Lq)
+    mask = part.pattern.allows(places[:, None], places[None], part.extent)
+    assert torch.equal(mask, pattern.dense_mask(grid, grid)[order][:, order])
+    for tile in ((1, 1), (5, 3), (16, 16), (64, 64), (64, 32)):
+        states = part.pattern.tile_map(part.extent, *tile)
+        spread = states.repeat_interleave(tile[0], 0)[: len(places)]
+        spread = spread.repeat_interleave(tile[1], 1)[:, : len(places)]
+        assert not (mask & (spread == 0)).any()
+        assert not (~mask & (spread == 2)).any()
+    check_pattern(pattern, [grid], random_extents=1)
+
+
+def test_a_cross_visits_its_row_and_column_of_tiles() -> None:
+    grid = (96, 96)
+    (part,) = (fv.Axial(0) | fv.Axial(1)).parts(fv.Extent(grid, grid)) or ()
+    states = part.pattern.tile_map(part.extent, 64, 64)
+    assert int((states > 0).sum()) == 144 * (12 + 12 - 1)
+
+
+def test_members_that_are_no_boxes_keep_raster_order() -> None:
+    pattern = fv.Neighborhood((3, 3), dilation=2) | fv.Axial(0)
+    assert pattern.parts(fv.Extent((9, 9), (9, 9))) is None

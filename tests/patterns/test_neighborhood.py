@@ -6,7 +6,7 @@ import torch
 
 from foveal import Extent, Neighborhood
 from foveal.testing import check_pattern
-from tests import rules
+from tests import pattern_rules as rules
 
 
 def draw_axis(chance: random.Random, longest: int) -> tuple:

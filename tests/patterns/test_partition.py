@@ -5,7 +5,7 @@ import torch
 
 from foveal import Extent, Partition
 from foveal.testing import check_pattern
-from tests import rules
+from tests import pattern_rules as rules
 
 
 def draw(source: torch.Generator, rank: int) -> tuple[Partition, list[tuple[int, ...]]]:

@@ -3,7 +3,7 @@ import torch
 
 from foveal import Extent, Sliding
 from foveal.testing import check_pattern
-from tests import rules
+from tests import pattern_rules as rules
 
 CASES = [
     (0, 0, 0),

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 
 from foveal import Extent, Fixed, Strided
+from foveal.patterns.strided import Triangular
 from foveal.testing import check_pattern
-from tests import rules
+from tests import pattern_rules as rules
 
 LENGTHS = [(1, 1), (23, 23), (5, 20), (20, 5), (1, 9), (9, 1)]
 
@@ -42,3 +45,14 @@ def test_fixed_equals_the_rule(stride: int, summary: int, Lq: int, Lk: int) -> N
 def test_keeps_every_promise(pattern: Strided | Fixed, source: torch.Generator) -> None:
     extents = [1, 64, Extent((20,), (50,)), Extent((50,), (20,)), (4, 7)]
     check_pattern(pattern, extents, seed=source.initial_seed())
+
+
+@pytest.mark.parametrize("step", [1.0, 0.37, 1.9])
+def test_triangular_steps_grow_by_one(step: float) -> None:
+    queries, keys = 17, 23
+    mask = Triangular(step).dense_mask(queries, keys)
+    for i in range(queries):
+        offsets = {s * t * (t + 1) // 2 for t in range(60) for s in (1, -1)}
+        columns = {math.trunc(step * i + o) for o in offsets}
+        assert set(mask[i].nonzero()[:, 0].tolist()) == {c for c in columns if 0 <= c < keys}
+    check_pattern(Triangular(step), [17, Extent((9,), (20,))], random_extents=0)

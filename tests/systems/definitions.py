@@ -380,25 +380,47 @@ def ifact(form: str) -> Callable[[torch.Generator], Example]:
     return example
 
 
-def demucs(source: torch.Generator) -> Example:
+def demucs(queries: int, keys: int, **chosen: Any) -> Callable[[torch.Generator], Example]:
     window, first = 2, 3
-    visible = pairs(
-        12,
-        lambda i, j: (
-            j in {min(max(i + o, 0), 11) for o in range(-window, window + 1)}
-            or i < first
-            or j < first
-        ),
-    )
-    options = {"window": window, "global_tokens": first}
-    return Example(
-        qkv(source, (12,), 4, 2), lambda q, k, v: softmax_over(q, k, v, visible), options
-    )
+
+    def sees(i: int, j: int) -> bool:
+        centre = keys / queries * i
+        offsets = list(range(-window, window + 1))
+        if chosen.get("triangular"):
+            offsets += [s * t * (t + 1) // 2 for t in range(keys + queries) for s in (1, -1)]
+        columns = {min(max(math.trunc(centre + o), 0), keys - 1) for o in offsets}
+        if chosen.get(
+            "triangular"
+        ):  # offsets far away leave the grid, they do not pile up at its end
+            far = {math.trunc(centre + o) for o in offsets[2 * window + 1 :]}
+            near = {
+                min(max(math.trunc(centre + o), 0), keys - 1) for o in offsets[: 2 * window + 1]
+            }
+            columns = near | {c for c in far if 0 <= c < keys}
+        return j in columns or i < int(first * queries / keys) or j < first
+
+    visible = torch.tensor([[sees(i, j) for j in range(keys)] for i in range(queries)])
+
+    def example(source: torch.Generator) -> Example:
+        q = draw(source, 2, queries, 4, 5)
+        k, v = draw(source, 2, keys, 2, 5), draw(source, 2, keys, 2, 3)
+        options = {"window": window, "global_tokens": first, **chosen}
+        return Example((q, k, v), lambda q, k, v: softmax_over(q, k, v, visible), options)
+
+    return example
 
 
 def scale_of(scales: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Scale, row and column of every token."""
     return [(side, *place) for side in scales for place in tokens((side, side))]
+
+
+def var(source: torch.Generator) -> Example:
+    places = scale_of((1, 2, 3, 4))
+    visible = pairs(30, lambda i, j: places[j][0] <= places[i][0])
+    return Example(
+        qkv(source, (30,)), lambda q, k, v: softmax_over(q, k, v, visible), {"scales": (1, 2, 3, 4)}
+    )
 
 
 def hmar(source: torch.Generator) -> Example:
@@ -450,6 +472,77 @@ def sphere_equiangular(source: torch.Generator) -> Example:
     return Example(qkv(source, (rows, columns)), expected)
 
 
+def sphere_within(source: torch.Generator) -> Example:
+    """Points in space, and the angle between them."""
+    rows, columns, radius = 7, 8, 0.75
+    cosines, weights = np.polynomial.legendre.leggauss(rows)
+    theta = torch.tensor(np.arccos(cosines)[::-1].copy()).repeat_interleave(columns)
+    phi = (torch.arange(columns) * 2 * math.pi / columns).repeat(rows).double()
+    points = torch.stack([theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()], dim=-1)
+    near = torch.arccos((points @ points.T).clamp(-1, 1)) <= radius * 1.001
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        areas = torch.tensor(weights).repeat_interleave(columns).to(q.dtype) * 2 * math.pi / columns
+        return softmax_over(q, k, v, near, areas.log())
+
+    options = {"latitudes": "gauss-legendre", "radius": radius}
+    return Example(qkv(source, (rows, columns)), expected, options)
+
+
+def hdt(source: torch.Generator) -> Example:
+    """Two documents of their own make, anchors before what they head, padding behind."""
+    texts = ("DSswwswwSsw", "DSsswSsw")
+    length = 12
+    visible = torch.zeros(2, 1, length, length, dtype=torch.bool)
+    for n, text in enumerate(texts):
+        sentence = [text[: i + 1].count("s") for i in range(len(text))]
+        section = [text[: i + 1].count("S") for i in range(len(text))]
+        for i, a in enumerate(text):
+            for j, b in enumerate(text):
+                inside = a in "sw" and b in "sw" and sentence[i] == sentence[j]
+                anchors = a in "sS" and b in "sS" and section[i] == section[j]
+                visible[n, 0, i, j] = inside or anchors or (a in "SD" and b in "SD")
+    codes = {"w": 1, "s": 2, "S": 3, "D": 4}
+    kinds = torch.tensor([[codes[c] for c in text] + [0] * (length - len(text)) for text in texts])
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blind = ~visible.any(-1, keepdim=True)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~visible, -torch.inf).masked_fill(blind, 0.0)
+        weights = scores.softmax(-1).masked_fill(blind, 0.0)
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+    from foveal.layers.groups import document_groups
+
+    return Example(qkv(source, (length,)), expected, {"groups": document_groups(kinds)})
+
+
+def escaip(source: torch.Generator) -> Example:
+    atoms, edges, cutoff = 2, 6, 3.0
+    distances = 4 * torch.rand(atoms, edges, generator=source, dtype=torch.float64)
+    distances[0, 0], distances[1] = 0.5, distances[1].clamp(max=2.9)
+    unit = draw(source, atoms, edges, 3)
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    weight = draw(source, 2)
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = (distances / cutoff).to(q.dtype)
+        envelope = torch.where(x < 1, torch.exp(-(x**2) / (1 - x**2)), 0.0)
+        angles = torch.einsum("h,aec,afc->ahef", weight, unit, unit).to(q.dtype)
+        scores = torch.einsum("aehd,afhd->ahef", q, k) / math.sqrt(q.shape[-1]) + angles
+        weights = envelope[:, None, None] * torch.exp(scores)
+        return torch.einsum("ahef,afhd->aehd", weights / weights.sum(-1, keepdim=True), v)
+
+    options = {"cutoff": cutoff, "angle_weight": weight, "directions": unit}
+    q, k, v = (draw(source, atoms, edges, 2, 5) for _ in range(3))
+    return Example(
+        (q, k, v),
+        expected,
+        options,
+        lambda q, k, v: (q, k, v, distances.to(q.dtype)),
+    )
+
+
 def integral(q: Tensor, k: Tensor, v: Tensor, areas: Tensor) -> Tensor:
     grid = q.shape[1:-2]
     q, k, v = (x.flatten(1, -3) for x in (q, k, v))
@@ -479,8 +572,17 @@ DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], ...]] = {
     "s2_attention": (s2(causal=True), s2(causal=False)),
     "cross_axis_attention": (cross_axis(0), cross_axis(1)),
     "ifactformer": (ifact("parallel"), ifact("chained")),
-    "ht_demucs": (demucs,),
+    "ht_demucs": (
+        demucs(12, 12),
+        demucs(9, 14),
+        demucs(17, 8),
+        demucs(15, 15, triangular=True),
+        demucs(16, 11, triangular=True),
+    ),
+    "var": (var,),
     "hmar": (hmar,),
     "mvar": (mvar,),
-    "sphere_attention": (sphere, sphere_equiangular),
+    "sphere_attention": (sphere, sphere_equiangular, sphere_within),
+    "hdt": (hdt,),
+    "escaip": (escaip,),
 }

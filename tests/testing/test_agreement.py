@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,3 +74,75 @@ def test_accepts_the_reference_itself(source: torch.Generator) -> None:
     q, k, v = qkv(Sizes((6, 5), q_heads=2), source)
     assert reference.refuses is not None
     check_attend(q, k, v, fv.Neighborhood(3), implementation="reference")
+
+
+class Edition:
+    def __init__(self, attend) -> None:
+        self.attend = attend
+
+    def refuses(self, problem, pattern, score):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "left"), [(torch.float32, 60), (torch.float16, 20), (torch.bfloat16, 4)]
+)
+@pytest.mark.parametrize("shift", [-1, 1], ids=["a key dropped", "a key too many"])
+def test_sees_one_pair_too_few_or_too_many(
+    shift: int,
+    dtype: torch.dtype,
+    left: int,
+    source: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def attend(problem, pattern, score, geometry, q, k, v):
+        o, lse = reference.attend(problem, pattern, score, geometry, q, k, v)
+        wrong = fv.Sliding(pattern.left + shift)
+        there = dataclasses.replace(geometry, pattern=wrong)
+        row = reference.attend(problem, wrong, score, there, q, k, v)
+        last = (x[:, -1:] for x in row)
+        return tuple(torch.cat([x[:, :-1], y], 1) for x, y in zip((o, lse), last, strict=True))
+
+    monkeypatch.setitem(TILE_IMPLEMENTATIONS, "cpu", Edition(attend))
+    q, k, v = qkv(Sizes((70,), q_heads=2, head_dim=16), source, dtype)
+    with pytest.raises(AssertionError, match=r"> .* allowed"):
+        check_attend(q, k, v, fv.Sliding(left), implementation="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sees_sums_kept_in_half_precision(
+    dtype: torch.dtype, source: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(problem, pattern, score, geometry, q, k, v):
+        o, lse = reference.attend(problem, pattern, score, geometry, q, k, v)
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).mul(score.scale).float().softmax(-1)
+        total = torch.zeros_like(o)
+        for first in range(0, k.shape[1], 16):
+            keys = slice(first, first + 16)
+            part = torch.einsum("bhij,bjhd->bihd", weights[..., keys].to(dtype), v[:, keys])
+            total = total + part
+        return o + (total - o).detach(), lse
+
+    monkeypatch.setitem(TILE_IMPLEMENTATIONS, "cpu", Edition(attend))
+    q, k, v = qkv(Sizes((32,), (2048,), head_dim=8), source, dtype)
+    with pytest.raises(AssertionError, match="o: error"):
+        check_attend(q, k, v + 3, fv.Dense(), implementation="cpu")
+
+
+def test_sees_sums_of_float32_kept_in_bfloat16(
+    source: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        TILE_IMPLEMENTATIONS, "cpu", Wrong(lambda o, lse: (o + (o.bfloat16() - o).detach(), lse))
+    )
+    q, k, v = qkv(Sizes((60,), q_heads=2), source)
+    with pytest.raises(AssertionError, match="o: error"):
+        check_attend(q, k, v, fv.Sliding(9), implementation="cpu")
+
+
+def test_luck_of_the_plain_computation_refuses_nobody(source: torch.Generator) -> None:
+    """Results of one number, where a single plain computation errs too little in 3 of 10 cases."""
+    for _ in range(40):
+        q, k, v = qkv(Sizes((24,), head_dim=4), source)
+        sink = torch.randn(1, generator=source)
+        check_attend(q, k, v, fv.Causal(), fv.Softmax(sink=sink), implementation="cpu")

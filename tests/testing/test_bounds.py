@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from foveal.testing import check
+from foveal.testing.bounds import INPUTS
 
 EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
 
@@ -46,3 +49,23 @@ def test_other_shapes_and_empty_results() -> None:
 
 def test_a_verdict_says_what_was_allowed() -> None:
     assert str(check("dk", EXACT.float(), EXACT.float(), EXACT)).startswith("dk: error 0 <= ")
+
+
+def test_an_error_taken_elsewhere_counts_like_a_plain_result() -> None:
+    assert check("o", off(1.9e-3).float(), 1e-3, EXACT).ok
+    assert not check("o", off(2.1e-3).float(), 1e-3, EXACT).ok
+
+
+def refused_by_chance(inputs: int) -> float:
+    """p(n) of the rule: |X| > 2 max |Y_i| for normal X and n normal Y."""
+    step = 1e-3
+    places = [step * i for i in range(1, 12_000)]
+    density = math.sqrt(2 / math.pi)
+    return step * sum(
+        density * math.exp(-x * x / 2) * math.erf(x / math.sqrt(8)) ** inputs for x in places
+    )
+
+
+def test_the_number_of_inputs_is_that_of_the_derivation() -> None:
+    assert refused_by_chance(1) == pytest.approx(0.295, abs=0.002)
+    assert refused_by_chance(INPUTS) == pytest.approx(1.5e-5, rel=0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,8 +15,10 @@ from foveal.bench.measure import BOTH, DEFAULT_BUDGET, FORWARD, Budget
 from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan, Requirement
 from foveal.patterns import Causal, Extent, Neighborhood, Partition, Pattern, Sliding
 from foveal.scores import Score, Softmax
+from foveal.scores.base import Composed
 
 if TYPE_CHECKING:
+    from foveal.bench.ops import OpCase
     from foveal.systems import System
 
 _PLAIN = Softmax()
@@ -36,7 +38,8 @@ class Case:
     """One attention problem: q [batch, *grid, q_heads, head_dim], k and v with kv_heads.
 
     `name` is unique in its suite and says what a reader must know.  `against` names the only
-    peers that it is measured against; None: all peers of the run.
+    peers that it is measured against; None: all peers of the run.  `column` is its place in the map
+    of implementations and patterns; empty: it has none.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Case:
     backward: bool = True
     points: tuple[Point, ...] = ()
     against: tuple[str, ...] | None = None
+    column: str = ""
 
     @property
     def extent(self) -> Extent:
@@ -62,14 +66,16 @@ class Case:
         return math.prod(self.grid)
 
     def inputs(self, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v from a standard normal distribution, the same on every device."""
-        source = torch.Generator().manual_seed(seed)
+        """q, k, v from a standard normal distribution, the same in every run on such a device."""
+        source = torch.Generator(device).manual_seed(seed)
         shapes = (
             (self.batch, *self.grid, self.q_heads, self.head_dim),
             (self.batch, *self.grid, self.kv_heads, self.head_dim),
             (self.batch, *self.grid, self.kv_heads, self.value_dim),
         )
-        q, k, v = (torch.randn(s, generator=source).to(device, self.dtype) for s in shapes)
+        q, k, v = (
+            torch.randn(shape, generator=source, device=device).to(self.dtype) for shape in shapes
+        )
         return q, k, v
 
     def describe(self) -> dict[str, Any]:
@@ -87,26 +93,31 @@ class Case:
             "dtype": str(self.dtype).removeprefix("torch."),
             "backward": self.backward,
             "points": [{"axis": p.axis, "line": p.line, "x": p.x} for p in self.points],
+            "column": self.column,
         }
 
     def key(self, device: torch.device, threads: int) -> str:
         """The identity of a measurement across runs: the problem, and what it runs on."""
         about = self.describe()
-        del about["points"]
+        del about["points"], about["column"]
         values = " ".join(f"{name}={value}" for name, value in about.items())
         return f"{values} device={device.type} threads={threads}"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases measured in one run, against which peers, and what is required of the result."""
+    """Cases measured in one run, against which peers, and what is required of the result.
+
+    `implementations` of ours are measured too, each on its own, beside the one that the plan chooses.
+    """
 
     name: str
     summary: str
-    cases: tuple[Case, ...]
+    cases: tuple[Case | OpCase, ...]
     against: tuple[str, ...]
     requirements: tuple[Requirement, ...] = ()
     budget: Budget = DEFAULT_BUDGET
+    implementations: tuple[str, ...] = ()
 
 
 def _image(
@@ -223,16 +234,18 @@ def suite(name: str) -> Suite:
     for each in SUITES:
         if each.name == name:
             return each
-    raise UnknownNameError("suite", name, tuple(each.name for each in SUITES))
+    raise UnknownNameError("suite", name, (*(each.name for each in SUITES), "masks"))
 
 
 def system_suite(system: System, device: torch.device) -> Suite:
-    """A suite of the reference shapes of a system; on CPU with as many heads as it can bear.
+    """A suite of the reference shapes of a system; on CPU with as many heads as it can bear."""
+    from foveal.bench.ops import op_cases
 
-    Raises PatternError for a system that is not a pattern and a score.
-    """
     most = _CPU_ELEMENTS if device.type == "cpu" else None
-    cases = tuple(_system_case(system, shape, most) for shape in system.reference_shapes)
+    if system.compose is None:
+        return Suite(system.name, system.title, op_cases(system, most), ())
+    shapes = system.reference_shapes
+    cases = tuple(_system_case(system, shape, most, device) for shape in shapes)
     against = ("masked", "dense", "flex", "natten", "local_attention")
     return Suite(system.name, system.title, cases, against)
 
@@ -241,18 +254,22 @@ _CPU_ELEMENTS = 2**24
 """Elements of q beyond which a reference shape made for GPUs is timed on fewer heads."""
 
 
-def _system_case(system: System, shape: Mapping[str, Any], most: int | None) -> Case:
+def _system_case(
+    system: System, shape: Mapping[str, Any], most: int | None, device: torch.device
+) -> Case:
     grid, heads, head_dim = tuple(shape["grid"]), shape["heads"], shape["head_dim"]
     kv_heads = shape.get("kv_heads", heads)
     per_group = math.prod(grid) * head_dim * (heads // kv_heads)
     groups = kv_heads if most is None else min(kv_heads, max(most // per_group, 1))
     timed = heads // kv_heads * groups
     share = f"{timed} of its {heads}" if timed < heads else f"{heads}"
+    options = dict(shape.get("options", {}))
+    said = "".join(f", {name} {value}" for name, value in options.items())
     return Case(
-        f"{system.name} on {'x'.join(str(n) for n in grid)}, {share} heads",
-        system.pattern(grid),
+        f"{system.name} on {'x'.join(str(n) for n in grid)}, {share} heads{said}",
+        system.pattern(grid, **options),
         grid,
-        score=system.score(grid),
+        score=_on(system.score(grid, **options), device),
         q_heads=timed,
         kv_heads=groups,
         head_dim=head_dim,
@@ -260,6 +277,19 @@ def _system_case(system: System, shape: Mapping[str, Any], most: int | None) -> 
     )
 
 
-def with_dtype(cases: tuple[Case, ...], dtype: torch.dtype | None) -> tuple[Case, ...]:
+def _on(score: Score, device: torch.device) -> Score:
+    """The score with its tensors on the device."""
+    if isinstance(score, Composed):
+        return Composed(tuple(_on(member, device) for member in score.members))
+    if not is_dataclass(score):
+        return score
+    held = {entry.name: getattr(score, entry.name) for entry in fields(score)}
+    moved = {name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)}
+    return replace(score, **moved) if moved else score
+
+
+def with_dtype(
+    cases: tuple[Case | OpCase, ...], dtype: torch.dtype | None
+) -> tuple[Case | OpCase, ...]:
     """The same cases in another precision."""
     return cases if dtype is None else tuple(replace(case, dtype=dtype) for case in cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,65 @@ def heat_map(
     style["yaxis"] |= {"autorange": "reversed", "gridcolor": "#fff"}
     style["xaxis"] |= {"gridcolor": "#fff"}
     return {"data": [trace], "layout": style}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a labelled map: its value (None: no colour), what stands in it, and a note to hover."""
+
+    value: float | None
+    text: str
+    note: str = ""
+
+
+def labelled_map(
+    title: str,
+    cells: Sequence[Sequence[Cell]],
+    x: Axis,
+    y: Axis,
+    unit: str,
+    *,
+    x_labels: Sequence[str],
+    y_labels: Sequence[str],
+    height: int = 400,
+) -> Data:
+    """A heat map with a text in every cell; grey text where there is no value."""
+    values = [[cell.value for cell in row] for row in cells]
+    known = [value for row in values for value in row if value is not None]
+    most = max(known, default=1.0)
+    plot = heat_map(
+        title, values, x, y, unit, x_labels=x_labels, y_labels=y_labels, limits=(0.0, most)
+    )
+    plot["data"][0] |= {
+        "text": [["<br>".join(textwrap.wrap(cell.note, 70)) for cell in row] for row in cells],
+        "hovertemplate": "%{text}<extra></extra>",
+        "hoverongaps": True,
+    }
+    style = plot["layout"] | {"height": height, "plot_bgcolor": "#f4f5f7"}
+    plain = {"showgrid": False, "ticks": "", "showline": False, "zeroline": False}
+    style["xaxis"] |= plain | {"side": "top", "tickangle": 0, "tickfont": {"size": 10}}
+    style["yaxis"] |= plain | {"tickfont": {"size": 12}}
+    style["title"] |= {"y": 0.985, "yanchor": "top"}
+    style["margin"] |= {"t": 96, "b": 12}
+    style["annotations"] = [
+        {
+            "x": column,
+            "y": row,
+            "text": cell.text,
+            "showarrow": False,
+            "font": {"size": 12 if cell.value is not None else 10.5, "color": _ink(cell, most)},
+        }
+        for row, line in enumerate(cells)
+        for column, cell in enumerate(line)
+    ]
+    return {"data": plot["data"], "layout": style}
+
+
+def _ink(cell: Cell, most: float) -> str:
+    """A colour that is legible on the cell."""
+    if cell.value is None:
+        return "#8a93a3"
+    return "#fff" if cell.value > 0.5 * most else "#1d2330"
 
 
 def _log_ticks(values: Sequence[float]) -> list[float]:

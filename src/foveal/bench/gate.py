@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveal.bench.baselines.base import Inputs, Prepared
+from foveal.bench.baselines.base import Competitor, Inputs, Prepared
 from foveal.bench.cases import Case
 from foveal.bench.truth import Truth, results_of
-from foveal.patterns import Pattern
 from foveal.testing import bounds
 
 
@@ -26,8 +25,9 @@ class Gate:
     inputs: Inputs
     _truths: dict[str, Truth] = field(default_factory=dict)
 
-    def verdicts(self, prepared: Prepared, pattern: Pattern) -> list[bounds.Verdict]:
+    def verdicts(self, prepared: Prepared, competitor: Competitor) -> list[bounds.Verdict]:
         """One verdict for the output, the lse and each gradient that the competitor offers."""
+        pattern = competitor.pattern(self.case)
         if pattern.key not in self._truths:
             self._truths[pattern.key] = Truth.of(self.case, pattern, self.inputs)
         truth = self._truths[pattern.key]

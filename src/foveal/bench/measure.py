@@ -3,7 +3,11 @@
 A round takes one sample of every pass of every competitor, in an order that rotates from round
 to round, so sample r of one competitor may be compared with sample r of another: both saw the
 same minute of the machine.  Interleaving also means that no one starts with its own data in the
-caches; on CUDA the second-level cache is overwritten before every sample.
+caches.
+
+On CUDA, times are those of the device: before every sample the second-level cache is overwritten and
+the device waits while the host enqueues, so the host shows only where it needs longer than that.  The
+first rounds also take warm samples: the same call once more, right after, on what the caches hold.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ import torch
 from torch import Tensor
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-PASSES = (FORWARD, BACKWARD, BOTH)
+WARM = {part: f"{part}, warm" for part in (FORWARD, BACKWARD, BOTH)}
+PASSES = (FORWARD, BACKWARD, BOTH, *WARM.values())
 
 _MEMORY_RUNS = 3
+_WAIT_CYCLES = 3_000_000
 
 
 class Runner(Protocol):
@@ -51,18 +57,25 @@ Samples = dict[str, list[float]]
 
 
 def measure(
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, Sequence[Runner]],
     device: torch.device,
     budget: Budget,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Samples]:
-    """Samples of every runner, all lists equally long.  `progress` hears the share that is done."""
-    clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
+    """Samples of every competitor.  `progress` hears the share that is done.
+
+    A competitor is one runner or several that differ in their inputs only and take turns.  Lists of
+    one pass are equally long; warm passes, on CUDA, have at most `budget.rounds[0]` samples.
+    """
+    cuda = device.type == "cuda"
+    clock = _CudaClock(device) if cuda else _HostClock()
     names = list(runners)
     samples: dict[str, Samples] = {name: {} for name in names}
+    if not names:
+        return samples
     with _no_collection():
-        for runner in runners.values():
-            _warm_up(runner, clock, budget.warm_up)
+        for same in runners.values():
+            _warm_up(same[0], clock, budget.warm_up)
         start = time.perf_counter()
         for done in range(budget.rounds[1]):
             spent = time.perf_counter() - start
@@ -71,8 +84,10 @@ def measure(
             spent_share = spent / budget.seconds if budget.seconds else 1.0
             progress(max(done / budget.rounds[1], min(spent_share, done / budget.rounds[0])))
             turn = done % len(names)
+            again = cuda and done < budget.rounds[0]
             for name in names[turn:] + names[:turn]:
-                for part, seconds in _sample(runners[name], clock).items():
+                runner = runners[name][done % len(runners[name])]
+                for part, seconds in _sample(runner, clock, again).items():
                     samples[name].setdefault(part, []).append(seconds)
     progress(1.0)
     return samples
@@ -147,7 +162,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Summary:
 
 
 class _HostClock:
-    def settle(self) -> None: ...
+    def settle(self, cold: bool) -> None: ...
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -161,9 +176,10 @@ class _CudaClock:
         self.device = device
         self.flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
 
-    def settle(self) -> None:
-        self.flush.zero_()
-        torch.cuda.synchronize(self.device)
+    def settle(self, cold: bool) -> None:
+        if cold:
+            self.flush.zero_()
+        torch.cuda._sleep(_WAIT_CYCLES)
 
     def mark(self) -> torch.cuda.Event:
         event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)
@@ -175,24 +191,43 @@ class _CudaClock:
         return float(start.elapsed_time(end)) / 1e3
 
 
-def _sample(runner: Runner, clock: _HostClock | _CudaClock) -> dict[str, float]:
-    clock.settle()
-    start = clock.mark()
-    runner.forward()
-    seconds = {FORWARD: clock.seconds(start, clock.mark())}  # type: ignore[arg-type]
+def _sample(
+    runner: Runner, clock: _HostClock | _CudaClock, again: bool = False
+) -> dict[str, float]:
+    """Seconds by pass; `again` adds those of a second call on warm caches."""
+    seconds = {FORWARD: _forward(runner, clock, cold=True)}
+    if again:
+        seconds[WARM[FORWARD]] = _forward(runner, clock, cold=False)
     steps = runner.loss_and_gradients()
     if steps is None:
         return seconds
-    forward, backward = steps
-    clock.settle()
+    seconds[BOTH], seconds[BACKWARD] = _train(*steps, clock, cold=True)
+    if again:
+        seconds[WARM[BOTH]], seconds[WARM[BACKWARD]] = _train(*steps, clock, cold=False)
+    return seconds
+
+
+def _forward(runner: Runner, clock: _HostClock | _CudaClock, cold: bool) -> float:
+    clock.settle(cold)
+    start = clock.mark()
+    runner.forward()
+    return clock.seconds(start, clock.mark())  # type: ignore[arg-type]
+
+
+def _train(
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor], object],
+    clock: _HostClock | _CudaClock,
+    cold: bool,
+) -> tuple[float, float]:
+    """Seconds of forward and backward, and of the backward alone."""
+    clock.settle(cold)
     start = clock.mark()
     out = forward()
     middle = clock.mark()
     backward(out)
     end = clock.mark()
-    seconds[BOTH] = clock.seconds(start, end)  # type: ignore[arg-type]
-    seconds[BACKWARD] = clock.seconds(middle, end)  # type: ignore[arg-type]
-    return seconds
+    return clock.seconds(start, end), clock.seconds(middle, end)  # type: ignore[arg-type]
 
 
 def _warm_up(runner: Runner, clock: _HostClock | _CudaClock, seconds: float) -> None:

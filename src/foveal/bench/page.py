@@ -234,6 +234,7 @@ td { white-space: nowrap; }
 .text, .group { text-align: left; white-space: normal; }
 th.group { color: var(--ink); padding-top: 14px; }
 th:first-child, td:first-child { padding-left: 2px; }
+td.text:first-child { min-width: 13em; }
 th:last-child, td:last-child { padding-right: 2px; }
 tbody tr:hover { background: var(--ground); }
 footer { padding-top: 6px; padding-bottom: 44px; color: var(--soft); font-size: 13px; }

@@ -20,6 +20,7 @@ import torch
 
 import foveal as fv
 from foveal.bench.measure import Samples
+from foveal.probe.ceilings import ceilings
 
 SCHEMA = 1
 
@@ -28,7 +29,8 @@ REFUSED = "refused"
 ABSENT = "absent"
 WRONG = "wrong"
 FAILED = "failed"
-STATUSES = (MEASURED, REFUSED, ABSENT, WRONG, FAILED)
+OUT_OF_MEMORY = "out of memory"
+STATUSES = (MEASURED, REFUSED, ABSENT, WRONG, FAILED, OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Record:
 
     `case` is the description of the problem, `key` its identity across runs.  `status`:
     measured; refused (cannot compute this problem), absent (not installed), wrong (the gate
-    was red, so it was not timed), failed (it raised); `reason` is the sentence that goes with
-    the last four.  `pass_reasons` says why single passes are missing.  `samples` in seconds,
-    `peak_bytes` by pass, `held_bytes` kept between calls.  `plan` is what `explain` answered.
+    was red, so it was not timed), failed (it raised), out of memory; `reason` is the sentence that
+    goes with all but the first.  `pass_reasons` says why single passes are missing.  `samples` in
+    seconds, `peak_bytes` by pass, `held_bytes` kept between calls.  `plan` is what `explain`
+    answered.  `work` counts what the case needs: visible `pairs`, and `flops` and `bytes` by pass.
     """
 
     run: str
@@ -56,6 +59,7 @@ class Record:
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
     held_bytes: int = 0
     plan: Mapping[str, Any] = field(default_factory=dict)
+    work: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     time: str = ""
@@ -106,8 +110,11 @@ class RecordFile:
             return "" if content.read(1) == b"\n" else "\n"
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions that a measurement depends on."""
+def environment(device: torch.device, dtypes: Iterable[torch.dtype] = ()) -> dict[str, Any]:
+    """Device, threads and versions that a measurement depends on.
+
+    `ceilings` by dtype: FLOP/s of a large matrix product and bytes/s of a large copy, measured here.
+    """
     facts: dict[str, Any] = {
         "device": device.type,
         "device_name": _device_name(device),
@@ -119,6 +126,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "foveal": fv.__version__,
         "commit": _commit(),
+        "ceilings": {
+            str(dtype).removeprefix("torch."): asdict(ceilings(str(device), dtype))
+            for dtype in dict.fromkeys(dtypes)
+        },
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from foveal.bench.figures import Axis, Data, Series, bars, lines
-from foveal.bench.measure import BACKWARD, BOTH, FORWARD, Summary, ratio, summarise
+from foveal.bench.heat import CHOSEN, figure, heats
+from foveal.bench.measure import BACKWARD, BOTH, FORWARD, WARM, Summary, ratio, summarise
 from foveal.bench.page import Page
+from foveal.bench.rates import rate, roofline
 from foveal.bench.record import MEASURED, Record
 from foveal.bench.requirements import NOT_IN_RUN, OURS, Judgement, Requirement
 
@@ -19,8 +21,18 @@ COLOURS = {
     "flex": "#5f3dc4",
     "natten": "#2b8a3e",
     "local_attention": "#c2255c",
+    "foveal-hopper": "#22b8cf",
+    "foveal-triton": "#0ca678",
+    "foveal-sdpa": "#adb5bd",
+    "foveal-cpu": "#15aabf",
+    "cudnn": "#e67700",
+    "flash2": "#1864ab",
+    "varlen": "#862e9c",
+    "flash_attn": "#d6336c",
+    "flashinfer": "#66a80f",
 }
 _ANOTHER_RESULT = " (another result)"
+_LONGEST_REASON = 260
 
 
 def judge(records: Sequence[Record], requirements: Iterable[Requirement]) -> list[Judgement]:
@@ -51,10 +63,12 @@ def html(
         rows = [(j.claim, j.needed, j.measured, j.verdict) for j in judgements]
         section = page.section("Requirements", "By the median of paired, interleaved samples.")
         section.table(("requirement", "needed", "measured", "verdict"), rows, text_columns=4)
+    _maps(page, records)
     _length_and_window(page, records)
     _speed_up(page, records)
     _memory(page, records)
     _all_numbers(page, records)
+    _rates(page, records)
     _not_measured(page, records)
     return page
 
@@ -84,7 +98,7 @@ def _terminal_case(group: Sequence[Record]) -> str:
     sentences = []
     for record in group:
         if record.status != MEASURED:
-            sentences.append(f"  {_label(record)}: {record.status}, {record.reason}")
+            sentences.append(f"  {_label(record)}: {record.status}, {_short(record.reason)}")
             continue
         cells = [_label(record)]
         for part in (FORWARD, BOTH):
@@ -99,6 +113,8 @@ def _terminal_case(group: Sequence[Record]) -> str:
 
 def _case_line(group: Sequence[Record]) -> str:
     case, ours = group[0].case, _ours(group)
+    if "q_heads" not in case:
+        return f"{case['name']}, {case['dtype']}"
     heads = f"{case['q_heads']} heads of {case['head_dim']}"
     if case["kv_heads"] != case["q_heads"]:
         heads += f" ({case['kv_heads']} for keys)"
@@ -152,7 +168,7 @@ def _ours(group: Sequence[Record]) -> Record | None:
 
 def _label(record: Record) -> str:
     """The title, with what ran of ours, and with a warning on yardsticks."""
-    if implementation := record.plan.get("implementation"):
+    if record.competitor == OURS and (implementation := record.plan.get("implementation")):
         return f"{record.title}, {implementation}"
     return record.title + ("" if record.same_result else _ANOTHER_RESULT)
 
@@ -215,6 +231,57 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def _distinct(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _maps(page: Page, records: Sequence[Record]) -> None:
+    found = [
+        heat for heat in heats(records, (FORWARD, BACKWARD)) if any(map(heat.fastest, heat.columns))
+    ]
+    if not found:
+        return
+    section = page.section(
+        "Implementations and patterns",
+        "FLOP/s of visible pairs, counted from the pattern that is computed; masked pairs that an "
+        "implementation computes count as nothing. Bold: the fastest of a column. "
+        f"{CHOSEN} what the plan of foveal chooses. Grey words say why there is no number: `refused` "
+        "cannot compute it, `absent` is not installed, `memory` ran out of it, `WRONG` disagreed with "
+        "the float64 reference and was not timed, `no pass` has no such pass; sentences stand below.",
+    )
+    for heat in found:
+        section.figure(figure(heat))
+
+
+def _rates(page: Page, records: Sequence[Record]) -> None:
+    """Rates, roofline shares and warm caches, where a run counted work."""
+    header = ("competitor", *(f"{p} {unit}" for p in (FORWARD, BACKWARD) for unit in _RATE_COLUMNS))
+    rows: list[Sequence[object] | str] = []
+    for group in _by_case(records):
+        timed = [r for r in group if rate(r, FORWARD) is not None]
+        if timed:
+            rows.append(_case_line(group))
+        for record in timed:
+            cells = [cell for part in (FORWARD, BACKWARD) for cell in _rate_cells(record, part)]
+            rows.append((_label(record), *cells))
+    if rows:
+        page.section(
+            "Rates",
+            "TFLOP/s of visible pairs; the share of the roofline, which is the larger of FLOPs over "
+            "the measured ceiling of matrix products and bytes over that of copies, divided by the "
+            "time; and the time on warm caches over that on cold ones, where it was taken.",
+        ).table(header, rows)
+
+
+_RATE_COLUMNS = ("TFLOP/s", "of roofline", "warm / cold")
+
+
+def _rate_cells(record: Record, part: str) -> tuple[str, str, str]:
+    found, share = rate(record, part), roofline(record, part)
+    cold, warm = _summary(record, part), _summary(record, WARM[part])
+    return (
+        f"{found / 1e12:.3g}" if found else "-",
+        f"{share:.0%}" if share else "-",
+        f"{warm.median / cold.median:.2f}" if warm and cold else "-",
+    )
 
 
 def _length_and_window(page: Page, records: Sequence[Record]) -> None:
@@ -372,7 +439,7 @@ def _not_measured(page: Page, records: Sequence[Record]) -> None:
     rows: list[tuple[str, str, str, str]] = []
     for record in records:
         if record.status != MEASURED:
-            rows.append((record.title, record.name, record.status, record.reason))
+            rows.append((record.title, record.name, record.status, _short(record.reason)))
         reasons = dict.fromkeys(record.pass_reasons.values())
         rows += [(record.title, record.name, "part", reason) for reason in reasons]
     merged: dict[tuple[str, str, str], list[str]] = {}
@@ -385,6 +452,11 @@ def _not_measured(page: Page, records: Sequence[Record]) -> None:
         ]
         section = page.section("Not measured", "Every refusal in its own words.")
         section.table(("competitor", "status", "why", "cases"), table, text_columns=4)
+
+
+def _short(reason: str) -> str:
+    """A sentence without the end of a pattern that lists all of its documents."""
+    return textwrap.shorten(reason, _LONGEST_REASON, placeholder=" ...")
 
 
 def _folded(name: str) -> str:

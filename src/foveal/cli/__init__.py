@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from foveal import __version__
 from foveal._errors import FovealError
-from foveal.cli import bench, doctor, explain, list, show
+from foveal.cli import bench, doctor, explain, list, show, tune
 
-COMMANDS = (list, show, explain, bench, doctor)
+COMMANDS = (list, show, explain, bench, tune, doctor)
 _INTERRUPTED = 130
 
 

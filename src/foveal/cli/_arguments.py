@@ -26,6 +26,9 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
     "Fixed": patterns.Fixed,
     "Axial": patterns.Axial,
     "Partition": patterns.Partition,
+    "Rectangle": patterns.Rectangle,
+    "Scales": patterns.Scales,
+    "Sphere": patterns.Sphere,
 }
 _SCORES: dict[str, Callable[..., Score]] = {"Softmax": Softmax}
 _JOINS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}

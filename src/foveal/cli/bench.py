@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveal._errors import FovealError, MissingDependencyError
+from foveal.cli import _arguments as arguments
 from foveal.cli._progress import Progress
 
 if TYPE_CHECKING:
@@ -38,8 +39,20 @@ def add_parser(subparsers: Any) -> None:
         f"slowdown; 2 for bad usage. Results are kept in {RESULTS}/ and survive an interruption.",
     )
     parser.add_argument("name", nargs="?", help="a suite or a system of the catalogue")
-    parser.add_argument("--suite", help="a suite: cpu, demo, smoke (default)")
+    parser.add_argument("--suite", help="a suite: cpu, demo, masks, smoke (default)")
     parser.add_argument("--only", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.add_argument(
+        "--lengths",
+        type=arguments.lengths,
+        metavar="A,B",
+        help="tokens of the masks suite; default: 1024 to 49152 on cuda, 512 and 1024 on cpu",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=arguments.positive,
+        metavar="N",
+        help="leave longer cases of the masks suite out",
+    )
     parser.add_argument(
         "--against", metavar="A,B", help="peers by name, or none; default: the suite's"
     )
@@ -186,13 +199,20 @@ def _suite(args: argparse.Namespace) -> Suite:
         raise _UsageError(
             f"name: got {args.name!r} and --suite {args.suite}; one of the two is needed"
         )
-    if args.suite or name in {each.name for each in SUITES}:
-        return suite(name)
     import torch
 
+    from foveal.bench.masks import masks_suite
+
+    device = torch.device(args.device)
+    if name == "masks":
+        return masks_suite(device, args.lengths, args.max_tokens)
+    if args.lengths or args.max_tokens:
+        raise _UsageError(f"--lengths and --max-tokens: got suite {name!r}; only masks has lengths")
+    if args.suite or name in {each.name for each in SUITES}:
+        return suite(name)
     from foveal.systems import system
 
-    return system_suite(system(name), torch.device(args.device))
+    return system_suite(system(name), device)
 
 
 def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
@@ -220,7 +240,15 @@ def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
     if args.passes == "forward":
         cases = tuple(replace(case, backward=False) for case in cases)
     budget = replace(suite.budget, seconds=args.budget) if args.budget else suite.budget
-    return Job(cases, baselines(names), device, file, budget, command_line())
+    return Job(
+        cases,
+        baselines(names),
+        device,
+        file,
+        budget,
+        command_line(),
+        implementations=suite.implementations,
+    )
 
 
 def _folder(args: argparse.Namespace, name: str) -> Path:

@@ -84,6 +84,7 @@ def machine() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} used by PyTorch, {cores} cores to use",
         "memory": _memory(),
         "cuda": _cuda(),
+        "tuning": _tuning(),
     }
 
 
@@ -224,3 +225,19 @@ def _cuda() -> str:
         f"{torch.cuda.device_count()} x {properties.name}, sm_{properties.major}{properties.minor}, "
         f"{properties.total_memory / 2**30:.0f} GiB, {runtime}, cuDNN {torch.backends.cudnn.version()}"
     )
+
+
+def _tuning() -> str:
+    """Tile sizes measured on this device, and where they are kept."""
+    import torch
+
+    from foveal.tuning import tile
+
+    if not torch.cuda.is_available() or _version("triton") is None:
+        return "none: tile sizes are measured for CUDA devices only"
+    store = tile.store(torch.device("cuda", torch.cuda.current_device()))
+    results = store.read()
+    chosen = sum(found.config is not None for found in results.values())
+    if not results:
+        return f"shipped tile sizes; `foveal tune` measures others and keeps them in {store.path}"
+    return f"{chosen} of {len(results)} measured kernels have their tile sizes in {store.path}"

@@ -97,7 +97,9 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     import foveal
+    from foveal.patterns.base import Extent
     from foveal.probe.ceilings import ceilings
+    from foveal.probe.tiles import advice
 
     options = chosen_options(args)
     if arguments.reads_as_pattern(args.what):
@@ -129,12 +131,16 @@ def run(args: argparse.Namespace) -> int:
         implementation=args.implementation,
         ceilings=None if args.no_bound else ceilings(args.device, q.dtype),
     )
+    sentences = advice(pattern, Extent(shape.q_grid, shape.kv_grid))
     if args.json:
-        print(json.dumps({"problem": shape.as_dict()} | explanation.as_dict(), indent=2))
+        about = {"problem": shape.as_dict()} | explanation.as_dict()
+        print(json.dumps(about | {"advice": list(sentences)}, indent=2))
         return 0
     print(field("problem", str(shape)))
     for line in str(explanation).splitlines():
         print(field(line[:10].rstrip(), line[11:]))
+    for sentence in sentences:
+        print(field("advice", f"on GPU tiles of 128 x 128, {sentence}"))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +11,9 @@ from torch import Tensor
 from foveal._attend import attend
 from foveal._errors import PatternError
 from foveal.layers.heads import MultiHead
-from foveal.patterns import Dense
+from foveal.patterns import Dense, Pattern, Sphere
+from foveal.patterns.sphere import Latitudes
 from foveal.scores import KeyBias, Score, Softmax
-
-Latitudes = Literal["equiangular", "gauss-legendre"]
 
 
 @functools.lru_cache(maxsize=32)
@@ -60,12 +58,19 @@ def area_score(
     return Softmax() + KeyBias(areas.log().repeat_interleave(columns)[None, None].to(device))
 
 
+def within(radius: float | None, latitudes: Latitudes = "equiangular") -> Pattern:
+    """What a point of the sphere sees: everything, or what lies within `radius` radians of it."""
+    return Dense() if radius is None else Sphere(radius, latitudes)
+
+
 class SphereAttention(MultiHead):
-    """Global attention on the sphere: o_i = sum_j w_j exp(s_ij) v_j / sum_j w_j exp(s_ij).
+    """Attention on the sphere: o_i = sum_j w_j exp(s_ij) v_j / sum_j w_j exp(s_ij).
+
+    The sums run over the whole sphere, or over the points within `radius` radians of point i.
 
     Shapes: x and y [B, rows, columns, dim]; rows are colatitudes from pole to pole, columns
     longitudes.
-    Options: latitudes as in `latitude_weights`; the rest as in `MultiHead`.
+    Options: latitudes as in `latitude_weights`; radius None is global; the rest as in `MultiHead`.
     Paper: Attention on the Sphere (2505.11157).
     """
 
@@ -75,12 +80,14 @@ class SphereAttention(MultiHead):
         heads: int = 1,
         latitudes: Latitudes = "equiangular",
         *,
+        radius: float | None = None,
         qkv_bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads, qkv_bias=qkv_bias, dropout=dropout)
         self.latitudes = latitudes
+        self.pattern = within(radius, latitudes)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         score = area_score(tuple(k.shape[1:-2]), self.latitudes, k.device)
-        return attend(q, k, v, Dense(), score)
+        return attend(q, k, v, self.pattern, score)

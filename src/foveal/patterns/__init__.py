@@ -8,8 +8,13 @@ from foveal.patterns.dense import Causal, Dense
 from foveal.patterns.documents import Documents
 from foveal.patterns.neighborhood import Neighborhood
 from foveal.patterns.partition import Partition
+from foveal.patterns.rectangle import Rectangle
+from foveal.patterns.rows import Rows
+from foveal.patterns.scales import Scales
 from foveal.patterns.sliding import Sliding
+from foveal.patterns.sphere import Sphere
 from foveal.patterns.strided import Fixed, Strided
+from foveal.patterns.tree import Tree
 
 __all__ = [
     "Axial",
@@ -24,7 +29,12 @@ __all__ = [
     "Neighborhood",
     "Partition",
     "Pattern",
+    "Rectangle",
+    "Rows",
+    "Scales",
     "Sliding",
+    "Sphere",
     "Strided",
+    "Tree",
     "Union",
 ]

@@ -95,12 +95,46 @@ class Bounds:
         full = (last_full - -(-last_lo // kv_tile))[first_hi > last_lo].clamp(min=0).sum()
         return int(visited), int(full), len(first_lo) * kv_tiles
 
+    def box_states(self, q_boxes: TokenBoxes, k_boxes: TokenBoxes) -> Tensor:
+        """State of each pair of boxes.  uint8 [query boxes, key boxes]"""
+        seen = whole = torch.ones(1, 1, dtype=torch.bool)
+        for axis, (lo, hi) in enumerate(zip(self.lower, self.upper, strict=True)):
+            first, last = q_boxes.low[:, axis], q_boxes.high[:, axis] - 1
+            start, stop = k_boxes.low[:, axis], k_boxes.high[:, axis]
+            first_lo, last_hi = lo[first, None], hi[last, None]
+            seen = seen & (start < last_hi) & (stop > first_lo) & (last_hi > first_lo)
+            whole = whole & (start >= lo[last, None]) & (stop <= hi[first, None])
+        return seen.to(torch.uint8) + (seen & whole).to(torch.uint8)
+
     def tile_ends(self, axis: int, q_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per query tile of one axis: smallest lo, largest lo, smallest hi, largest hi."""
         lo, hi = self.lower[axis], self.upper[axis]
         first = torch.arange(0, len(lo), q_tile)
         last = (first + q_tile).clamp(max=len(lo)) - 1
         return lo[first], lo[last], hi[first], hi[last]
+
+
+@dataclass(frozen=True)
+class TokenBoxes:
+    """Boxes of a grid: on axis a, box n holds the places low[n, a] <= i < high[n, a].
+
+    int64 [boxes, axes]; no box is empty.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of_corner(cls, rank: int) -> TokenBoxes:
+        """The first token alone."""
+        low = torch.zeros(1, rank, dtype=torch.int64)
+        return cls(low, low + 1)
+
+    def raster(self, grid: tuple[int, ...]) -> TokenBoxes:
+        """On one axis, the runs of raster positions from the first to the last token of each."""
+        factors = torch.tensor([math.prod(grid[axis + 1 :]) for axis in range(len(grid))])
+        first, last = (self.low * factors).sum(-1), ((self.high - 1) * factors).sum(-1)
+        return TokenBoxes(first[:, None], last[:, None] + 1)
 
 
 @dataclass(frozen=True)
@@ -206,6 +240,18 @@ class Pattern:
         if bounds is not None and len(bounds.extent.kv_grid) == 1:
             return bounds.tile_counts(0, q_tile, kv_tile)
         return self._evaluated_tile_map(extent, q_tile, kv_tile)
+
+    def box_states(self, extent: Extent, q_boxes: TokenBoxes, k_boxes: TokenBoxes) -> Tensor | None:
+        """State of each pair of boxes of the grid, uint8 [query boxes, key boxes], or None.
+
+        Keeps the promise of `tile_map`; None where only pairs can be judged.
+        """
+        bounds = self.bounds(extent)
+        if bounds is None:
+            return None
+        if bounds.extent != extent:
+            q_boxes, k_boxes = q_boxes.raster(extent.q_grid), k_boxes.raster(extent.kv_grid)
+        return bounds.box_states(q_boxes, k_boxes)
 
     def _evaluated_tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         k_pos = extent.k_positions()

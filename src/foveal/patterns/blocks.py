@@ -131,6 +131,7 @@ class Blocks(Pattern):
         kv_blocks = -(-extent.Lk // self.selection.kv_block)
         states = self.selection.block_mask(kv_blocks).to(torch.uint8) * FULL
         q_tiles, kv_tiles = -(-extent.Lq // q_tile), -(-extent.Lk // kv_tile)
-        rows = torch.arange(q_tiles) * q_tile // self.selection.q_block
-        columns = torch.arange(kv_tiles) * kv_tile // self.selection.kv_block
+        device = states.device
+        rows = torch.arange(q_tiles, device=device) * q_tile // self.selection.q_block
+        columns = torch.arange(kv_tiles, device=device) * kv_tile // self.selection.kv_block
         return states[..., rows[:, None], columns[None]]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from foveal.patterns.base import Bounds, Extent, Pattern
+from foveal.patterns.base import Bounds, Extent, Part, Pattern, TokenBoxes
+from foveal.patterns.blocked import blocked_parts
 from foveal.patterns.dense import Dense
 
 
@@ -66,11 +66,23 @@ class _Combination(Pattern):
             opened.extend(member.flattened() if nested else [member])  # type: ignore[attr-defined]
         return tuple(dict.fromkeys(opened))
 
-    def _merged(
-        self, extent: Extent, q_tile: int, kv_tile: int, join: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def parts(self, extent: Extent) -> tuple[Part, ...] | None:
+        """On a grid, its own tokens box after box: in raster order most tiles see a little."""
+        return None if self.bounds(extent) is not None else blocked_parts(self, extent)
+
+    def box_states(self, extent: Extent, q_boxes: TokenBoxes, k_boxes: TokenBoxes) -> Tensor | None:
+        each = [p.box_states(extent, q_boxes, k_boxes) for p in self.members]
+        known = [states for states in each if states is not None]
+        return functools.reduce(self._join, known) if len(known) == len(each) else None
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         maps = (p.tile_map(extent, q_tile, kv_tile) for p in self.members)
-        return functools.reduce(join, maps)
+        return functools.reduce(self._join, maps)
+
+    @staticmethod
+    def _join(a: Tensor, b: Tensor) -> Tensor:
+        """The state of a tile from those that two members give it."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -115,8 +127,9 @@ class Intersection(_Combination):
         measured = self._measure().reach(extent)
         return tuple(min(pair) for pair in zip(own, measured, strict=True))
 
-    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
-        return self._merged(extent, q_tile, kv_tile, torch.minimum)
+    @staticmethod
+    def _join(a: Tensor, b: Tensor) -> Tensor:
+        return torch.minimum(a, b)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -139,6 +152,18 @@ class Union(_Combination):
             return Dense()
         return Union(tuple(members)) if len(members) > 1 else next(iter(members))
 
+    def bounds(self, extent: Extent) -> Bounds | None:
+        each = [p.bounds(extent) for p in self.members]
+        found = [b for b in each if b is not None]
+        if len(found) < len(each) or len(found[0].extent.kv_grid) > 1:
+            return None
+        if len({b.extent for b in found}) > 1:
+            return None
+        joined: Bounds | None = found[0]
+        for other in found[1:]:
+            joined = _touching(joined, other)
+        return joined
+
     def reach(self, extent: Extent) -> tuple[int, ...]:
         if any(type(p).offsets is not Pattern.offsets for p in self.members):
             return Pattern.reach(self, extent)  # steps of one member, pairs of another
@@ -147,4 +172,26 @@ class Union(_Combination):
         )
 
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
-        return self._merged(extent, q_tile, kv_tile, torch.maximum)
+        bounds = self.bounds(extent)
+        if bounds is not None:
+            return bounds.tile_counts(0, q_tile, kv_tile)
+        return _Combination.tile_map(self, extent, q_tile, kv_tile)
+
+    @staticmethod
+    def _join(a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b)
+
+
+def _touching(a: Bounds | None, b: Bounds) -> Bounds | None:
+    """The union of two sequences of intervals, where it is one too and never decreases."""
+    if a is None:
+        return None
+    (a_lo,), (a_hi,), (b_lo,), (b_hi,) = a.lower, a.upper, b.lower, b.upper
+    only_a, only_b = b_lo >= b_hi, a_lo >= a_hi
+    if not bool((only_a | only_b | ((a_lo <= b_hi) & (b_lo <= a_hi))).all()):
+        return None
+    lower = torch.where(only_a, a_lo, torch.where(only_b, b_lo, a_lo.minimum(b_lo)))
+    upper = torch.where(only_a, a_hi, torch.where(only_b, b_hi, a_hi.maximum(b_hi)))
+    if bool((lower.diff() < 0).any()) or bool((upper.diff() < 0).any()):
+        return None
+    return Bounds(a.extent, (lower,), (upper,))

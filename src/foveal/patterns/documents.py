@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -55,16 +56,7 @@ class Packed(Pattern):
         return self
 
     def bounds(self, extent: Extent) -> Bounds | None:
-        if not self._documents():
-            return Dense().bounds(extent)
-        lower, upper = [], []
-        for start, length in self._documents():
-            bounds = self.inner.bounds(Extent((length,), (length,)))
-            if bounds is None:
-                return None
-            lower.append(bounds.lower[0] + start)
-            upper.append(bounds.upper[0] + start)
-        return Bounds(extent, (torch.cat(lower),), (torch.cat(upper),))
+        return _bounds(self, extent)
 
     def parts(self, extent: Extent) -> tuple[Part, ...] | None:
         if self.bounds(extent) is not None:
@@ -97,6 +89,21 @@ class Packed(Pattern):
         return [
             (start, length) for start, length in zip(starts, self.lengths, strict=False) if length
         ]
+
+
+# Asked for several times while a call is planned, and every batch is cut in another way.
+@functools.lru_cache(maxsize=4)
+def _bounds(packed: Packed, extent: Extent) -> Bounds | None:
+    if not packed._documents():
+        return Dense().bounds(extent)
+    lower, upper = [], []
+    for start, length in packed._documents():
+        bounds = packed.inner.bounds(Extent((length,), (length,)))
+        if bounds is None:
+            return None
+        lower.append(bounds.lower[0] + start)
+        upper.append(bounds.upper[0] + start)
+    return Bounds(extent, (torch.cat(lower),), (torch.cat(upper),))
 
 
 def pack(pattern: Pattern, cu_seqlens: Tensor, extent: Extent) -> Pattern:

@@ -134,6 +134,21 @@ class Neighborhood(Pattern):
         rules = self._axes(len(extent.kv_grid))
         return tuple(rule.reach(length) for rule, length in zip(rules, extent.kv_grid, strict=True))
 
+    def keys(self, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Every query's window as a list: its places row by row, from the lowest coordinates up.
+
+        Returns the raster positions of the keys, int64 [L, prod(window)], and which of them exist,
+        bool of that shape: a causal or clipped window holds fewer keys, at the front of each axis.
+        """
+        index, exists = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+        for rule, length in zip(self._axes(len(grid)), grid, strict=True):
+            place, inside = rule.window_places(length)
+            index = (
+                (index[:, None, :, None] * length + place[None, :, None]).flatten(2).flatten(0, 1)
+            )
+            exists = (exists[:, None, :, None] & inside[None, :, None]).flatten(2).flatten(0, 1)
+        return index, exists
+
     def _axes(self, rank: int) -> tuple[_Axis, ...]:
         spread = (_spread(getattr(self, name), rank) for name in _Axis.__slots__)
         return tuple(_Axis(*values) for values in zip(*spread, strict=True))
@@ -214,6 +229,19 @@ class _Axis:
         if self.border == "clip":
             return lo.clamp(min=0), (lo + self.window).minimum(length)
         return lo, lo + self.window
+
+    def window_places(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens [length, window] of every window, ascending from its start, and which exist."""
+        token = torch.arange(length)
+        residue = token % self.dilation
+        class_length = (length - residue + self.dilation - 1) // self.dilation
+        lo, hi = self.interval(token // self.dilation, class_length)
+        place = lo[:, None] + torch.arange(self.window)
+        inside = place < hi[:, None]
+        if self.border == "wrap":
+            place = place % class_length[:, None]
+        place = torch.where(inside, place, lo[:, None])
+        return residue[:, None] + self.dilation * place, inside
 
     def reach(self, length: int) -> int:
         """Largest distance from a token to a key of its window, in dilation steps."""

@@ -129,3 +129,33 @@ class _OwnBlock(Pattern):
 
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         return Partition(self.stride).tile_map(extent.flat(), q_tile, kv_tile)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Triangular(Pattern):
+    """Query i sees the keys trunc(step i + o) with |o| = t (t + 1) / 2, t = 0, 1, 2, ...
+
+    Options: step, keys per query, above 0; steps away from the diagonal grow by one key each.
+    Cost: about 2 sqrt(2 Lk) keys per query.
+    Paper: Hybrid Transformers for Music Source Separation (2211.08553).
+    """
+
+    step: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < math.inf:
+            raise PatternError("step", self.step, "a number above 0 is needed")
+
+    def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
+        centre = (q_pos - (extent.Lk - extent.Lq)).double() * self.step
+        whole, part = centre.floor(), centre - centre.floor()
+        # trunc(c + o) = floor(c) + o where c + o >= 0, and 0 for the one offset just before the first key.
+        offset = (k_pos - whole).abs()
+        before = (k_pos == 0) & (part > 0)
+        return _is_triangular(offset) | (before & _is_triangular(whole + 1))
+
+
+def _is_triangular(n: Tensor) -> Tensor:
+    """Whether 8 n + 1 is a square."""
+    root = torch.sqrt(8 * n + 1).round()
+    return root * root == 8 * n + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,20 +33,34 @@ class NormalForm:
         sink = () if self.sink is None else (self.sink,)
         return (*(term.parameter for term in self.terms), *sink)
 
+    def with_parameters(self, parameters: Sequence[Tensor]) -> NormalForm:
+        """The same with other tensors, in the order of `parameters`."""
+        terms = tuple(type(term)(x) for term, x in zip(self.terms, parameters, strict=False))  # type: ignore[call-arg]
+        sink = None if self.sink is None else parameters[len(terms)]
+        return NormalForm(self.scale, self.soft_cap, sink, terms)
+
 
 def normal_form(score: Score, head_dim: int, geometry: Geometry) -> NormalForm:
     """Collects the members of a score and checks that they fit together and fit the problem."""
     members = score.members if isinstance(score, Composed) else (score,)
     softmaxes = [member for member in members if isinstance(member, Softmax)]
-    terms = tuple(member for member in members if isinstance(member, Additive))
+    terms = [member for member in members if isinstance(member, Additive)]
     if len(softmaxes) > 1:
         raise ScoreError("score", score.key, "at most one Softmax is needed in a sum")
     if len(softmaxes) + len(terms) < len(members):
         raise ScoreError("score", score.key, "a sum of Softmax and additive terms is needed")
-    softmax = softmaxes[0] if softmaxes else Softmax()
-    softmax.validate(geometry)
+    for softmax in softmaxes:
+        softmax.validate(geometry)
     for term in terms:
         term.validate(geometry)
+    return collect(score, head_dim)
+
+
+def collect(score: Score, head_dim: int) -> NormalForm:
+    """The normal form of a score whose like `normal_form` has checked."""
+    members = score.members if isinstance(score, Composed) else (score,)
+    softmax = next((member for member in members if isinstance(member, Softmax)), Softmax())
+    terms = tuple(member for member in members if isinstance(member, Additive))
     scale = head_dim**-0.5 if softmax.scale is None else softmax.scale
     return NormalForm(scale, softmax.soft_cap, softmax.sink, terms)
 

@@ -9,7 +9,7 @@ from foveal.systems.base import Identity, System
 
 __all__ = ["Identity", "System", "system", "systems"]
 
-_FAMILIES = ("locality",)
+_FAMILIES = ("locality", "state")
 
 
 def system(name: str) -> System:

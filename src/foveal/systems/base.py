@@ -151,7 +151,6 @@ class System:
             value_dim=shape.get("value_dim", head_dim),
             dtype=dtype,
             device=device,
-            needs_grad=False,
             return_lse=False,
         )
         pattern, score = self.compose(grid, **{**shape.get("options", {}), **options})

@@ -12,10 +12,7 @@ from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Dense
 from foveal.scores.base import Composed, Score
 from foveal.scores.softmax import Softmax
-from foveal.testing.bounds import Verdict, check
-
-_NEARBY = 60
-"""Nearby inputs at which the error of a plain computation is taken before a verdict is final."""
+from foveal.testing.bounds import INPUTS, Verdict, check, error
 
 
 def check_attend(
@@ -33,20 +30,12 @@ def check_attend(
 
     Each result of `attend` is compared with the float64 `reference` on the same numbers, by the
     rule of `foveal.testing.bounds`; the plain computation of that rule is the `reference` in the
-    dtype of q.  On few numbers a plain computation can be lucky, so before a verdict is final its
-    error is also taken at nearby inputs.
+    dtype of q, at q, k, v and the tensors of the score and at fixed neighbours of them.
     Options: as for `attend`; return_lse False admits implementations without lse.
     Raises AssertionError that lists the verdicts when one of them is not ok.
     """
-    call = _Call(q, k, v, pattern, score, cu_seqlens, return_lse)
-    exact = call.results("reference", torch.float64)
-    terms = call.terms(exact)
-    found = call.results(implementation, None)
-    for near in (None, *range(_NEARBY)):
-        plain = call.plain(exact, near)
-        verdicts = [check(n, found[n], plain[n], exact[n], terms[n]) for n in exact]
-        if all(verdict.ok for verdict in verdicts):
-            break
+    problem = Agreement(q, k, v, pattern, score, cu_seqlens, return_lse)
+    verdicts = problem.verdicts(problem.results(implementation))
     if not all(verdict.ok for verdict in verdicts):
         shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in (("q", q), ("k", k), ("v", v)))
         lines = "\n  ".join(str(verdict) for verdict in verdicts)
@@ -58,23 +47,49 @@ def check_attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Agreement:
+    """A problem on which implementations are to agree; fields as the arguments of `check_attend`."""
+
     q: Tensor
     k: Tensor
     v: Tensor
     pattern: Pattern
     score: Score
-    cu_seqlens: Tensor | None
-    return_lse: bool
+    cu_seqlens: Tensor | None = None
+    return_lse: bool = True
 
-    def results(
+    def verdicts(self, found: dict[str, Tensor]) -> list[Verdict]:
+        """Judges the `results` of an implementation, by name.
+
+        Neighbours are visited until every result is within what is allowed: more of them could only
+        allow more, so the verdict is that of all of them.
+        """
+        exact = self._evaluate("reference", torch.float64)
+        terms = self._terms(exact)
+        errors = dict.fromkeys(exact, 0.0)
+        verdicts: list[Verdict] = []
+        for number in range(INPUTS):
+            plain = self._evaluate("reference", near=number)
+            there = self._evaluate("reference", torch.float64, near=number) if number else exact
+            for name, x in plain.items():
+                errors[name] = max(errors[name], _finite_error(x, there[name]))
+            verdicts = [check(n, found[n], errors[n], exact[n], terms[n]) for n in exact]
+            if all(verdict.ok for verdict in verdicts):
+                break
+        return verdicts
+
+    def results(self, implementation: str | None) -> dict[str, Tensor]:
+        """o, lse and gradients of an implementation, every tensor as it came, by name."""
+        return self._evaluate(implementation)
+
+    def _evaluate(
         self,
         implementation: str | None,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | None = None,
         weights: dict[str, Tensor] | None = None,
-        near: int | None = None,
+        near: int = 0,
     ) -> dict[str, Tensor]:
-        """Results by name; `dtype` None leaves every tensor as it came, `near` moves it a little."""
+        """Results by name; `dtype` None leaves every tensor as it came, `near` names a neighbour."""
         leaves = _Leaves(dtype, near)
         q, k, v = (leaves.add(f"d{name}", getattr(self, name)) for name in ("q", "k", "v"))
         found = attend(
@@ -88,7 +103,7 @@ class _Call:
             implementation=implementation,
         )
         outputs = dict(zip(("o", "lse"), found if self.return_lse else (found,), strict=False))
-        weights = self.weights(outputs) if weights is None else weights
+        weights = self._weights(outputs) if weights is None else weights
         gradients = torch.autograd.grad(
             list(outputs.values()),
             list(leaves.by_name.values()),
@@ -100,18 +115,7 @@ class _Call:
             results[name] = torch.zeros_like(leaf) if gradient is None else gradient
         return results
 
-    def plain(self, exact: dict[str, Tensor], near: int | None) -> dict[str, Tensor]:
-        """The exact results with the error that a plain computation makes at nearby inputs."""
-        if near is None:
-            return self.results("reference", None)
-        plain = self.results("reference", None, near=near)
-        there = self.results("reference", torch.float64, near=near)
-        return {
-            name: exact[name] + (plain[name].double() - there[name]).nan_to_num(0.0)
-            for name in exact
-        }
-
-    def weights(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _weights(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same random cotangents in every call."""
         source = torch.Generator().manual_seed(0)
         return {
@@ -119,28 +123,34 @@ class _Call:
             for name, x in outputs.items()
         }
 
-    def terms(self, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _terms(self, exact: dict[str, Tensor]) -> dict[str, Tensor]:
         """How large the terms are that the results sum: v and the cotangents without signs.
 
         dS = P (dP - delta + dlse), delta = sum(do o): one evaluation holds P dP alone, as its dlse
         is delta, the other the part of delta.
         """
         unsigned = dataclasses.replace(self, v=self.v.detach().abs(), return_lse=True)
-        o = unsigned.results("reference", torch.float64)["o"]
-        do = self.weights(exact)["o"].abs().to(o)
+        o = unsigned._evaluate("reference", torch.float64)["o"]
+        do = self._weights(exact)["o"].abs().to(o)
         both = []
         for dlse in (torch.zeros(o.shape[:-1], dtype=o.dtype, device=o.device), (do * o).sum(-1)):
-            both.append(unsigned.results("reference", torch.float64, {"o": do, "lse": dlse}))
+            both.append(unsigned._evaluate("reference", torch.float64, {"o": do, "lse": dlse}))
         return {name: torch.maximum(both[0][name].abs(), both[1][name].abs()) for name in exact}
 
 
-class _Leaves:
-    """Tensors made into leaves of the graph, by name."""
+def _finite_error(plain: Tensor, exact: Tensor) -> float:
+    """The error where both are finite: NaN and inf excuse nobody else's."""
+    both = plain.isfinite() & exact.isfinite()
+    return error(torch.where(both, plain.double(), 0.0), torch.where(both, exact, 0.0))
 
-    def __init__(self, dtype: torch.dtype | None, near: int | None) -> None:
+
+class _Leaves:
+    """Tensors made into leaves of the graph, by name; `near` 0 as they are, else moved a little."""
+
+    def __init__(self, dtype: torch.dtype | None, near: int) -> None:
         self.by_name: dict[str, Tensor] = {}
         self._dtype = dtype
-        self._source = None if near is None else torch.Generator().manual_seed(near)
+        self._source = torch.Generator().manual_seed(near) if near else None
 
     def add(self, name: str, x: Tensor) -> Tensor:
         x = x.detach()

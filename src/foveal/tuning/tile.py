@@ -1,87 +1,48 @@
-"""Sizes of the portable tile kernels: one table per architecture class, looked up, never searched."""
+"""Sizes of the portable tile kernels: looked up, never searched in a call.
+
+`foveal tune` measures other sizes on a device; what it found goes before the shipped tables.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from foveal.tuning.config import Config
+from foveal.tuning.store import Store
+from foveal.tuning.tables import BACKWARD_KV, BACKWARD_Q, FLOAT32, FORWARD, HALF, rows
+
+__all__ = [
+    "BACKWARD_KV",
+    "BACKWARD_Q",
+    "FORWARD",
+    "Config",
+    "architecture",
+    "choose_shapes",
+    "forced",
+    "forget_tuned",
+    "kernel_name",
+    "lookup",
+    "measuring",
+    "shapes",
+    "shipped",
+    "store",
+]
+
 Tile = tuple[int, int, int]
+_LITTLE_SHARED_MEMORY = ((8, 6), (8, 9))
+SIZES = (64, 128, 256)
+"""Largest head_dim of each row of the tables."""
 
-
-@dataclass(frozen=True)
-class Config:
-    """Tokens of a query tile and of a key tile, warps of a program, stages of its loads."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-FORWARD, BACKWARD_Q, BACKWARD_KV = "forward", "backward_q", "backward_kv"
-
-# By the larger of head_dim and value_dim, padded; each row holds up to the size it names.
-_TABLES: dict[str, dict[str, tuple[tuple[int, Config], ...]]] = {
-    "sm_80": {
-        FORWARD: (
-            (64, Config(128, 64, 4, 3)),
-            (128, Config(128, 64, 8, 3)),
-            (256, Config(64, 32, 4, 2)),
-        ),
-        BACKWARD_Q: (
-            (64, Config(128, 64, 8, 2)),
-            (128, Config(64, 64, 8, 2)),
-            (256, Config(32, 32, 4, 1)),
-        ),
-        BACKWARD_KV: (
-            (64, Config(64, 128, 8, 2)),
-            (128, Config(64, 64, 8, 2)),
-            (256, Config(32, 32, 4, 1)),
-        ),
-    },
-    "sm_90": {
-        FORWARD: (
-            (64, Config(128, 128, 8, 3)),
-            (128, Config(128, 128, 8, 2)),
-            (256, Config(128, 64, 8, 2)),
-        ),
-        BACKWARD_Q: (
-            (64, Config(128, 128, 8, 2)),
-            (128, Config(128, 64, 8, 2)),
-            (256, Config(64, 32, 8, 1)),
-        ),
-        BACKWARD_KV: (
-            (64, Config(64, 128, 8, 2)),
-            (128, Config(64, 128, 8, 2)),
-            (256, Config(32, 64, 8, 1)),
-        ),
-    },
-    "gfx942": {
-        FORWARD: (
-            (64, Config(128, 64, 4, 2)),
-            (128, Config(128, 64, 4, 1)),
-            (256, Config(64, 32, 4, 1)),
-        ),
-        BACKWARD_Q: (
-            (64, Config(64, 64, 4, 1)),
-            (128, Config(64, 64, 4, 1)),
-            (256, Config(32, 32, 4, 1)),
-        ),
-        BACKWARD_KV: (
-            (64, Config(64, 64, 4, 1)),
-            (128, Config(64, 64, 4, 1)),
-            (256, Config(32, 32, 4, 1)),
-        ),
-    },
-}
-_TABLES["sm_100"] = _TABLES["sm_90"]
-_FLOAT32 = ((64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(16, 32, 4, 1)))
 _INTERPRETED = Config(32, 16, 1, 1)
 
 
@@ -91,19 +52,99 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+    capability = torch.cuda.get_device_capability(device)
+    if capability in _LITTLE_SHARED_MEMORY or capability[0] >= 12:
+        return "sm_86"
+    return {8: "sm_80", 9: "sm_90"}.get(capability[0], "sm_100")
 
 
-def lookup(stage: str, architecture: str, dim: int, dtype: torch.dtype) -> Config:
-    """Sizes of one kernel; dim is the larger of head_dim and value_dim.
+def kernel_name(stage: str, dim: int, dtype: torch.dtype) -> str:
+    """What sizes are kept by, such as "forward/128/half"; dim as in `lookup`."""
+    size = next(size for size in SIZES if dim <= size)
+    return f"{stage}/{size}/{_kind(dtype)}"
 
-    Blocks that a selection or a small problem demands are cut from these by the caller.
-    """
+
+def _kind(dtype: torch.dtype) -> str:
+    return FLOAT32 if dtype == torch.float32 else HALF
+
+
+def shipped(stage: str, architecture: str, dim: int, dtype: torch.dtype) -> Config:
+    """Sizes of one kernel from the shipped tables; arguments as of `lookup`."""
     if architecture == "interpreter":
         return _INTERPRETED
-    table = _FLOAT32 if dtype == torch.float32 else _TABLES[architecture][stage]
+    table = rows(architecture, _kind(dtype), stage)
     return next(config for largest, config in table if dim <= largest)
+
+
+def lookup(
+    stage: str,
+    architecture: str,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Config:
+    """Sizes of one kernel; dim is the larger of head_dim and value_dim.
+
+    On a device that was tuned the sizes measured there, else the shipped ones.
+    Blocks that a selection or a small problem demands are cut from these by the caller.
+    """
+    if stage in _FORCED:
+        return _FORCED[stage]
+    if device is not None and device.type == "cuda":
+        found = _tuned(device).get(kernel_name(stage, dim, dtype))
+        if found is not None:
+            return found
+    return shipped(stage, architecture, dim, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _tuned(device: torch.device) -> Mapping[str, Config]:
+    return {
+        kernel: found.config
+        for kernel, found in store(device).read().items()
+        if found.config is not None
+    }
+
+
+def forget_tuned() -> None:
+    """Makes the next `lookup` read the stored sizes again."""
+    _tuned.cache_clear()
+
+
+def store(device: torch.device) -> Store:
+    """Where sizes measured on this device are kept; they hold for these kernels and this compiler."""
+    return Store(torch.cuda.get_device_name(device), _conditions())
+
+
+@functools.cache
+def _conditions() -> str:
+    source = hashlib.sha256()
+    engines = Path(__file__).parent.parent / "engines"
+    for name in ("forward.py", "backward.py", "routes.py"):
+        source.update((engines / "tile" / name).read_bytes())
+    for name in ("softmax.py", "tiles.py"):
+        source.update((engines / "common" / name).read_bytes())
+    return f"triton {importlib.metadata.version('triton')}, kernels {source.hexdigest()[:12]}"
+
+
+_FORCED: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def forced(stage: str, config: Config) -> Iterator[None]:
+    """Within it, `lookup` answers `config` for one stage, whatever the problem: for measuring."""
+    before = dict(_FORCED)
+    _FORCED[stage] = config
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _FORCED.update(before)
+
+
+def measuring() -> bool:
+    """Whether sizes are forced, so that launches prepared earlier must not be repeated."""
+    return bool(_FORCED)
 
 
 def shapes(size: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:

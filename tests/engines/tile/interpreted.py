@@ -66,6 +66,10 @@ CASES: dict[str, Case] = {
     "causal": Case(_sequence, _always(fv.Causal())),
     "causal float16": Case(_sequence, _always(fv.Causal()), dtype=torch.float16),
     "causal, fewer queries": Case(Sizes((20,), (45,), 1, 2, 1, 16), _always(fv.Causal())),
+    "few queries of many heads": Case(
+        Sizes((5,), (45,), 2, 6, 2, 16, 12), _always(fv.Sliding(30)), layout="strided"
+    ),
+    "few blind queries of many heads": Case(Sizes((19,), (11,), 1, 6, 2, 16), _always(fv.Causal())),
     "causal, blind rows": Case(Sizes((45,), (20,), 1, 2, 1, 16), _always(fv.Causal())),
     "strided memory": Case(_sequence, _always(fv.Sliding(9, 2)), layout="strided"),
     "shared memory": Case(_sequence, _always(fv.Sliding(9, 2)), layout="broadcast"),
@@ -86,6 +90,15 @@ CASES: dict[str, Case] = {
     "axis": Case(
         _grid, _always(fv.Axial(0)), lambda source: fv.RelativeBias(_draw(1, 11, 13)(source))
     ),
+    "cross of two axes": Case(
+        _grid,
+        _always(fv.Axial(0) | fv.Axial(1)),
+        lambda source: fv.RelativeBias(_draw(2, 11, 13)(source)),
+    ),
+    "sphere": Case(
+        _grid, _always(fv.Sphere(0.9)), lambda source: fv.RelativeBias(_draw(1, 11, 13)(source))
+    ),
+    "scales": Case(Sizes((30,), None, 1, 2, 1, 16), _always(fv.Scales((1, 2, 3, 4), window=3))),
     "windows": Case(
         _grid, _always(fv.Partition((4, 4), shift=2)), lambda s: fv.Bias(_draw(1, 2, 42, 42)(s))
     ),
@@ -190,4 +203,30 @@ def contained(pattern: Pattern, value: float, where: str, seed: int) -> bool:
         torch.equal(test(got), test(want))
         for got, want in zip((o, lse), expected, strict=True)
         for test in (torch.isnan, torch.isposinf, torch.isneginf)
+    )
+
+
+def contained_gradients(pattern: Pattern, where: str, seed: int) -> bool:
+    """Whether NaN in a row of q, k, v or of the gradient of o reaches the gradients that it reaches when
+    every row is computed from the keys that it sees, and from nothing else."""
+    source = torch.Generator().manual_seed(seed)
+    grid = (45,) if pattern.rank in (None, 1) else (6, 7)
+    q, k, v = qkv(Sizes(grid, head_dim=16), source)
+    do = torch.randn(q.shape, generator=source)
+    {"q": q, "k": k, "v": v, "do": do}[where].flatten(1, -3)[0, 11, 0, :2] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = fv.attend(*leaves, pattern, fv.Softmax(soft_cap=20.0), implementation="triton")
+    found = torch.autograd.grad(o, leaves, do)
+    expected = [torch.zeros_like(x).flatten(1, -3)[0, :, 0] for x in leaves]
+    flat = [x.detach().flatten(1, -3)[0, :, 0] for x in (*leaves, do)]
+    for i, visible in enumerate(pattern.dense_mask(grid, grid)):
+        row = [x.requires_grad_() for x in (flat[0][i], flat[1][visible], flat[2][visible])]
+        weights = (20 * torch.tanh(row[1] @ row[0] / 4 / 20)).softmax(0)
+        parts = torch.autograd.grad(weights @ row[2], row, flat[3][i])
+        expected[0][i] += parts[0]
+        expected[1][visible] += parts[1]
+        expected[2][visible] += parts[2]
+    return all(
+        torch.equal(got.flatten(1, -3)[0, :, 0].isnan().any(-1), want.isnan().any(-1))
+        for got, want in zip(found, expected, strict=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import foveal as fv
 from foveal._problem import describe
 from foveal.engines.tile import hopper
 from foveal.engines.tile.hopper_plan import forward_walk, keys_walk, queries_walk, shared_heads
+from foveal.engines.tile.lists import walk_lists
 from foveal.patterns.base import Extent
 from foveal.scores.base import Geometry
 from foveal.scores.normal import normal_form
@@ -42,7 +44,14 @@ CASES = [
     (fv.Neighborhood((5, 6, 7)), ((9, 10, 11), (9, 10, 11))),
     (fv.Axial(0), ((20, 24), (20, 24))),
     (fv.Partition((8, 8), shift=(4, 4)), ((20, 24), (20, 24))),
+    (fv.Sliding(60, sink_tokens=5), ((500,), (500,))),
+    (fv.Sliding(60) | fv.Strided(37), ((300,), (333,))),
 ]
+
+
+def blocks(q_block: int, kv_block: int) -> fv.Blocks:
+    indices = torch.zeros(1, 1, 512 // q_block, 1, dtype=torch.int32)
+    return fv.Blocks(fv.BlockSelection(indices, q_block, kv_block))
 
 
 def refusal(pattern: fv.Pattern, sizes: Sizes, dtype: torch.dtype, score: fv.Score) -> str | None:
@@ -62,13 +71,11 @@ def refusal(pattern: fv.Pattern, sizes: Sizes, dtype: torch.dtype, score: fv.Sco
     ("sizes", "dtype", "score", "word"),
     [
         (Sizes((64,), head_dim=64), torch.float32, fv.Softmax(), "float32"),
-        (Sizes((64,), head_dim=64, value_dim=32), torch.bfloat16, fv.Softmax(), "Dv = D"),
+        (Sizes((64,), head_dim=64, value_dim=12), torch.bfloat16, fv.Softmax(), "value_dim"),
         (Sizes((64,), head_dim=60), torch.bfloat16, fv.Softmax(), "steps of 8"),
-        (Sizes((64,), head_dim=256), torch.bfloat16, fv.Softmax(), "from 16 to 128"),
+        (Sizes((64,), head_dim=264), torch.bfloat16, fv.Softmax(), "from 16 to 256"),
         (Sizes((0,), head_dim=64), torch.bfloat16, fv.Softmax(), "empty"),
-        (Sizes((64,), head_dim=64), torch.bfloat16, fv.Softmax(soft_cap=5.0), "soft cap"),
-        (Sizes((64,), head_dim=64), torch.bfloat16, fv.Softmax(sink=torch.zeros(1)), "sink"),
-        (Sizes((64,), head_dim=64), torch.float16, fv.Alibi(torch.ones(1)), "additive"),
+        (Sizes((64,), head_dim=64), torch.float16, fv.Bias(torch.zeros(1, 1, 64, 64)), "per pair"),
         (Sizes((64,), head_dim=64), torch.float16, fv.Softmax(scale=-1.0), "positive scale"),
     ],
 )
@@ -78,15 +85,6 @@ def test_refuses_what_it_cannot_compute(
     reason = refusal(fv.Dense(), sizes, dtype, score)
     assert reason is not None
     assert word in reason
-
-
-@pytest.mark.parametrize(
-    "pattern", [fv.Sliding(3) | fv.Strided(5), fv.Fixed(4, 1), fv.Sliding(3, sink_tokens=2)]
-)
-def test_refuses_patterns_that_are_no_boxes(pattern: fv.Pattern) -> None:
-    reason = refusal(pattern, Sizes((40,), head_dim=64), torch.bfloat16, fv.Softmax())
-    assert reason is not None
-    assert "interval" in reason
 
 
 @pytest.mark.parametrize(("pattern", "grids"), CASES)
@@ -132,6 +130,47 @@ def test_heads_that_run_together_divide_all_heads(heads: int, groups: int) -> No
         assert heads % shared_heads(heads, groups, columns, 128) == 0
 
 
+@pytest.mark.parametrize("by_key", [False, True])
+def test_lists_name_the_tiles_of_the_map(by_key: bool, source: torch.Generator) -> None:
+    kept = torch.rand(2, 3, 4, 5, generator=source) < 0.5
+    pattern = fv.Blocks(fv.BlockSelection.from_block_mask(kept, 128, 128)) & fv.Causal()
+    extent, cpu = Extent((500,), (600,)), torch.device("cpu")
+    lists = walk_lists(pattern, extent, 128, 128, 6, cpu, by_key)
+    states = pattern.tile_map(extent, 128, 128).clone()
+    if by_key:
+        states = states.mT
+    # A last tile of columns that is not full is tested.
+    states[..., -1] = states[..., -1].clamp(max=1)
+    assert lists.heads_per_list == 2
+    for batch, head in ((0, 0), (1, 2)):
+        words = lists.words.flatten(0, 2)[batch * lists.batch_stride + head * lists.list_stride :]
+        words = words[: states.shape[2]]
+        assert bool((words[:-1, 2] >= words[1:, 2]).all())
+        assert sorted(words[:, 0].tolist()) == list(range(states.shape[2]))
+        for tile, tested, count, *columns in words.tolist():
+            row = states[batch, head, tile]
+            assert columns[:tested] == torch.nonzero(row == 1).flatten().tolist()
+            assert columns[tested:count] == torch.nonzero(row == 2).flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "word"),
+    [
+        (blocks(128, 128), None),
+        (blocks(128, 256) & fv.Sliding(40), None),
+        (blocks(128, 128) | fv.Causal(), None),
+        (blocks(64, 128), "multiples of 128"),
+        (fv.Fixed(64, 4), "multiples of 128"),
+        (blocks(128, 128) & fv.Strided(5), None),
+        (blocks(128, 128) & (blocks(128, 128) | fv.Causal()), "one & or one |"),
+    ],
+)
+def test_refuses_lists_that_it_cannot_walk(pattern: fv.Pattern, word: str | None) -> None:
+    reason = refusal(pattern, Sizes((512,), head_dim=64), torch.bfloat16, fv.Softmax())
+    assert (reason is None) == (word is None)
+    assert word is None or word in str(reason)
+
+
 class TestOnAGpu:
     pytestmark = gpu
 
@@ -149,6 +188,8 @@ class TestOnAGpu:
             q, k, v = qkv(sizes, source, dtype, device="cuda")
             with poisoned_allocations():
                 check_attend(q, k, v, pattern, implementation="hopper")
+            # Poisoning asks PyTorch for repeatable gradients, by other kernels.
+            check_attend(q, k, v, pattern, implementation="hopper")
 
     @pytest.mark.parametrize("head_dim", [16, 24, 32, 80, 96])
     def test_head_sizes(self, head_dim: int, source: torch.Generator) -> None:
@@ -169,7 +210,124 @@ class TestOnAGpu:
         for pattern in (fv.Documents(), fv.Causal()):
             check_attend(q, k, v, pattern, cu_seqlens=cuts, implementation="hopper")
 
-    def test_results_repeat_bit_by_bit(self, source: torch.Generator) -> None:
+    @pytest.mark.parametrize(
+        ("head_dim", "value_dim"), [(128, 64), (64, 256), (192, 128), (256, 256)]
+    )
+    def test_value_sizes(self, head_dim: int, value_dim: int, source: torch.Generator) -> None:
+        sizes = Sizes((300,), q_heads=2, head_dim=head_dim, value_dim=value_dim)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        for pattern in (fv.Dense(), fv.Causal()):
+            check_attend(q, k, v, pattern, implementation="hopper")
+
+    @pytest.mark.parametrize("lists", [1, 2, 4])
+    @pytest.mark.parametrize("joined", ["alone", "and", "or"])
+    @pytest.mark.parametrize("head_dim", [64, 128, 192])
+    def test_block_lists(
+        self, head_dim: int, joined: str, lists: int, source: torch.Generator
+    ) -> None:
+        tokens = 1024 if joined == "or" else 1000
+        sizes = Sizes((tokens,), batch=2, q_heads=4, kv_heads=2, head_dim=head_dim)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        kept = torch.rand(2, lists, 8, 8, generator=source) < 0.4
+        kept[:, 0, 3] = False
+        pattern: fv.Pattern = fv.Blocks(fv.BlockSelection.from_block_mask(kept, 128, 128))
+        if joined == "and":
+            pattern = pattern & fv.Causal()
+        if joined == "or":
+            pattern = pattern | fv.Sliding(70)
+        check_attend(q, k, v, pattern, implementation="hopper")
+
+    def test_a_graph_finds_lists_again(self, source: torch.Generator) -> None:
+        q, k, v = qkv(Sizes((512,), q_heads=2, head_dim=64), source, torch.bfloat16, device="cuda")
+        lists = torch.tensor([[[0, 2], [1, -1], [0, 3], [2, 3]], [[3, -1], [0, 1], [1, 2], [0, 2]]])
+        first = lists[None].to("cuda", torch.int32)
+        second = first.flip(1)
+        pattern = fv.Blocks(fv.BlockSelection(first.clone(), 128, 128))
+        fv.attend(q, k, v, pattern, implementation="hopper")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = fv.attend(q, k, v, pattern, implementation="hopper")
+        for indices in (first, second):
+            pattern.selection.indices.copy_(indices)
+            graph.replay()
+            again = fv.Blocks(fv.BlockSelection(indices, 128, 128))
+            assert torch.equal(o, fv.attend(q, k, v, again, implementation="hopper"))
+
+    @pytest.mark.parametrize("soft_cap", [None, 3.0])
+    @pytest.mark.parametrize("sink", [False, True])
+    def test_scores(self, soft_cap: float | None, sink: bool, source: torch.Generator) -> None:
+        sizes = Sizes((300,), batch=2, q_heads=4, kv_heads=2, head_dim=64)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        sinks = torch.randn(4, generator=source).cuda() if sink else None
+        score = fv.Softmax(scale=0.3, soft_cap=soft_cap, sink=sinks)
+        for pattern in (fv.Dense(), fv.Sliding(50)):
+            check_attend(q, k, v, pattern, score, implementation="hopper")
+
+    @pytest.mark.parametrize("soft_cap", [None, 3.0])
+    def test_terms(self, soft_cap: float | None, source: torch.Generator) -> None:
+        sizes = Sizes((300,), batch=2, q_heads=4, kv_heads=2, head_dim=64)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        slopes = fv.Alibi(torch.rand(4, generator=source).cuda())
+        bias = fv.KeyBias(torch.randn(2, 2, 300, generator=source).cuda())
+        for pattern in (fv.Dense(), fv.Causal(), fv.Strided(3), fv.Sliding(40, sink_tokens=3)):
+            for term in (slopes, bias):
+                score = fv.Softmax(soft_cap=soft_cap) + term
+                check_attend(q, k, v, pattern, score, implementation="hopper")
+
+    @pytest.mark.parametrize("grid", [(12, 13), (5, 6, 7)])
+    def test_biases_on_grids(self, grid: tuple[int, ...], source: torch.Generator) -> None:
+        sizes = Sizes(grid, batch=2, q_heads=2, head_dim=64)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        bias = fv.KeyBias(torch.randn(2, 1, math.prod(grid), generator=source).cuda())
+        pattern = fv.Neighborhood((3,) * len(grid))
+        check_attend(q, k, v, pattern, bias, implementation="hopper")
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("where", ["q", "k", "v"])
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    @pytest.mark.parametrize(
+        ("pattern", "grid"),
+        [
+            (fv.Causal(), (300,)),
+            (fv.Sliding(40, 3), (300,)),
+            (fv.Neighborhood((5, 6)), (14, 15)),
+            (fv.Neighborhood((3, 4, 3)), (6, 7, 8)),
+            (fv.Sliding(40, sink_tokens=3), (300,)),
+            (fv.Blocks(fv.BlockSelection(torch.tensor([[[[0], [1], [2]]]]), 128, 128)), (300,)),
+        ],
+        ids=str,
+    )
+    def test_non_finite_values_reach_the_rows_that_see_them(
+        self,
+        pattern: fv.Pattern,
+        grid: tuple[int, ...],
+        head_dim: int,
+        where: str,
+        value: float,
+        source: torch.Generator,
+    ) -> None:
+        if where != "v" and math.isinf(value):
+            pytest.skip("scores of both signs: NaN or not depends on the order of sums")
+        sizes = Sizes(grid, batch=2, q_heads=2, head_dim=head_dim)
+        tensors = dict(zip("qkv", qkv(sizes, source, torch.bfloat16, device="cuda"), strict=True))
+        flat = tensors[where].flatten(1, -3)
+        flat[0, 100, 0, :2] = value
+        flat[1, 133, 1, 5] = value
+        found = fv.attend(*tensors.values(), pattern, return_lse=True, implementation="hopper")
+        exact = (x.double() for x in tensors.values())
+        expected = fv.attend(*exact, pattern, return_lse=True, implementation="reference")
+        for got, want in zip(found, expected, strict=True):
+            for test in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(test(got), test(want))
+            torch.testing.assert_close(
+                got.double().nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0), rtol=0.02, atol=0.02
+            )
+
+    def test_results_repeat_bit_by_bit(
+        self, source: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         q, k, v = qkv(Sizes((900,), q_heads=4, head_dim=128), source, torch.bfloat16, device="cuda")
         leaves = [x.requires_grad_() for x in (q, k, v)]
         runs = []
@@ -178,3 +336,44 @@ class TestOnAGpu:
             runs.append((o, lse, *torch.autograd.grad((o.float().sum() + lse.sum()), leaves)))
         for results in zip(*runs, strict=True):
             assert all(torch.equal(results[0], again) for again in results[1:])
+
+    @pytest.mark.parametrize("repeatable", [False, True])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("where", ["q", "k", "v", "do"])
+    @pytest.mark.parametrize(
+        ("pattern", "grid"), [(fv.Causal(), (300,)), (fv.Neighborhood((5, 7)), (20, 19))]
+    )
+    def test_nan_reaches_the_gradients_of_what_it_is_seen_with(
+        self,
+        pattern: fv.Pattern,
+        grid: tuple[int, ...],
+        where: str,
+        head_dim: int,
+        repeatable: bool,
+        source: torch.Generator,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: repeatable)
+        sizes = Sizes(grid, q_heads=2, kv_heads=1, head_dim=head_dim)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        do = torch.randn(q.shape, generator=source).to(q)
+        row = math.prod(grid) // 2
+        {"q": q, "k": k, "v": v, "do": do}[where].flatten(1, -3)[0, row, :, :2] = math.nan
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        o = fv.attend(*leaves, pattern, implementation="hopper")
+        dq, dk, dv = (x.flatten(1, -3) for x in torch.autograd.grad(o, leaves, do))
+        seen = pattern.dense_mask(grid, grid)
+        queries, keys = torch.zeros(len(seen)) > 0, torch.zeros(len(seen)) > 0
+        if where in ("q", "do"):
+            queries[row] = True
+        else:
+            queries |= seen[:, row]
+        keys |= seen[queries].any(0)
+        spoilt = {
+            # dV takes P and dO, and P is NaN where a score is.
+            "dv": keys if where in ("q", "k", "do") else torch.zeros_like(keys),
+            "dq": queries,
+            "dk": keys,
+        }
+        for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
+            assert torch.equal(got[0].isnan().any(-1).any(-1).cpu(), spoilt[name]), name

@@ -25,6 +25,7 @@ FORWARD = [
     (LINE, (128, 1, 1), 1, 64, 3, 3, False),
     (SQUARE, (4, 32, 1), 2, 128, 2, 2, True),
 ]
+WIDE = (LINE, LINE, 1, 256, 2, 2, False)
 BACKWARD = [
     (LINE, LINE, 1, 128, 3, 2, False),
     (SQUARE, SQUARE, 2, 128, 3, 2, True),
@@ -48,7 +49,7 @@ def numbers_type(sides: tuple[int, int, int], axes: int) -> str:
     return f"tensordesc<fp32[{','.join(map(str, shape))}],{layout!r}>"
 
 
-def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> Any:
+def compiled(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -57,7 +58,7 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) 
     absent = ["Z", "Y"][: 3 - constants["AXES"]]
     absent += [f"{axis.lower()}_pitch" for axis in absent if f"{axis.lower()}_pitch" in signature]
     constants |= dict.fromkeys(absent, 1)
-    signature |= dict.fromkeys(constants, "constexpr")
+    signature |= {name: "constexpr" for name in constants if isinstance(name, str)}
     names = list(signature)
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n.startswith("p_")}
     options = {"num_warps": 4, "enable_fp_fusion": True}
@@ -103,40 +104,78 @@ def shape_constants(case: tuple[Any, ...]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("case", "hides"), [(FORWARD[0], False), *((case, True) for case in FORWARD)]
+    ("case", "hides", "lists", "score"),
+    [
+        (FORWARD[0], False, None, None),
+        *((case, True, None, None) for case in FORWARD),
+        (FORWARD[0], False, "listed", None),
+        (FORWARD[0], True, "tested by intervals", "sink, cap and bias"),
+        (FORWARD[0], True, "tested by bits", None),
+        (WIDE, False, None, None),
+    ],
 )
-def test_forward(case: tuple[Any, ...], hides: bool) -> None:
+def test_forward(case: tuple[Any, ...], hides: bool, lists: str | None, score: str | None) -> None:
     from foveal.engines.tile.hopper_forward import tile_attend_forward
 
     rows, columns, axes, head_dim = case[:4]
     q, kv = box_type(rows, axes, head_dim), box_type(columns, axes, head_dim)
-    signature = {"q_desc": q, "k_desc": kv, "v_desc": kv, "o_desc": q}
-    signature |= {"p_lse": "*fp32", "p_bounds": "*i32"}
+    signature: dict[str, Any] = {"q_desc": q, "k_desc": kv, "v_desc": kv, "o_desc": q}
+    signature |= {"p_lse": "*fp32", "p_spoilt": "*i8", "p_bounds": "*i32"}
+    signature["lists"] = ("*i32", *("i32",) * 5) if lists else ()
+    if lists == "tested by bits":
+        signature["lists"] += ("*i32", "*i32", "i32")
+    signature["scoring"] = ("*bf16" if score else "constexpr", "fp32")
+    signature["terms"] = ("fp32", "*fp32", "i32", "i32", "i32") if score else ()
     signature |= dict.fromkeys(INTS, "i32") | {"scale_log2": "fp32"}
-    constants = shape_constants(case) | {"HIDES": hides}
+    constants = shape_constants(case)
+    constants |= {"HIDES": hides, "CAPPED": score is not None}
+    if score is None:
+        constants[list(signature).index("scoring"), 0] = None
+    if not hides:
+        constants["p_spoilt"] = None
     stack, products, sass = resources(compiled(tile_attend_forward, signature, constants))
-    assert stack <= (200 if case[5] == 3 and hides else 0)
+    assert stack <= (200 if (case[5] == 3 and hides) or score else 0)
     assert pipelined(sass, products)
 
 
+@pytest.mark.parametrize(
+    ("axes", "lists"), [(1, ()), (1, ("*i32", *("i32",) * 5, "*i32", "*i32", "i32")), (3, ())]
+)
+def test_repair(axes: int, lists: tuple[str, ...]) -> None:
+    from foveal.engines.tile.hopper_repair import tile_attend_repair
+
+    signature: dict[str, Any] = dict.fromkeys(["p_q", "p_k", "p_v", "p_o"], "*bf16")
+    for name in "qkvo":
+        signature[f"{name}_strides"] = ("i32",) * (axes + 2 if axes < 3 else 4)
+    signature |= {"p_lse": "*fp32", "p_spoilt": "*i8", "p_bounds": "*i32", "lists": lists}
+    signature |= {"squash": "fp32", "terms": (), "key_grid": ("i32",) * (axes + 1)}
+    signature |= dict.fromkeys(INTS[:-1], "i32") | {"scale_log2": "fp32"}
+    columns = (128, 1, 1) if axes == 1 else (4, 4, 8)
+    constants = {"W": 2, "R": LINE if axes == 1 else (4, 4, 4), "C": columns, "AXES": axes}
+    constants |= {"CAPPED": False, "HEAD_DIM": 96, "VALUE_DIM": 64, "D": 128, "DV": 64}
+    assert resources(compiled(tile_attend_repair, signature, constants))[0] == 0
+
+
+@pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
-def test_backward_of_queries(case: tuple[Any, ...]) -> None:
+def test_backward_of_queries(case: tuple[Any, ...], hides: bool) -> None:
     from foveal.engines.tile.hopper_backward import tile_attend_backward_queries
 
     rows, columns, axes, head_dim = case[:4]
     q, kv = box_type(rows, axes, head_dim), box_type(columns, axes, head_dim)
     signature = {"q_desc": q, "do_desc": q, "k_desc": kv, "v_desc": kv, "dq_desc": q}
-    signature |= {"p_lse2": "*fp32", "p_delta": "*fp32", "p_bounds": "*i32"}
+    signature |= {"p_lse2": "*fp32", "p_delta": "*fp32", "p_bounds": "*i32", "p_spoilt": "*i8"}
     signature |= dict.fromkeys([*INTS[:3], "y_pitch", "z_pitch", "plane", *INTS[3:]], "i32")
     signature |= {"scale_log2": "fp32", "scale": "fp32"}
-    result = compiled(tile_attend_backward_queries, signature, shape_constants(case))
-    stack, products, sass = resources(result)
+    constants = shape_constants(case) | {"HIDES": hides}
+    stack, products, sass = resources(compiled(tile_attend_backward_queries, signature, constants))
     assert stack <= (120 if case[5] == 3 else 0)
     assert pipelined(sass, products)
 
 
+@pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
-def test_backward_of_keys(case: tuple[Any, ...]) -> None:
+def test_backward_of_keys(case: tuple[Any, ...], hides: bool) -> None:
     from foveal.engines.tile.hopper_backward import tile_attend_backward_keys
 
     rows, columns, axes, head_dim = case[:4]
@@ -144,11 +183,45 @@ def test_backward_of_keys(case: tuple[Any, ...]) -> None:
     numbers = numbers_type(columns, axes)
     signature = {"k_desc": kv, "v_desc": kv, "q_desc": q, "do_desc": q}
     signature |= {"lse_desc": numbers, "delta_desc": numbers, "dk_desc": kv, "dv_desc": kv}
-    signature |= {"p_bounds": "*i32"} | dict.fromkeys(INTS, "i32")
+    signature |= {"p_bounds": "*i32", "p_spoilt": "*i8"} | dict.fromkeys(INTS, "i32")
     signature |= {"scale_log2": "fp32", "scale": "fp32"}
-    stack, products, sass = resources(
-        compiled(tile_attend_backward_keys, signature, shape_constants(case))
-    )
+    constants = shape_constants(case) | {"HIDES": hides}
+    stack, products, sass = resources(compiled(tile_attend_backward_keys, signature, constants))
     # Two accumulators, S and dP leave no room for all the numbers that describe a tile.
     assert stack <= 280
     assert pipelined(sass, products)
+
+
+@pytest.mark.parametrize(
+    ("sides", "axes", "head_dim", "hides", "lists"),
+    [
+        (LINE, 1, 128, False, False),
+        (LINE, 1, 128, True, False),
+        (LINE, 1, 128, True, True),
+        (SQUARE, 2, 128, True, False),
+        (LINE, 1, 64, True, False),
+    ],
+)
+def test_backward_in_one_kernel(
+    sides: tuple[int, int, int], axes: int, head_dim: int, hides: bool, lists: bool
+) -> None:
+    from triton.experimental.gluon import language as gl
+
+    from foveal.engines.tile.hopper_backward_joint import tile_attend_backward_joint
+
+    apart = head_dim <= 64
+    box, numbers = box_type(sides, axes, head_dim), numbers_type(sides, axes)
+    shape = [1, *sides[:axes], head_dim if apart else head_dim // 2]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float32)
+    signature: dict[str, Any] = dict.fromkeys(["k_desc", "v_desc", "q_desc", "do_desc"], box)
+    signature |= {"lse_desc": numbers, "delta_desc": numbers, "dk_desc": box, "dv_desc": box}
+    signature["dq_desc"] = f"tensordesc<fp32[{','.join(map(str, shape))}],{layout!r}>"
+    signature |= {"p_bounds": "*i32", "p_spoilt": "*i8"}
+    signature["lists"] = ("*i32", *("i32",) * 5) if lists else ()
+    signature |= dict.fromkeys(INTS, "i32") | {"scale_log2": "fp32", "scale": "fp32"}
+    constants = {"W": 2, "R": sides, "C": sides, "AXES": axes, "STAGES": 2, "HIDES": hides}
+    result = compiled(tile_attend_backward_joint, signature, constants | {"APART": apart})
+    stack, products, sass = resources(result)
+    assert stack <= 280
+    assert pipelined(sass, products)
+    assert len(re.findall(r"UTMAREDG", sass)) > 0

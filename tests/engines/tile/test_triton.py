@@ -68,6 +68,17 @@ def test_non_finite_values_reach_the_rows_that_see_them(
     assert interpreter(interpreted.contained, pattern, value, where, seed(source))
 
 
+@needs_triton
+@pytest.mark.parametrize("where", ["q", "k", "v", "do"])
+@pytest.mark.parametrize(
+    "pattern", [fv.Causal(), fv.Sliding(5, sink_tokens=2), fv.Neighborhood((3, 3))], ids=str
+)
+def test_nan_reaches_the_gradients_of_what_it_is_seen_with(
+    pattern: fv.Pattern, where: str, interpreter: Run, source: torch.Generator
+) -> None:
+    assert interpreter(interpreted.contained_gradients, pattern, where, seed(source))
+
+
 def refusal(pattern: fv.Pattern, score: fv.Score = fv.Softmax(), **changes: Any) -> str | None:
     x = torch.zeros(1, 64, 2, 8)
     problem = describe(x, x, x, return_lse=False)

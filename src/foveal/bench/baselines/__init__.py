@@ -7,11 +7,24 @@ from collections.abc import Sequence
 from foveal._errors import UnknownNameError
 from foveal.bench.baselines.base import Competitor, Prepared
 from foveal.bench.baselines.flex import Flex
+from foveal.bench.baselines.fused import Cudnn, Flash2
 from foveal.bench.baselines.local_attention import LocalAttention
 from foveal.bench.baselines.natten import Natten
+from foveal.bench.baselines.packed import FlashAttention, FlashInfer, Varlen
 from foveal.bench.baselines.sdpa import DenseSdpa, MaskedSdpa
 
-BASELINES: tuple[Competitor, ...] = (MaskedSdpa(), DenseSdpa(), Flex(), Natten(), LocalAttention())
+BASELINES: tuple[Competitor, ...] = (
+    MaskedSdpa(),
+    DenseSdpa(),
+    Cudnn(),
+    Flash2(),
+    Varlen(),
+    Flex(),
+    FlashAttention(),
+    FlashInfer(),
+    Natten(),
+    LocalAttention(),
+)
 
 __all__ = ["BASELINES", "Competitor", "Prepared", "baselines"]
 

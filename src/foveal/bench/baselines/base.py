@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from foveal.scores import Softmax
 if TYPE_CHECKING:
     from foveal.bench.cases import Case
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
 MASK_LIMIT = 2**30
 """Bytes of an Lq x Lk boolean mask beyond which a competitor that needs one is not asked."""
 
@@ -33,11 +33,12 @@ class Prepared:
     """
 
     inputs: Inputs
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[..., Tensor]
     tokens: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
     held_bytes: int = 0
     backward: bool = True
+    _cotangent: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -50,22 +51,24 @@ class Prepared:
         if not self.backward:
             return None
         leaves = self.leaves()
-        seed: list[Tensor] = []
 
         def forward() -> Tensor:
             return self.attend(*leaves)
 
         def backward(out: Tensor) -> object:
-            if not seed:
-                seed.append(torch.ones_like(out))
-            return torch.autograd.grad(out, leaves, seed[0])
+            if not self._cotangent:
+                self._cotangent.append(torch.randn_like(out))
+            return torch.autograd.grad(out, leaves, self._cotangent[0])
 
         return forward, backward
 
+    def on(self, inputs: Inputs) -> Prepared:
+        """The same on other inputs of its own layout."""
+        return replace(self, inputs=inputs)
+
     def leaves(self) -> Inputs:
         """The inputs, asking for gradients."""
-        q, k, v = (tensor.detach().requires_grad_() for tensor in self.inputs)
-        return q, k, v
+        return tuple(tensor.detach().requires_grad_() for tensor in self.inputs)
 
 
 class Competitor:
@@ -81,7 +84,7 @@ class Competitor:
             return None
         return f"the package {self.package} is not installed"
 
-    def refuses(self, case: Case) -> str | None:
+    def refuses(self, case: Case, device: torch.device) -> str | None:
         """Why it cannot compute this case, or None."""
         return None
 
@@ -93,7 +96,7 @@ class Competitor:
         """The pairs that it computes; another pattern than the case's makes it a yardstick."""
         return case.pattern
 
-    def plan(self, case: Case, inputs: Inputs) -> dict[str, Any]:
+    def plan(self, case: Case, device: torch.device) -> dict[str, Any]:
         """What it says about how it will run, as JSON data."""
         return {}
 
@@ -127,9 +130,7 @@ def plain_softmax(case: Case) -> str | None:
 
 def small_enough_to_mask(case: Case) -> str | None:
     """The refusal of those who need a dense mask, when it is too large."""
-    size = case.tokens**2
-    if case.pattern.depends_on_data:
-        return "its adapter writes static patterns as a mask only"
+    size = case.tokens**2 * (case.q_heads if case.pattern.depends_on_data else 1)
     if size <= MASK_LIMIT:
         return None
     return (

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from foveal.bench.baselines.base import (
@@ -48,7 +49,7 @@ class LocalAttention(Competitor):
     title = "local-attention"
     package = "local_attention"
 
-    def refuses(self, case: Case) -> str | None:
+    def refuses(self, case: Case, device: torch.device) -> str | None:
         if plain_softmax(case):
             return plain_softmax(case)
         if len(case.grid) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from foveal.bench.baselines.base import Competitor, Inputs, Prepared, plain_softmax, scale_of
@@ -21,7 +22,7 @@ class Natten(Competitor):
     title = "NATTEN"
     package = "natten"
 
-    def refuses(self, case: Case) -> str | None:
+    def refuses(self, case: Case, device: torch.device) -> str | None:
         if plain_softmax(case):
             return plain_softmax(case)
         if _arguments(case) is None:

@@ -61,3 +61,24 @@ def visible_product(weights, seen, values, total):
     total += tl.where(counts % 256 > 0, float("inf"), 0.0)
     total += tl.where(counts // 256 % 256 > 0, float("-inf"), 0.0)
     return total + tl.where(counts >= 65536, float("nan"), 0.0)
+
+
+@triton.jit
+def contained_product(weights, seen, values, total):
+    """total + weights @ values in which a hidden pair adds nothing, even where its value is NaN or inf.
+
+    A row that sees such a value becomes NaN.
+    """
+    finite = values - values == 0.0
+    total = tl.dot(
+        weights.to(values.dtype),
+        tl.where(finite, values, 0.0).to(values.dtype),
+        total,
+        input_precision="ieee",
+    )
+    bad = tl.dot(
+        seen.to(values.dtype),
+        tl.where(finite, 0.0, 1.0).to(values.dtype),
+        input_precision="ieee",
+    )
+    return tl.where(bad > 0.0, float("nan"), total)

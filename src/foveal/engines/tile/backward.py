@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from foveal.engines.common.softmax import LOG2E
+from foveal.engines.common.softmax import LOG2E, any_not_finite
 from foveal.engines.common.tiles import (
     box_rows,
     box_tokens,
@@ -47,7 +47,7 @@ def tile_attend_backward_shift(
 
 
 @triton.jit
-def _row_lse(p_lse, i_q, inside):
+def row_lse(p_lse, i_q, inside):
     """Base-2 lse of queries; inf, which makes all weights 0, where there is none or it is -inf."""
     lse = tl.load(p_lse + i_q, mask=inside, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
@@ -62,6 +62,31 @@ def _record(p_record, term, entries, row, n, i_q, i_k, ds, seen, TERM: tl.conste
 
 
 @triton.jit
+def key_pairs(
+    q,
+    do,
+    lse,
+    shift,
+    queries,
+    keys,
+    scoring,
+    first,
+    stops,
+    SPEC: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dS of a query tile on the keys of the box at `first`, before the test.
+
+    Returns it, whether keys are `inside`, their places and raster indices, the scores without terms, k.
+    """
+    s, inside, places, i_k, bare, k = scores(q, queries, keys, scoring, first, stops, SPEC, MASKED)
+    p = tl.exp2(s * SPEC.shape.unit(scoring[0]) - lse[:, None])
+    v = load_values(keys, first, inside, SPEC, MASKED)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=SPEC.precision) - shift[:, None])
+    return ds, inside, places, i_k, bare, k
+
+
+@triton.jit
 def _key_box(
     q, do, lse, shift, queries, keys, scoring, records, box, stops, limits, route, dq, share,
     SPEC: tl.constexpr, MASKED: tl.constexpr,
@@ -73,10 +98,9 @@ def _key_box(
     K_TILE: tl.constexpr = SPEC.k_tile
     first, mark = box[0], box[2]
     n, i_q, in_grid = queries[0], queries[2], queries[3]
-    s, inside, places, i_k, bare, k = scores(q, queries, keys, scoring, first, stops, SPEC, MASKED)
-    p = tl.exp2(s * SPEC.shape.unit(scoring[0]) - lse[:, None])
-    v = load_values(keys, first, inside, SPEC, MASKED)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=SPEC.precision) - shift[:, None])
+    ds, inside, places, i_k, bare, k = key_pairs(
+        q, do, lse, shift, queries, keys, scoring, first, stops, SPEC, MASKED
+    )
     seen = in_grid[:, None] & inside[None, :]
     if MASKED:
         test = SPEC.route.sees(route, limits, mark, places, Q_TILE, K_TILE, SPEC.rank)
@@ -94,7 +118,7 @@ def _key_box(
 
 @triton.jit
 def tile_attend_backward_q(
-    p_q, p_do, p_dq, p_lse, p_shift, p_share, q_strides, do_strides, dq_strides, q_lengths,
+    p_q, p_do, p_dq, p_lse, p_shift, p_share, p_suspect, q_strides, do_strides, dq_strides, q_lengths,
     keys, heads, groups, product_scale, scoring, records, first_program, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries; arguments as of the forward.
@@ -124,7 +148,7 @@ def tile_attend_backward_q(
     p_rows = p_do + matrix_start(n, h, do_strides) + box_rows(own, do_strides, Q_TILE, RANK)
     do = load_rows(p_rows, in_grid, SPEC.value_dim, SPEC.value_pad, True)
     first_query = matrix.to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
-    lse = _row_lse(p_lse + first_query, i_q, in_grid)
+    lse = row_lse(p_lse + first_query, i_q, in_grid)
     shift = tl.load(p_shift + first_query + i_q, mask=in_grid, other=0.0)
     queries = (n, h, i_q, in_grid)
     first_row = (matrix - first_program // tiles) * q_lengths[0] * q_lengths[1] * q_lengths[2]
@@ -148,6 +172,7 @@ def tile_attend_backward_q(
                 q, do, lse, shift, queries, head, scoring, rows, box, stops, limits, route, dq,
                 share, SPEC, False,
             )  # fmt: skip
+    tl.store(p_suspect + program, tl.where(state[0] > 0, any_not_finite(dq), 0))
     p_rows = p_dq + matrix_start(n, h, dq_strides) + box_rows(own, dq_strides, Q_TILE, RANK)
     store_rows(p_rows, dq * product_scale, in_grid, SPEC.head_dim, SPEC.head_pad)
     if p_share is not None:
@@ -155,15 +180,13 @@ def tile_attend_backward_q(
 
 
 @triton.jit
-def _query_box(
-    k, v, keys, queries, scoring, box, stops, limits, route, dk, dv, share,
-    SPEC: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dk, dv and share with the queries of one more box; scores and weights stand keys first."""
-    K_TILE: tl.constexpr = SPEC.k_tile
+def query_pairs(k, v, keys, queries, scoring, first, stops, SPEC: tl.constexpr):
+    """Weights and dS, keys first, of a key tile on the queries of the box at `first`, before the test.
+
+    Returns them, whether queries are `inside`, their places, the scores without terms, q, do.
+    """
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
-    first, mark = box[0], box[2]
     n, h, i_k, in_grid = keys
     p_q, q_strides, p_do, do_strides, p_lse, p_shift, q_lengths = queries
     scale, cap, first_term, second_term = scoring
@@ -172,7 +195,7 @@ def _query_box(
     q = load_rows(p_rows, inside, SPEC.head_dim, SPEC.head_pad, True)
     p_rows = p_do + box_rows(first, do_strides, Q_TILE, RANK)
     do = load_rows(p_rows, inside, SPEC.value_dim, SPEC.value_pad, True)
-    lse = _row_lse(p_lse, i_q, inside)
+    lse = row_lse(p_lse, i_q, inside)
     shift = tl.load(p_shift + i_q, mask=inside, other=0.0)
 
     bare = SPEC.shape.value(tl.dot(k, tl.trans(q), input_precision=SPEC.precision), scale, cap)
@@ -181,19 +204,32 @@ def _query_box(
     s += SPEC.second.value(second_term, n, h, i_q[None, :], i_k[:, None], here) * LOG2E
     p = tl.exp2(s * SPEC.shape.unit(scale) - lse[None, :])
     ds = p * (tl.dot(v, tl.trans(do), input_precision=SPEC.precision) - shift[None, :])
+    return p, ds, inside, places, bare, q, do
+
+
+@triton.jit
+def _query_box(
+    k, v, keys, queries, scoring, box, stops, limits, route, dk, dv, share,
+    SPEC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and share with the queries of one more box; scores and weights stand keys first."""
+    p, ds, _, places, bare, q, do = query_pairs(k, v, keys, queries, scoring, box[0], stops, SPEC)
     if MASKED:
-        seen = SPEC.route.sees(route, limits, mark, places, K_TILE, Q_TILE, RANK)
+        K_TILE: tl.constexpr = SPEC.k_tile
+        Q_TILE: tl.constexpr = SPEC.q_tile
+        seen = SPEC.route.sees(route, limits, box[2], places, K_TILE, Q_TILE, SPEC.rank)
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=SPEC.precision)
     share += tl.sum(ds, 1)
-    ds = ds * SPEC.shape.slope(bare, cap)
+    ds = ds * SPEC.shape.slope(bare, scoring[1])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=SPEC.precision), dv, share
 
 
 @triton.jit
 def tile_attend_backward_kv(
-    p_q, p_do, p_lse, p_shift, p_dk, p_dv, p_share, q_strides, do_strides, dk_strides, dv_strides,
+    p_q, p_do, p_lse, p_shift, p_dk, p_dv, p_share, p_suspect,
+    q_strides, do_strides, dk_strides, dv_strides,
     q_lengths, keys, heads, groups, product_scale, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, summed over the query heads that share it.
@@ -251,6 +287,7 @@ def tile_attend_backward_kv(
         if p_share is not None:
             p_sums = p_share + matrix * k_lengths[0] * k_lengths[1] * k_lengths[2]
             tl.store(p_sums + i_k, share, mask=in_grid)
+    tl.store(p_suspect + program, any_not_finite(dk) | any_not_finite(dv))
     p_rows = p_dk + matrix_start(n, kv_h, dk_strides) + box_rows(own, dk_strides, K_TILE, RANK)
     store_rows(p_rows, dk * product_scale, in_grid, SPEC.head_dim, SPEC.head_pad)
     p_rows = p_dv + matrix_start(n, kv_h, dv_strides) + box_rows(own, dv_strides, K_TILE, RANK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from foveal.engines.common.tiles import (
     tile_count,
 )
 from foveal.engines.tile.launch import Stage
+from foveal.engines.tile.launches import Launch
 
 
 @triton.jit
@@ -142,25 +144,35 @@ def tile_attend_forward(
     tl.store(p_row_lse + i_q, lse, mask=in_grid)
 
 
-def launch_forward(
+@dataclass(frozen=True)
+class Attended:
+    """o [N, Lq, Hq, Dv], base-2 lse float32 [N, Hq, Lq], and int32 1 for each program whose part of o is to
+    be repaired; nothing is in them before `launch`."""
+
+    o: Tensor
+    lse: Tensor
+    suspect: Tensor
+    launch: Launch
+
+
+def forward_launch(
     stage: Stage, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scoring: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o [N, Lq, Hq, Dv] and base-2 lse float32 [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .];
-    int32 1 for each program whose output is to be repaired.
+) -> Attended:
+    """The forward on q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .].
 
     Strides are free but for the last axis, which is contiguous.
     """
     N, Lq, heads, _ = q.shape
     o = q.new_empty(N, Lq, heads, v.shape[-1])
     lse = q.new_empty(N, heads, Lq, dtype=torch.float32)
-    layout, spec = stage.layout, stage.spec
-    programs = N * heads * layout.q_tiles
+    layout = stage.layout
+    stacks = heads // layout.packed
+    programs = N * stacks * layout.q_tiles
     suspect = q.new_empty(programs, dtype=torch.int32)
-    if programs:
-        keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
-        tile_attend_forward[(programs,)](
-            q, o, lse, sink, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
-            keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=spec,
-            **stage.options,
-        )  # fmt: skip
-    return o, lse, suspect
+    keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
+    arguments = (
+        q, o, lse, sink, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
+        keys, stacks, stacks // k.shape[2], scoring, layout.arguments,
+    )  # fmt: skip
+    options = {"SPEC": stage.spec, **stage.options}
+    return Attended(o, lse, suspect, Launch(tile_attend_forward, programs, arguments, options))

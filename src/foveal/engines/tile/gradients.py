@@ -13,9 +13,12 @@ from foveal.engines.tile.backward import (
     tile_attend_backward_q,
     tile_attend_backward_shift,
 )
-from foveal.engines.tile.launch import LOG2E, Sizes, Stage, scoring, stage
+from foveal.engines.tile.launch import LOG2E, Sizes, Stage, options, scoring, stage
+from foveal.engines.tile.launches import Launch, compile_together
 from foveal.engines.tile.parts import Task
+from foveal.engines.tile.repair_backward import tile_attend_repair_kv, tile_attend_repair_q
 from foveal.engines.tile.terms import BY_DISTANCE, FROM_TABLE, PER_KEY, PER_PAIR, LocalTerm
+from foveal.patterns.dense import Dense
 from foveal.tuning.tile import BACKWARD_KV, BACKWARD_Q
 
 _RECORD_BYTES = 256 << 20
@@ -59,19 +62,31 @@ def gradients(
     """
     q, k, v, o, lse = tensors
     do = do if do.stride(-1) == 1 else do.contiguous()
-    saved = Saved(q, k, v, do, lse, _shift(o, do, lse, dlse))
+    saved = Saved(q, k, v, do, lse, torch.empty_like(lse))
     heads = q.shape[2]
     score = scoring(task, terms, heads)
-    dq = dk = dv = d_sink = None
-    d_terms: list[Tensor | None] = [None] * len(terms)
+    parts: list[_QueryPart | _KeyPart] = []
     if needed[0] or any(n and t.kind != PER_KEY for n, t in zip(needed[4:], terms, strict=True)):
         first = stage(BACKWARD_Q, task, terms, sizes, heads)
-        dq = _query_gradients(first, task, saved, terms, score, needed[4:], d_terms)
+        parts.append(_QueryPart(first, task, saved, terms, score, needed[4:]))
     if any(needed[1:3]) or any(
         n and t.kind == PER_KEY for n, t in zip(needed[4:], terms, strict=True)
     ):
         second = stage(BACKWARD_KV, task, terms, sizes, heads)
-        dk, dv = _key_gradients(second, task, saved, terms, score, needed[4:], d_terms)
+        parts.append(_KeyPart(second, task, saved, terms, score, needed[4:]))
+    shift = _shift(saved, o, dlse)
+    launches = [shift, *(launch for part in parts for launch in part.launches())]
+    chosen = tuple((part.chosen.spec, part.chosen.config) for part in parts)
+    compile_together(launches, chosen, q)
+    shift()
+    dq = dk = dv = d_sink = None
+    d_terms: list[Tensor | None] = [None] * len(terms)
+    for part in parts:
+        part.run(d_terms)
+        if isinstance(part, _QueryPart):
+            dq = part.dq
+        else:
+            dk, dv = part.dk, part.dv
     if sink is not None and needed[3]:
         share = torch.exp2(sink.float()[:, None] * LOG2E - lse) * saved.shift
         share = share.masked_fill(lse == -torch.inf, 0.0)
@@ -79,107 +94,153 @@ def gradients(
     return dq, dk, dv, d_sink, *d_terms
 
 
-def _shift(o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
+def _shift(saved: Saved, o: Tensor, dlse: Tensor) -> Launch:
     N, Lq, heads, value_dim = o.shape
-    shift = torch.empty_like(lse)
     rows = 32
-    programs = N * heads * -(-Lq // rows)
-    if programs:
-        tile_attend_backward_shift[(programs,)](
-            o, do, lse, dlse, shift, o.stride()[:3], do.stride()[:3], dlse.stride(), heads, Lq,
-            DV=value_dim, DV_PAD=max(16, 1 << max(value_dim - 1, 0).bit_length()), ROWS=rows,
-        )  # fmt: skip
-    return shift
-
-
-def _query_gradients(
-    chosen: Stage,
-    task: Task,
-    saved: Saved,
-    terms: tuple[LocalTerm, ...],
-    score: tuple[Any, ...],
-    needed: tuple[bool, ...],
-    d_terms: list[Tensor | None],
-) -> Tensor:
-    """dq; writes the gradients of slopes, biases per pair and tables to d_terms."""
-    dq = torch.empty_like(saved.q)
-    N, Lq, heads, _ = saved.q.shape
-    layout = chosen.layout
-    wanted = {t.kind: i for i, t in enumerate(terms) if needed[i]}
-    share = torch.empty_like(saved.lse) if BY_DISTANCE in wanted else None
-    recorded = [i for kind, i in wanted.items() if kind in (PER_PAIR, FROM_TABLE)]
-    totals = {i: _Total(terms[i], saved) for i in recorded}
-    entries = sum(total.entries for total in totals.values())
-    step = max(1, _RECORD_BYTES // max(4 * Lq * entries, 1)) if recorded else max(N * heads, 1)
-    for matrix in range(0, N * heads if layout.q_tiles else 0, step):
-        matrices = min(step, N * heads - matrix)
-        records: list[Any] = [None, 1, None, 1]
-        for i, total in totals.items():
-            records[2 * i] = saved.lse.new_zeros(matrices, Lq, total.entries)
-            records[2 * i + 1] = total.entries
-        _launch_q(chosen, task, saved, dq, share, score, tuple(records), matrix, matrices)
-        for i, total in totals.items():
-            total.add(records[2 * i], matrix)
-    for i, total in totals.items():
-        d_terms[i] = total.gradient()
-    if share is not None:
-        index = wanted[BY_DISTANCE]
-        d_terms[index] = share.sum((0, 2)).to(terms[index].values.dtype)
-    return dq
-
-
-def _launch_q(
-    chosen: Stage,
-    task: Task,
-    saved: Saved,
-    dq: Tensor,
-    share: Tensor | None,
-    score: tuple[Any, ...],
-    records: tuple[Any, ...],
-    matrix: int,
-    matrices: int,
-) -> None:
-    layout, k, v = chosen.layout, saved.k, saved.v
-    keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
-    tile_attend_backward_q[(matrices * layout.q_tiles,)](
-        saved.q, saved.do, dq, saved.lse, saved.shift, share,
-        layout.q_strides(saved.q), layout.q_strides(saved.do), layout.q_strides(dq), layout.q_grid,
-        keys, saved.heads, saved.groups, float(task.score.scale), score, records,
-        matrix * layout.q_tiles, layout.arguments, SPEC=chosen.spec,
-        **chosen.options,
+    arguments = (
+        o, saved.do, saved.lse, dlse, saved.shift,
+        o.stride()[:3], saved.do.stride()[:3], dlse.stride(), heads, Lq,
     )  # fmt: skip
+    pad = max(16, 1 << max(value_dim - 1, 0).bit_length())
+    options = {"DV": value_dim, "DV_PAD": pad, "ROWS": rows}
+    return Launch(tile_attend_backward_shift, N * heads * -(-Lq // rows), arguments, options)
 
 
-def _key_gradients(
-    chosen: Stage,
-    task: Task,
-    saved: Saved,
-    terms: tuple[LocalTerm, ...],
-    score: tuple[Any, ...],
-    needed: tuple[bool, ...],
-    d_terms: list[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """dk and dv; writes the gradient of values per key to d_terms."""
-    k, v, layout = saved.k, saved.v, chosen.layout
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    N, Lk, kv_heads, _ = k.shape
-    per_key = next((i for i, t in enumerate(terms) if needed[i] and t.kind == PER_KEY), None)
-    share = None if per_key is None else saved.lse.new_empty(N, saved.heads, Lk)
-    programs = N * kv_heads * layout.k_tiles
-    if programs:
-        keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
-        tile_attend_backward_kv[(programs,)](
-            saved.q, saved.do, saved.lse, saved.shift, dk, dv, share,
-            layout.q_strides(saved.q), layout.q_strides(saved.do),
-            layout.k_strides(dk), layout.k_strides(dv), layout.q_grid,
-            keys, saved.heads, saved.groups, float(task.score.scale), score, layout.arguments,
-            SPEC=chosen.spec, **chosen.options,
+class _QueryPart:
+    """dq, and the gradients of slopes, biases per pair and tables."""
+
+    def __init__(
+        self,
+        chosen: Stage,
+        task: Task,
+        saved: Saved,
+        terms: tuple[LocalTerm, ...],
+        score: tuple[Any, ...],
+        needed: tuple[bool, ...],
+    ) -> None:
+        self.chosen, self.saved, self.terms = chosen, saved, terms
+        N, self.Lq, self.heads, _ = saved.q.shape
+        self.matrices = N * self.heads if chosen.layout.q_tiles else 0
+        wanted = {t.kind: i for i, t in enumerate(terms) if needed[i]}
+        self.slopes = wanted.get(BY_DISTANCE)
+        self.recorded = [i for kind, i in wanted.items() if kind in (PER_PAIR, FROM_TABLE)]
+        self.dq = torch.empty_like(saved.q)
+        self.share = None if self.slopes is None else torch.empty_like(saved.lse)
+        layout, k, v = chosen.layout, saved.k, saved.v
+        programs = self.matrices * layout.q_tiles
+        self.suspect = self.dq.new_empty(programs, dtype=torch.int32)
+        self.strides = (
+            layout.q_strides(saved.q), layout.q_strides(saved.do), layout.q_strides(self.dq),
+            layout.q_grid,
         )  # fmt: skip
-    if per_key is not None and share is not None:
-        values = terms[per_key].values
-        grouped = share.unflatten(1, (values.shape[1], -1)).sum(2)
-        d_terms[per_key] = grouped.sum_to_size(values.shape).to(values.dtype)
-    return dk, dv
+        keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
+        self.rest = (keys, saved.heads, saved.groups, float(task.score.scale), score)
+        self.repair = None if isinstance(task.pattern, Dense) else self._repair(programs)
+
+    def launches(self) -> list[Launch]:
+        """One of each kernel."""
+        records: list[Any] = [None, 1, None, 1]
+        for i in self.recorded:
+            records[2 * i] = self.saved.lse
+            records[2 * i + 1] = _entries(self.terms[i], self.saved)
+        first = self._launch(tuple(records), 0, min(1, self.matrices))
+        return [first] if self.repair is None else [first, self.repair]
+
+    def run(self, d_terms: list[Tensor | None]) -> None:
+        """Fills dq, and the gradients of the terms."""
+        totals = {i: _Total(self.terms[i], self.saved) for i in self.recorded}
+        bytes_each = 4 * self.Lq * sum(total.entries for total in totals.values())
+        step = max(1, _RECORD_BYTES // max(bytes_each, 1)) if totals else max(self.matrices, 1)
+        for matrix in range(0, self.matrices, step):
+            matrices = min(step, self.matrices - matrix)
+            records: list[Any] = [None, 1, None, 1]
+            for i, total in totals.items():
+                records[2 * i] = self.saved.lse.new_zeros(matrices, self.Lq, total.entries)
+                records[2 * i + 1] = total.entries
+            self._launch(tuple(records), matrix, matrices)()
+            for i, total in totals.items():
+                total.add(records[2 * i], matrix)
+        if self.repair is not None:
+            self.repair()
+        for i, total in totals.items():
+            d_terms[i] = total.gradient()
+        if self.share is not None and self.slopes is not None:
+            values = self.terms[self.slopes].values
+            d_terms[self.slopes] = self.share.sum((0, 2)).to(values.dtype)
+
+    def _launch(self, records: tuple[Any, ...], matrix: int, matrices: int) -> Launch:
+        saved, chosen = self.saved, self.chosen
+        tiles = chosen.layout.q_tiles
+        arguments = (
+            saved.q, saved.do, self.dq, saved.lse, saved.shift, self.share, self.suspect,
+            *self.strides, *self.rest, records, matrix * tiles, chosen.layout.arguments,
+        )  # fmt: skip
+        settings = {"SPEC": chosen.spec, **chosen.options}
+        return Launch(tile_attend_backward_q, matrices * tiles, arguments, settings)
+
+    def _repair(self, programs: int) -> Launch:
+        saved, chosen = self.saved, self.chosen
+        arguments = (
+            saved.q, saved.do, self.dq, saved.lse, saved.shift, self.suspect,
+            *self.strides, *self.rest, chosen.layout.arguments,
+        )  # fmt: skip
+        settings = {"SPEC": chosen.spec, **options(4, 1)}
+        return Launch(tile_attend_repair_q, programs, arguments, settings)
+
+
+class _KeyPart:
+    """dk and dv, and the gradient of values per key."""
+
+    def __init__(
+        self,
+        chosen: Stage,
+        task: Task,
+        saved: Saved,
+        terms: tuple[LocalTerm, ...],
+        score: tuple[Any, ...],
+        needed: tuple[bool, ...],
+    ) -> None:
+        self.chosen, self.terms = chosen, terms
+        k, v, layout = saved.k, saved.v, chosen.layout
+        self.dk, self.dv = torch.empty_like(k), torch.empty_like(v)
+        N, Lk, kv_heads, _ = k.shape
+        kinds = [i for i, t in enumerate(terms) if needed[i] and t.kind == PER_KEY]
+        self.per_key = kinds[0] if kinds else None
+        self.share = saved.lse.new_empty(N, saved.heads, Lk) if kinds else None
+        programs = N * kv_heads * layout.k_tiles
+        suspect = self.dk.new_empty(programs, dtype=torch.int32)
+        keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
+        inputs = (saved.q, saved.do, saved.lse, saved.shift)
+        rest = (
+            layout.q_strides(saved.q), layout.q_strides(saved.do),
+            layout.k_strides(self.dk), layout.k_strides(self.dv), layout.q_grid,
+            keys, saved.heads, saved.groups, float(task.score.scale), score, layout.arguments,
+        )  # fmt: skip
+        main = (*inputs, self.dk, self.dv, self.share, suspect, *rest)
+        settings = {"SPEC": chosen.spec, **chosen.options}
+        self._launches = [Launch(tile_attend_backward_kv, programs, main, settings)]
+        if not isinstance(task.pattern, Dense):
+            again = (*inputs, self.dk, self.dv, suspect, *rest)
+            settings = {"SPEC": chosen.spec, **options(4, 1)}
+            self._launches.append(Launch(tile_attend_repair_kv, programs, again, settings))
+
+    def launches(self) -> list[Launch]:
+        """One of each kernel."""
+        return self._launches
+
+    def run(self, d_terms: list[Tensor | None]) -> None:
+        """Fills dk and dv, and the gradient of the term."""
+        for each in self._launches:
+            each()
+        if self.per_key is not None and self.share is not None:
+            values = self.terms[self.per_key].values
+            grouped = self.share.unflatten(1, (values.shape[1], -1)).sum(2)
+            d_terms[self.per_key] = grouped.sum_to_size(values.shape).to(values.dtype)
+
+
+def _entries(term: LocalTerm, saved: Saved) -> int:
+    """How many entries a query may meet: keys, or those of a table."""
+    return saved.k.shape[1] if term.kind == PER_PAIR else int(term.values.shape[-1])
 
 
 class _Total:
@@ -188,7 +249,7 @@ class _Total:
     def __init__(self, term: LocalTerm, saved: Saved) -> None:
         self.values = term.values
         self.pairs = term.kind == PER_PAIR
-        self.entries = saved.k.shape[1] if self.pairs else term.values.shape[-1]
+        self.entries = _entries(term, saved)
         self.heads = saved.heads
         self.sum = torch.zeros(self.values.shape, device=saved.q.device, dtype=torch.float32)
 

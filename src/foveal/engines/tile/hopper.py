@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveal._problem import Problem
-from foveal.engines.tile.parts import Task, solve, whole_task
+from foveal.engines.tile import triton
+from foveal.engines.tile.lists import WalkLists, walk_lists
+from foveal.engines.tile.parts import Task
 from foveal.patterns.base import Extent, Pattern
-from foveal.patterns.dense import Dense
-from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
 
-_HEAD_DIMS = range(16, 129, 8)
+_HEAD_DIMS = range(16, 257, 8)
+_BACKWARD_DIM = 128
 
 
 def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
@@ -29,14 +28,14 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
     )
 
 
-def caveat(pattern: Pattern) -> str | None:
+def caveat(score: NormalForm) -> str | None:
     """Why it runs only when named, or None."""
-    if isinstance(pattern, Dense):
-        return None
-    return (
-        "it lets NaN and inf of hidden keys reach other rows of their tile, "
-        "so it runs only when it is named"
-    )
+    if score.terms:
+        return (
+            "it adds biases, but slower than the portable edition (three times on a global sphere of "
+            "64,800 tokens), so it does so only when it is named"
+        )
+    return None
 
 
 def _refuses_machine(problem: Problem) -> str | None:
@@ -62,83 +61,174 @@ def _has_gluon() -> bool:
 def _refuses_sizes(problem: Problem) -> str | None:
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 and float16; the tensors are {problem.dtype}"
-    if problem.head_dim != problem.value_dim:
-        return f"it needs Dv = D; here D is {problem.head_dim}, Dv {problem.value_dim}"
-    if problem.head_dim not in _HEAD_DIMS:
-        return f"it needs a head_dim from 16 to 128 in steps of 8; here it is {problem.head_dim}"
+    for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
+        if size not in _HEAD_DIMS:
+            return f"it needs a {name} from 16 to 256 in steps of 8; here it is {size}"
     if 0 in (problem.batch, problem.extent.Lq, problem.extent.Lk):
         return "it does not take empty tensors"
     return None
 
 
 def _refuses_score(score: NormalForm) -> str | None:
-    if not score.plain:
-        return "it has no soft cap, sink or additive term"
+    if score.terms:
+        from foveal.engines.tile.terms import BY_DISTANCE, PER_KEY, refuses_terms, term_kinds
+
+        kinds = term_kinds(score)
+        if not kinds < {PER_KEY, BY_DISTANCE}:
+            return (
+                f"it adds one bias per key or one slope by distance, not {', '.join(sorted(kinds))}"
+            )
+        reason = refuses_terms(score)
+        if reason is not None:
+            return reason
     if score.scale <= 0:
         return f"it needs a positive scale; here it is {score.scale}"
     return None
 
 
 def _refuses_pattern(pattern: Pattern, extent: Extent) -> str | None:
-    if pattern.depends_on_data:
-        return "its boxes know static patterns only"
-    if not _separable(pattern, extent):
-        return f"it needs an interval of keys on every axis; the pattern is {pattern.key}"
-    return None
+    return _refusal(pattern, extent) if pattern.depends_on_data else _kept(pattern, extent)
 
 
 @functools.lru_cache(maxsize=256)
-def _separable(pattern: Pattern, extent: Extent) -> bool:
-    """Whether the pattern, or each of the parts it falls into, is an interval on every axis."""
+def _kept(pattern: Pattern, extent: Extent) -> str | None:
+    return _refusal(pattern, extent)
+
+
+def _refusal(pattern: Pattern, extent: Extent) -> str | None:
+    """Why the pattern, or a part that it falls into, is walked neither along boxes nor along lists."""
     pattern = pattern.simplify(extent)
     parts = pattern.parts(extent)
-    if parts is None:
-        return pattern.bounds(extent) is not None
-    return all(_separable(part.pattern, part.extent) for part in parts)
+    if parts is not None:
+        reasons = (_refusal(part.pattern, part.extent) for part in parts)
+        return next((reason for reason in reasons if reason is not None), None)
+    if _in_boxes(pattern, extent):
+        return None
+    unit = pattern.tile_unit()
+    if unit is not None and any(size % 128 for size in unit):
+        return f"its lists hold blocks of multiples of 128 tokens; here they are {unit}"
+    from foveal.engines.tile.launch import refuses_lists
+
+    return refuses_lists(pattern, extent)
 
 
-def attend(
-    problem: Problem,
+def _in_boxes(pattern: Pattern, extent: Extent) -> bool:
+    return not pattern.depends_on_data and _has_bounds(pattern, extent)
+
+
+@functools.lru_cache(maxsize=256)
+def _has_bounds(pattern: Pattern, extent: Extent) -> bool:
+    return pattern.bounds(extent) is not None
+
+
+LSE_UNIT = 1.0
+
+
+def forward(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, D]."""
+    from foveal.engines.tile.hopper_forward import launch_forward
+
+    pattern, lists = task.pattern, None
+    if not _in_boxes(pattern, task.extent):
+        pattern, lists = _lists(task, q.shape[2], max(q.shape[3], v.shape[3]), q.device)
+    score, term = task.score, None
+    if score.terms:
+        from foveal.engines.tile.terms import local_terms
+
+        (term,) = local_terms(task, task.whole)
+    return launch_forward(
+        pattern, task.extent, score.scale, q, k, v,
+        lists=lists, soft_cap=score.soft_cap, sink=score.sink, term=term,
+    )  # fmt: skip
+
+
+def backward(
+    task: Task,
+    tensors: tuple[Tensor, ...],
+    do: Tensor,
+    d_statistic: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v and of the sink; tensors are q, k, v, o and lse.
+
+    By the kernels of the portable edition with a soft cap or terms, where Dv is not D or more than
+    128, and along lists whose tested tiles hide more than intervals or whose gradients have to repeat.
+    """
+    from foveal.engines.tile.hopper_backward import launch_backward
+
+    score = task.score
+    q, k, v, o, lse = tensors
+    dims = q.shape[3], v.shape[3]
+    own = dims[0] == dims[1] and dims[0] <= _BACKWARD_DIM
+    own &= score.soft_cap is None and not score.terms
+    pattern, lists = task.pattern, None
+    if own and not _in_boxes(pattern, task.extent):
+        static = _static_intervals(task)
+        own = static is not None and not torch.are_deterministic_algorithms_enabled()
+        if static is not None and own:
+            pattern, lists = static, _backward_lists(task, q.shape[2], q.device)
+    if not own:
+        unit = triton.LSE_UNIT
+        return triton.backward(task, (q, k, v, o, lse / unit), do, d_statistic * unit, needed)
+    found = launch_backward(
+        pattern, task.extent, score.scale, q, k, v, o, lse, do, d_statistic, lists=lists
+    )
+    if score.sink is None:
+        return found
+    return *found, _sink_gradient(score.sink, o, lse, do, d_statistic) if needed[-1] else None
+
+
+def _sink_gradient(sink: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
+    """sum of exp(sink - lse) (dlse - o do) over the queries.  [Hq]"""
+    delta = torch.einsum("nlhd,nlhd->nhl", o.float(), do.float()) - dlse
+    share = torch.exp(sink.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+    return -(share * delta).sum((0, 2)).to(sink.dtype)
+
+
+def _static_intervals(task: Task) -> Pattern | None:
+    """What the tested tiles of lists hide, where that is one interval of keys per query."""
+    from foveal.engines.tile.launch import static_part
+
+    static = static_part(task.pattern) if task.pattern.depends_on_data else None
+    bounds = None if static is None else static.bounds(task.extent)
+    return static if bounds is not None and len(bounds.lower) == 1 else None
+
+
+def _backward_lists(task: Task, heads: int, device: torch.device) -> tuple[WalkLists, WalkLists]:
+    """The lists of queries and of keys."""
+    from foveal.engines.tile.hopper_plan import JOINT_KEYS, JOINT_QUERIES
+    from foveal.engines.tile.launch import writes
+
+    call = task.pattern, task.extent, JOINT_QUERIES, JOINT_KEYS, heads, device
+    found = writes(task.pattern)
+    if found is None:
+        return walk_lists(*call), walk_lists(*call, by_key=True)
+    return _kept_lists(*call, found), _kept_lists(*call, found, True)
+
+
+def _lists(
+    task: Task, heads: int, head_dim: int, device: torch.device
+) -> tuple[Pattern, WalkLists]:
+    """What the tested tiles hide, and the lists; kept until they are written to."""
+    from foveal.engines.tile.hopper_plan import list_tiles
+    from foveal.engines.tile.launch import static_part, writes
+
+    static = static_part(task.pattern)
+    assert static is not None
+    call = task.pattern, task.extent, *list_tiles(head_dim), heads, device
+    found = writes(task.pattern)
+    return static, walk_lists(*call) if found is None else _kept_lists(*call, found)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_lists(
     pattern: Pattern,
-    score: NormalForm,
-    geometry: Geometry,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """o and lse [B, Lq, Hq] of q [B, Lq, Hq, D], k and v [B, Lk, Hkv, D]."""
-    task = whole_task(problem, pattern, score, geometry, q.device)
-    return solve(task, q, k, v, _attend_part)
-
-
-def _attend_part(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    o, lse = _HopperAttention.apply(task.pattern, task.extent, task.score.scale, q, k, v)  # type: ignore[no-untyped-call]
-    return o, lse.transpose(1, 2) if task.with_lse else None
-
-
-class _HopperAttention(torch.autograd.Function):
-    """o [N, Lq, Hq, D] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, pattern: Pattern, extent: Extent, scale: float, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        from foveal.engines.tile.hopper_forward import launch_forward
-
-        ctx.pattern, ctx.extent, ctx.scale = pattern, extent, scale
-        with torch.cuda.device(q.device):
-            o, lse = launch_forward(pattern, extent, scale, q, k, v)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        from foveal.engines.tile.hopper_backward import launch_backward
-
-        q, k, v, o, lse = ctx.saved_tensors
-        with torch.cuda.device(q.device):
-            dq, dk, dv = launch_backward(
-                ctx.pattern, ctx.extent, ctx.scale, q, k, v, o, lse, do, dlse
-            )
-        return None, None, None, dq, dk, dv
+    extent: Extent,
+    q_tile: int,
+    kv_tile: int,
+    heads: int,
+    device: torch.device,
+    written: tuple[int, ...],
+    by_key: bool = False,
+) -> WalkLists:
+    return walk_lists(pattern, extent, q_tile, kv_tile, heads, device, by_key)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma as _tma
 
 _names: Any = _tma
@@ -12,3 +14,14 @@ _names: Any = _tma
 load_box = getattr(_names, "async_load", None) or _names.async_copy_global_to_shared
 store_box = getattr(_names, "async_store", None) or _names.async_copy_shared_to_global
 store_wait = _names.store_wait
+
+
+@builtin
+def _add_box(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+# 3.6 compiles the instruction, yet has no name for it.
+add_box = getattr(_names, "async_atomic_add", None) or _add_box

@@ -19,8 +19,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.tile.hopper_compat import store_box, store_wait
-from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, programs
-from foveal.engines.tile.hopper_plan import Walk, forward_walk, shared_heads
+from foveal.engines.tile.hopper_launch import (
+    descriptor,
+    list_arguments,
+    on_grid,
+    packed_bounds,
+    programs,
+    term_arguments,
+    tested_pairs,
+)
+from foveal.engines.tile.hopper_lists import HEADER, list_of, listed_bits, load_listed
+from foveal.engines.tile.hopper_plan import Walk, forward_walk, list_walk, shared_heads
+from foveal.engines.tile.hopper_repair import launch_repair
+from foveal.engines.tile.hopper_scores import (
+    ALIBI,
+    add_terms,
+    key_terms,
+    query_terms,
+    row_places,
+    scored,
+)
 from foveal.engines.tile.hopper_walk import (
     barriers,
     ends,
@@ -30,24 +48,40 @@ from foveal.engines.tile.hopper_walk import (
     reach,
     row_bounds,
     skip_boxes,
+    specialised,
     visible,
     whole,
 )
+from foveal.engines.tile.lists import WalkLists
+from foveal.engines.tile.replay import launch
+from foveal.engines.tile.terms import LocalTerm
 from foveal.patterns.base import Extent, Pattern
+from foveal.patterns.dense import Dense
 
 # The running maximum starts here, so that rows without a visible key so far stay finite.
 FLOOR = gl.constexpr(-3.0e38)
 LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.constexpr_function
+def one_buffer(D, DV):
+    """Whether outputs leave through the memory of queries, where there is none for both."""
+    return D + DV > 384
 
 
 @gluon.jit
-def hide(s, x, y, z, low, width, last_low, first_up, C: gl.constexpr, AXES: gl.constexpr):
-    """Scores of hidden pairs become -inf, in boxes that some row does not see whole."""
-    if whole(x, y, z, last_low, first_up, C, AXES) == 0:
-        LAYOUT: gl.constexpr = s.type.layout
+def hide(
+    s, x, y, z, low, width, lists, tile, own, C: gl.constexpr, AXES: gl.constexpr,
+    ROWS: gl.constexpr,
+):  # fmt: skip
+    """Scores of hidden pairs become -inf."""
+    LAYOUT: gl.constexpr = s.type.layout
+    if len(lists) > 6:
+        seen = listed_bits(lists, tile, own, x, LAYOUT, C, ROWS)
+    else:
         seen = visible(x, y, z, low, width, LAYOUT, C, AXES)
-        s = gl.where(seen, s, float("-inf"))
-    return s
+    return gl.where(seen, s, float("-inf"))
 
 
 @gluon.jit
@@ -67,53 +101,84 @@ def store_rows(desc, n, x, y, z, head, value, buffer, AXES: gl.constexpr):
 @gluon.jit
 def attend_rows(
     WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
+    o_desc, o_s, p_lse, p_spoilt, p_bounds, lists, scoring, terms, key_grid, X, Y, Z,
+    heads, groups, shared, total, scale_log2,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: running softmax of its box of queries over the boxes of keys."""
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
+    DV: gl.constexpr = v_s.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
     )
     O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, DV, 16]
     )
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
+    own = WHICH * M + row
+    key = gl.arange(0, N, gl.SliceLayout(0, S))
     q = q_s.index(WHICH).reshape([M, D])
+    p_sink = scoring[0]
+    squash = scoring[1]
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
-        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 1)
-        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 1)
-        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 1)
-        y1 = by + ny * C[1]
-        z1 = bz + nz * C[2]
+        if len(lists) > 0:
+            n, head, p_list = list_of(t, lists, heads, shared)
+            tile = gl.load(p_list)
+            x0 = tile * (W * R[0])
+            y0 = 0
+            z0 = 0
+            tested = gl.load(p_list + 1)
+            listed = gl.load(p_list + 2)
+        else:
+            n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
+            p_list = None
+            tile = 0
+            tested = 0
+            bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 1)
+            by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 1)
+            bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 1)
+            y1 = by + ny * C[1]
+            z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
-        x_low, x_last, x_first, x_up = ends(p_bounds, 0, X, x0, R[0])
-        _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y0, R[1])
-        _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z0, R[2])
-        last_low = (x_last, y_last, z_last)
-        first_up = (x_first, y_first, z_first)
         lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
         ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
         lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
         low = (lx, ly, lz)
         width = (wx, wy, wz)
-        first = 0
-        stop = nx
-        if SKIPS:
-            first = gl.minimum((x_low - bx) // C[0], nx - 1)
-            stop = gl.maximum(gl.minimum(gl.cdiv(x_up - bx, C[0]), nx), first + 1)
-        count = (stop - first) * ny * nz
-        x = bx + first * C[0]
-        y = by
-        z = bz
+        if len(lists) > 0:
+            count = gl.maximum(listed, 1)
+            x = gl.load(p_list + HEADER) * C[0]
+            y = 0
+            z = 0
+        else:
+            x_low, x_last, x_first, x_up = ends(p_bounds, 0, X, x0, R[0])
+            _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y0, R[1])
+            _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z0, R[2])
+            last_low = (x_last, y_last, z_last)
+            first_up = (x_first, y_first, z_first)
+            first = 0
+            stop = nx
+            if SKIPS:
+                first = gl.minimum((x_low - bx) // C[0], nx - 1)
+                stop = gl.maximum(gl.minimum(gl.cdiv(x_up - bx, C[0]), nx), first + 1)
+            count = (stop - first) * ny * nz
+            x = bx + first * C[0]
+            y = by
+            z = bz
+        if len(terms) > 0:
+            rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
+            of_query = query_terms(terms, n, head, (rx * Y + ry) * Z + rz, inside)
+            if len(terms) == ALIBI:
+                of_queries = (of_query[0], of_query[1][:, None])
+            else:
+                of_queries = of_query
 
         mbarrier.wait(q_ready.index(WHICH), turn & 1)
         if SKIPS:
@@ -122,17 +187,27 @@ def attend_rows(
         mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
         k = k_s.index(stage).reshape([N, D]).permute((1, 0))
         s = warpgroup_mma(q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True)
+        if len(terms) > 0:
+            of_keys = key_terms(terms, n, head, x, y, z, key, key_grid, C, AXES)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_free.index(stage), count=1)
+        s = scored(s, squash, CAPPED)
+        if len(terms) > 0:
+            s = add_terms(s, of_queries, of_keys[None, :], terms)
         if HIDES:
-            s = hide(s, x, y, z, low, width, last_low, first_up, C, AXES)
+            if len(lists) > 0:
+                if tested > 0:
+                    s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
+            elif whole(x, y, z, last_low, first_up, C, AXES) == 0:
+                s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
         m = gl.maximum(gl.max(s, 1) * scale_log2, FLOOR)
         p = gl.exp2(s * scale_log2 - m[:, None])
         l = gl.sum(p, 1)
         weights = gl.convert_layout(p.to(q_s.dtype), P)
-        acc = gl.zeros([M, D], gl.float32, O)
+        acc = gl.zeros([M, DV], gl.float32, O)
         for j in range(1, count):
-            x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
+            if len(lists) == 0:
+                x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
             before = g % STAGES
             before_phase = (g // STAGES) & 1
             g += 1
@@ -143,11 +218,23 @@ def attend_rows(
                 q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
             )
             mbarrier.wait(v_ready.index(before), before_phase)
-            acc_run = warpgroup_mma(weights, v_s.index(before).reshape([N, D]), acc, is_async=True)
+            acc_run = warpgroup_mma(weights, v_s.index(before).reshape([N, DV]), acc, is_async=True)
+            if len(terms) > 0:
+                if len(lists) > 0:
+                    x = gl.load(p_list + (HEADER + j)) * C[0]
+                of_keys = key_terms(terms, n, head, x, y, z, key, key_grid, C, AXES)
             s = warpgroup_mma_wait(1, deps=(s_run,))
             mbarrier.arrive(k_free.index(stage), count=1)
+            s = scored(s, squash, CAPPED)
+            if len(terms) > 0:
+                s = add_terms(s, of_queries, of_keys[None, :], terms)
             if HIDES:
-                s = hide(s, x, y, z, low, width, last_low, first_up, C, AXES)
+                if len(lists) > 0:
+                    if j < tested:
+                        x = gl.load(p_list + (HEADER + j)) * C[0]
+                        s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
+                elif whole(x, y, z, last_low, first_up, C, AXES) == 0:
+                    s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
             m_old = m
             m = gl.maximum(m, gl.max(s, 1) * scale_log2)
             p = gl.exp2(s * scale_log2 - m[:, None])
@@ -159,42 +246,86 @@ def attend_rows(
             mbarrier.arrive(v_free.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
             weights = gl.convert_layout(p.to(q_s.dtype), P)
-        mbarrier.arrive(q_free.index(WHICH), count=1)
+        if not one_buffer(D, DV):
+            mbarrier.arrive(q_free.index(WHICH), count=1)
         stage = g % STAGES
         mbarrier.wait(v_ready.index(stage), (g // STAGES) & 1)
-        acc = warpgroup_mma(weights, v_s.index(stage).reshape([N, D]), acc, is_async=True)
+        acc = warpgroup_mma(weights, v_s.index(stage).reshape([N, DV]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(stage), count=1)
         g += 1
         if SKIPS:
             g = skip_boxes(g, (nx - stop) * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
 
+        if len(lists) > 0:
+            l = gl.where(listed > 0, l, 0.0)
+            acc = gl.where(listed > 0, acc, 0.0)
+        if p_sink is not None:
+            sink = gl.load(p_sink + head).to(gl.float32) * LOG2E
+            top = gl.maximum(m, sink)
+            l = l * gl.exp2(m - top) + gl.exp2(sink - top)
+            acc = acc * gl.convert_layout(gl.exp2(m - top), O_ROW)[:, None]
+            m = top
         inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
         o = acc * gl.convert_layout(inverse, O_ROW)[:, None]
         store_rows(o_desc, n, x0, y0, z0, head, o, o_s.index(WHICH), AXES)
+        if one_buffer(D, DV):
+            store_wait(0)
+            mbarrier.arrive(q_free.index(WHICH), count=1)
         lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
-        rx = x0 + row // (R[1] * R[2])
-        ry = y0 + row // R[2] % R[1]
-        rz = z0 + row % R[2]
+        rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
         token = (rx * Y + ry) * Z + rz
         plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-        gl.store(p_lse + plane + token, lse, mask=(rx < X) & (ry < Y) & (rz < Z))
+        gl.store(p_lse + plane + token, lse, mask=inside)
+        if HIDES:
+            # A row of sound scores that holds NaN may have met it as 0 x NaN at a hidden key.
+            spoilt = gl.convert_layout(
+                (gl.sum(o * 0.0, 1) != 0.0).to(gl.int32), gl.SliceLayout(1, S)
+            )
+            spoilt = gl.where(l == l, spoilt, 0)
+            gl.store(p_spoilt + plane + token, spoilt.to(gl.int8), mask=inside)
         turn += 1
     store_wait(0)
 
 
 @gluon.jit
+def load_keys(
+    rows, row_s, row_ready, row_free, columns, column_s, column_ready, column_free,
+    p_bounds, lists, X, Y, Z, heads, shared, total, groups,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer, along lists or along boxes."""
+    if len(lists) > 0:
+        load_listed(
+            rows, row_s, row_ready, row_free, columns, column_s, column_ready, column_free,
+            lists, heads, shared, total, groups, W, R, C, STAGES,
+        )  # fmt: skip
+    else:
+        load_boxes(
+            rows, row_s, row_ready, row_free, columns, column_s, (), (), column_ready, column_free,
+            p_bounds, X, Y, Z, heads, shared, total, groups, 1, W, R, C, AXES, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
 def tile_attend_forward(
-    q_desc, k_desc, v_desc, o_desc, p_lse, p_bounds, X, Y, Z, heads, groups, shared, total,
-    scale_log2, W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, p_lse, p_spoilt, p_bounds, lists, scoring, terms, X, Y, Z,
+    heads, groups, shared, total, scale_log2,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """o and lse [N, heads, X Y Z] of every work item; groups = query heads per key head.
 
-    A single-axis pattern passes Y = Z = 1, with bounds [0, 1) on those axes.
+    A single-axis pattern passes Y = Z = 1, with bounds [0, 1) on those axes.  `lists` as in
+    hopper_lists, () for a walk along boxes; scoring is (sinks [heads] or None, `squash` of scored);
+    terms as in hopper_scores;
+    p_spoilt int8 like lse where pairs are hidden, else None: 1 where hopper_repair has to look.
     """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
-    o_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, o_desc.layout)
+    if one_buffer(q_desc.block_type.shape[-1], v_desc.block_type.shape[-1]):
+        o_s = q_s
+    else:
+        o_s = gl.allocate_shared_memory(q_desc.dtype, [W] + o_desc.block_type.shape, o_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     q_ready = barriers(W, 1)
@@ -203,55 +334,22 @@ def tile_attend_forward(
     v_ready = barriers(STAGES, 1)
     k_free = barriers(STAGES, W)
     v_free = barriers(STAGES, W)
-    if W == 2:
-        gl.warp_specialize(
-            [
-                (attend_rows, (
-                    0, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                    W, R, C, AXES, STAGES, HIDES, SKIPS,
-                )),
-                (attend_rows, (
-                    1, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                    W, R, C, AXES, STAGES, HIDES, SKIPS,
-                )),
-                (load_boxes, (
-                    (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s), (), (),
-                    (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
-                    groups, 1, W, R, C, AXES, STAGES,
-                )),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (attend_rows, (
-                    0, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                    W, R, C, AXES, STAGES, HIDES, SKIPS,
-                )),
-                (attend_rows, (
-                    1, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                    W, R, C, AXES, STAGES, HIDES, SKIPS,
-                )),
-                (attend_rows, (
-                    2, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-                    o_desc, o_s, p_lse, p_bounds, X, Y, Z, heads, shared, total, scale_log2,
-                    W, R, C, AXES, STAGES, HIDES, SKIPS,
-                )),
-                (load_boxes, (
-                    (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s), (), (),
-                    (k_ready, v_ready), (k_free, v_free), p_bounds, X, Y, Z, heads, shared, total,
-                    groups, 1, W, R, C, AXES, STAGES,
-                )),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )  # fmt: skip
+    specialised(
+        attend_rows,
+        (
+            q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+            o_desc, o_s, p_lse, p_spoilt, p_bounds, lists, scoring, terms, k_desc.shape, X, Y, Z,
+            heads, groups, shared, total, scale_log2,
+            W, R, C, AXES, STAGES, HIDES, SKIPS, CAPPED,
+        ),
+        load_keys,
+        (
+            (q_desc,), (q_s,), (q_ready,), (q_free,), (k_desc, v_desc), (k_s, v_s),
+            (k_ready, v_ready), (k_free, v_free), p_bounds, lists, X, Y, Z, heads, shared, total,
+            groups, W, R, C, AXES, STAGES,
+        ),
+        W,
+    )  # fmt: skip
 
 
 def launch_forward(
@@ -262,18 +360,39 @@ def launch_forward(
     k: Tensor,
     v: Tensor,
     walk: Walk | None = None,
+    *,
+    lists: WalkLists | None = None,
+    soft_cap: float | None = None,
+    sink: Tensor | None = None,
+    term: LocalTerm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o [N, Lq, Hq, D] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, D]."""
+    """o [N, Lq, Hq, D] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, D].
+
+    With `lists` only their tiles are visited, and `pattern` says what the tested ones hide.
+    """
     batch, length, heads, head_dim = q.shape
     groups = heads // k.shape[2]
-    walk = walk or forward_walk(pattern, extent, head_dim)
-    lengths, axes, bounds = packed_bounds(pattern, extent, q.device, False)
+    largest_dim = max(head_dim, v.shape[-1])
+    if lists is not None:
+        hides = not isinstance(pattern, Dense) or extent.Lk % lists.kv_tile > 0
+        walk = walk or list_walk(lists.q_tile, lists.kv_tile, largest_dim, hides)
+        pairs = pattern, extent, lists.q_tile, lists.kv_tile, q.device
+        bounds, words = tested_pairs(*pairs)
+        lengths, axes, listed = (extent.Lq, 1, 1), 1, (*list_arguments(lists), *words)
+    else:
+        walk = walk or forward_walk(pattern, extent, largest_dim)
+        lengths, axes, bounds = packed_bounds(pattern, extent, q.device, False)
+        listed = ()
     kv_grid = extent.kv_grid if axes > 1 else (extent.Lk,)
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    o = q.new_empty(batch, length, heads, v.shape[-1])
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    spoilt = torch.empty_like(lse, dtype=torch.int8) if walk.hides else None
     grid = lengths[:axes]
     on_q = on_grid(q, grid), on_grid(k, kv_grid), on_grid(v, kv_grid), o.unflatten(1, grid)
-    shared = shared_heads(heads, groups, k.shape[1], head_dim)
+    shared = shared_heads(heads, groups, k.shape[1], largest_dim)
+    factor, squash = scale * LOG2E.value, 0.0
+    if soft_cap is not None:
+        factor, squash = soft_cap * LOG2E.value, 2.0 * scale / soft_cap * LOG2E.value
     # A descriptor has five axes at most: with three of them on the grid each entry is a launch.
     launches = [slice(None)] if axes < 3 else [slice(n, n + 1) for n in range(batch)]
     for part in launches:
@@ -281,16 +400,23 @@ def launch_forward(
         total, running = programs(walk, lengths, tensors[0])
         sides = (walk.rows, walk.columns, walk.columns, walk.rows)
         descriptors = [descriptor(x, box, axes) for x, box in zip(tensors, sides, strict=True)]
-        tile_attend_forward[(running,)](
+        scoring = (sink, squash)
+        terms = () if term is None else (LOG2E.value / factor, *term_arguments(term, heads, part))
+        marks = None if spoilt is None else spoilt[part]
+        sizes = (*lengths, heads, groups, shared)
+        launch(
+            tile_attend_forward,
+            (running,),
             *descriptors,
             lse[part],
+            marks,
             bounds,
-            *lengths,
-            heads,
-            groups,
-            shared,
+            listed,
+            scoring,
+            terms,
+            *sizes,
             total,
-            scale * 1.4426950408889634,
+            factor,
             walk.consumers,
             walk.rows,
             walk.columns,
@@ -298,7 +424,11 @@ def launch_forward(
             walk.stages,
             walk.hides,
             walk.skips,
+            soft_cap is not None,
             num_warps=4,
             enable_fp_fusion=True,
         )
+        if marks is not None:
+            given = bounds, listed, squash, terms, sizes, factor
+            launch_repair(walk, axes, total, tensors, lse[part], marks, given, soft_cap is not None)
     return o, lse

@@ -12,8 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from foveal.engines.tile.hopper_plan import Box, Walk
-from foveal.engines.tile.lists import boxes
+from foveal.engines.tile.launch import bits
+from foveal.engines.tile.lists import WalkLists, boxes
+from foveal.engines.tile.terms import PER_KEY, LocalTerm
 from foveal.patterns.base import Extent, Pattern
+from foveal.patterns.dense import Dense
 
 _ELEMENT: dict[torch.dtype, Any] = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -81,6 +84,51 @@ def statistics_descriptor(x: Tensor, box: Box, grid: tuple[int, ...]) -> TensorD
     sides = [1, *box[: len(grid)]]
     shape = [len(x), *grid]
     return TensorDescriptor(x, shape, list(x.stride()), sides, _layout(tuple(sides), x.dtype))
+
+
+def sums_descriptor(x: Tensor, box: Box, whole: bool) -> TensorDescriptor:
+    """Boxes of x [N, H, *grid, D], fp32, of all columns or of half of them."""
+    x = x.flatten(0, 1)
+    columns = head_pad(x.shape[-1]) // (1 if whole else 2)
+    sides = [1, *box[: x.dim() - 2], columns]
+    layout = gl.NVMMASharedLayout.get_default_for(sides, gl.float32)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), sides, layout)
+
+
+def list_arguments(lists: WalkLists) -> tuple[Any, ...]:
+    """The first of `lists` of the kernels."""
+    words = lists.words
+    strides = (lists.list_stride, lists.batch_stride)
+    return words, words.shape[2], lists.pitch, lists.heads_per_list, *strides
+
+
+@functools.lru_cache(maxsize=64)
+def tested_pairs(
+    pattern: Pattern, extent: Extent, q_tile: int, kv_tile: int, device: torch.device
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """`p_bounds` of queries and the last of `lists`: what the pattern hides in tested tiles."""
+    bounds = pattern.bounds(extent)
+    if bounds is not None and len(bounds.lower) == 1:
+        return packed_bounds(pattern, extent, device, False)[2], ()
+    words, marks = (x.to(device) for x in bits(pattern, extent, q_tile, kv_tile))
+    return packed_bounds(Dense(), extent, device, False)[2], (words, marks, marks.shape[1])
+
+
+def term_arguments(term: LocalTerm, heads: int, entries: slice) -> tuple[Any, ...]:
+    """`terms` of the kernels behind their first, for some entries of the batch."""
+    values = term.values
+    if term.kind == PER_KEY:
+        values = values if values.stride(-1) == 1 else values.contiguous()
+        values = values[entries] if len(values) > 1 else values
+        strides = (
+            s if n > 1 else 0 for s, n in zip(values.stride()[:2], values.shape, strict=False)
+        )
+        return values, *strides, heads // values.shape[1]
+    assert term.q_codes is not None
+    assert term.k_codes is not None
+    parts, queries = term.q_codes.shape
+    codes = term.q_codes, term.k_codes
+    return values.contiguous(), *codes, queries, term.k_codes.shape[1], parts
 
 
 def programs(walk: Walk, lengths: tuple[int, int, int], rows: Tensor) -> tuple[int, int]:

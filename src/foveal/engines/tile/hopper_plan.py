@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,6 +19,12 @@ _SHARED_BYTES = 20_000_000
 
 # The last side of a box of fp32 numbers is 16 bytes at least.
 _LAST_EXPONENT = 2
+
+# Tokens of a work item of the backward in one kernel, and of the boxes it walks.
+JOINT_KEYS, JOINT_QUERIES = 128, 64
+
+# Queries that each key meets in the mean, from which on that backward pays with 128 columns.
+_JOINT_QUERIES_MET = 2048
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,23 @@ class _Axis:
 
 
 def forward_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
-    """Queries are the rows."""
+    """Queries are the rows; head_dim is the larger of D and Dv."""
+    if head_dim > 128:
+        return _best_walk(pattern, extent, 64, 64, 2)
     if head_dim > 64:
         return _best_walk(pattern, extent, 64, 128, 2)
     return _best_walk(pattern, extent, 64, 128, 3, consumers=3)
+
+
+def list_tiles(head_dim: int) -> tuple[int, int]:
+    """Tiles of queries and of keys in lists of the forward."""
+    return 128, 64 if head_dim > 128 else 128
+
+
+def list_walk(q_tile: int, kv_tile: int, head_dim: int, hides: bool) -> Walk:
+    """Along lists; head_dim is the larger of D and Dv."""
+    stages = 2 if head_dim > 64 else 3
+    return Walk((q_tile // 2, 1, 1), (kv_tile, 1, 1), stages, hides, skips=False)
 
 
 def queries_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
@@ -64,6 +84,36 @@ def keys_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
     """For dK and dV; keys are the rows."""
     consumers = 2 if head_dim > 64 else 3
     return _best_walk(pattern, extent, 64, 64, 3, consumers=consumers, of_keys=True)
+
+
+def joint_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
+    """For dQ, dK and dV at once; keys are the rows."""
+    rows, columns = JOINT_KEYS // 2, JOINT_QUERIES
+    walk = _best_walk(pattern, extent, rows, columns, 2, consumers=2, of_keys=True)
+    # Measured: with 128 columns programs that start anew are faster.
+    return dataclasses.replace(walk, skips=False, persistent=walk.persistent and head_dim <= 64)
+
+
+@functools.lru_cache(maxsize=256)
+def joint_pays(pattern: Pattern, extent: Extent, head_dim: int) -> bool:
+    """Whether one kernel was measured to be faster than two.
+
+    Up to 64 columns it was, everywhere.  Of 128 columns only where a tile of keys meets many boxes: not
+    on windows of 1,024 tokens, nor on grids where some pairs of a box are hidden.
+    """
+    if head_dim <= 64:
+        return True
+    bounds = pattern.bounds(extent)
+    assert bounds is not None, "refuses() lets separable patterns pass only"
+    lower, upper = inverse(bounds)
+    seen = math.prod(float((b - a).float().mean()) for a, b in zip(lower, upper, strict=True))
+    grid = len(lower) > 1 and joint_walk(pattern, extent, head_dim).hides
+    return seen >= _JOINT_QUERIES_MET and not grid
+
+
+def joint_list_walk(hides: bool) -> Walk:
+    """As joint_walk, along lists of tiles of JOINT_KEYS keys and JOINT_QUERIES queries."""
+    return Walk((JOINT_KEYS // 2, 1, 1), (JOINT_QUERIES, 1, 1), 2, hides, False)
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,6 +27,50 @@ def barriers(n: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
+def numbered(WHICH: gl.constexpr, consumer: gl.constexpr, arguments):
+    consumer(WHICH, *arguments)
+
+
+@gluon.jit
+def alone(producer: gl.constexpr, arguments):
+    producer(*arguments)
+
+
+@gluon.jit
+def specialised(
+    consumer: gl.constexpr, consumed, producer: gl.constexpr, produced, W: gl.constexpr
+):
+    """Runs W consumers of four warps, each told its number, beside one warp of the producer."""
+    if W == 1:
+        gl.warp_specialize(
+            [(numbered, (0, consumer, consumed)), (alone, (producer, produced))],
+            [1],
+            [40],
+        )
+    elif W == 2:
+        gl.warp_specialize(
+            [
+                (numbered, (0, consumer, consumed)),
+                (numbered, (1, consumer, consumed)),
+                (alone, (producer, produced)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (numbered, (0, consumer, consumed)),
+                (numbered, (1, consumer, consumed)),
+                (numbered, (2, consumer, consumed)),
+                (alone, (producer, produced)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
+
+
+@gluon.jit
 def place(t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr, LAST_FIRST: gl.constexpr):
     """Batch, head and first row of work item t.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal.engines.tile import routes
-from foveal.engines.tile.lists import boxes, inverse
+from foveal.engines.tile.lists import boxes, inverse, tile_states
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.spec import Spec, Tile
 from foveal.engines.tile.terms import BY_DISTANCE, FROM_TABLE, PER_KEY, PER_PAIR, LocalTerm
@@ -25,11 +25,18 @@ from foveal.tuning.tile import BACKWARD_KV, Config
 
 LOG2E = 1.4426950408889634
 _SMALLEST = 16
+_FEW_QUERIES = 32
+# Pairs that are judged at once where a mask is packed into bits.
+_PAIRS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Tiles of one kernel and the route between them, as the kernel reads it."""
+    """Tiles of one kernel and the route between them, as the kernel reads it.
+
+    packed: query heads of a key head that stand on an axis of the grid before the tokens, so that one
+    tile holds short queries of all of them.
+    """
 
     rank: int
     q_tile: Tile
@@ -38,6 +45,7 @@ class Layout:
     k_grid: Tile
     route: Any
     arguments: tuple[Any, ...]
+    packed: int = 1
 
     @property
     def q_tiles(self) -> int:
@@ -49,6 +57,9 @@ class Layout:
 
     def q_strides(self, x: Tensor) -> tuple[int, ...]:
         """Strides (batch, x, y, z, head) of queries [N, Lq, H, D] on their grid."""
+        if self.packed > 1:
+            n, token, head, _ = x.stride()
+            return n, 0, head, token, head * self.packed
         return _grid_strides(x, self.q_grid)
 
     def k_strides(self, x: Tensor) -> tuple[int, ...]:
@@ -98,22 +109,33 @@ def in_three(grid: tuple[int, ...]) -> Tile:
     return x, y, z
 
 
-def stage(kind: str, task: Task, terms: tuple[LocalTerm, ...], sizes: Sizes, heads: int) -> Stage:
-    """The kernel `kind` of tuning.tile for a task; heads: query heads."""
+def stage(
+    kind: str,
+    task: Task,
+    terms: tuple[LocalTerm, ...],
+    sizes: Sizes,
+    heads: int,
+    packed: int = 1,
+) -> Stage:
+    """The kernel `kind` of tuning.tile for a task; heads: query heads, of which `packed` share tiles."""
     dim = max(sizes.head_dim, sizes.value_dim)
-    config = tuning.lookup(kind, tuning.architecture(sizes.device), dim, sizes.dtype)
+    architecture = tuning.architecture(sizes.device)
+    config = tuning.lookup(kind, architecture, dim, sizes.dtype, sizes.device)
     if any(term.kind in (PER_PAIR, BY_DISTANCE, FROM_TABLE) for term in terms):
         # Compilers stage what terms read per pair in shared memory too: float32 per pair and stage.
         smaller = min(config.queries, 64), min(config.keys, 64)
-        config = Config(*smaller, config.warps, 1)
+        warps = config.warps
+        if architecture == "sm_90" and sizes.dtype != torch.float32 and config.queries >= 64:
+            # With 4 warps a table over block lists ended in illegal accesses (Triton 3.6, H100).
+            warps = 8
+        config = Config(*smaller, warps, 1)
     pattern, extent = task.pattern, task.extent
     if separable(pattern, extent):
-        layout = _box_layout(kind, pattern, extent, config, sizes.device)
-    elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        layout = _list_layout(kind, pattern, extent, config, sizes.device, heads)
+        layout = _box_layout(kind, pattern, extent, config, sizes.device, packed)
     else:
-        versions = _versions(pattern)
-        layout = _kept_list_layout(kind, pattern, extent, config, sizes.device, heads, versions)
+        call = kind, pattern, extent, config, sizes.device, heads
+        found = writes(pattern)
+        layout = _list_layout(*call) if found is None else _kept_list_layout(*call, found)
     chosen = [_HOOKS[term.kind] for term in terms] + [hooks.NOTHING] * (2 - len(terms))
     spec = Spec(
         q_tile=layout.q_tile,
@@ -140,12 +162,21 @@ def _has_bounds(pattern: Pattern, extent: Extent) -> bool:
     return pattern.bounds(extent) is not None
 
 
-def _versions(pattern: Pattern) -> tuple[int, ...]:
-    """Changes when a block list of the pattern is written in place."""
+def writes(pattern: Pattern) -> tuple[int, ...] | None:
+    """Changes when a block list of the pattern is written in place.
+
+    None: lists made of it must not be kept, because a graph is to find them again or because PyTorch
+    does not count writes.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None
     if isinstance(pattern, Blocks):
-        return (pattern.selection.indices._version,)
-    members = getattr(pattern, "members", ())
-    return tuple(version for member in members for version in _versions(member))
+        indices = pattern.selection.indices
+        return None if indices.is_inference() else (indices._version,)
+    found = [writes(member) for member in getattr(pattern, "members", ())]
+    if any(own is None for own in found):
+        return None
+    return tuple(count for own in found for count in own or ())
 
 
 _HOOKS = {
@@ -199,8 +230,15 @@ def _cut(size: int, tokens: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _box_layout(
-    kind: str, pattern: Pattern, extent: Extent, config: Config, device: torch.device
+    kind: str,
+    pattern: Pattern,
+    extent: Extent,
+    config: Config,
+    device: torch.device,
+    packed: int = 1,
 ) -> Layout:
+    if packed > 1:
+        return _packed_layout(pattern, extent, config, device, packed)
     bounds = pattern.bounds(extent)
     on_device = boxes(pattern, extent, device)
     assert bounds is not None
@@ -218,6 +256,37 @@ def _box_layout(
     arguments = (*_three_axes(limits[0]), *_three_axes(limits[1]))
     grids = in_three(extent.q_grid), in_three(extent.kv_grid)
     return Layout(len(extent.q_grid), q_tile, k_tile, *grids, routes.BOXES, arguments)
+
+
+def heads_to_pack(task: Task, terms: tuple[LocalTerm, ...], groups: int) -> int:
+    """How many query heads of a key head share the tiles of the forward: all, where queries are few.
+
+    Keys are then read once for all of them.
+    """
+    few = task.extent.Lq <= _FEW_QUERIES and task.score.sink is None and not terms
+    if groups == 1 or not few or not separable(task.pattern, task.extent):
+        return 1
+    return groups if len(task.extent.q_grid) == len(task.extent.kv_grid) == 1 else 1
+
+
+def _packed_layout(
+    pattern: Pattern, extent: Extent, config: Config, device: torch.device, packed: int
+) -> Layout:
+    """Queries of a sequence on the grid [packed, Lq]: on its first axis each sees all of length 1."""
+    bounds = pattern.bounds(extent)
+    on_device = boxes(pattern, extent, device)
+    assert bounds is not None
+    assert on_device is not None
+    first, last = torch.zeros(packed, dtype=torch.int64), torch.ones(packed, dtype=torch.int64)
+    sizes = _cut(config.queries, packed * extent.Lq), _cut(config.keys, extent.Lk)
+    q_tile, k_tile = tuning.choose_shapes(
+        (first, *bounds.lower), (last, *bounds.upper), (1, extent.Lk), *sizes
+    )
+    ends = [x.to(device=device, dtype=torch.int32) for x in (first, last)]
+    lower, upper = (ends[0], *on_device.lower), (ends[1], *on_device.upper)
+    arguments = (*_three_axes(lower), *_three_axes(upper))
+    grids = (1, packed, extent.Lq), (1, 1, extent.Lk)
+    return Layout(2, q_tile, k_tile, *grids, routes.BOXES, arguments, packed)
 
 
 def _three_axes(axes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -266,7 +335,7 @@ def _list_layout(
 ) -> Layout:
     q_tile, k_tile = list_tiles(pattern, config)
     if pattern.depends_on_data:
-        states = pattern.tile_map(extent, q_tile, k_tile).to(device)
+        states = tile_states(pattern, extent, q_tile, k_tile, device)
         lists = _lists(states, extent.Lk % k_tile > 0, kind == BACKWARD_KV, heads)
     else:
         lists = _static_lists(pattern, extent, q_tile, k_tile, device, kind == BACKWARD_KV)
@@ -338,14 +407,14 @@ def _tests(
         ends = inverse(bounds) if by_key else (bounds.lower, bounds.upper)
         limits = tuple(axes[0].to(device=device, dtype=torch.int32) for axes in ends)
         return routes.LISTS, (limits[0], 0), limits
-    words, marks = _bits(static, extent, q_tile, k_tile)
+    words, marks = bits(static, extent, q_tile, k_tile)
     marks = marks.T.contiguous() if by_key else marks
     words, marks = words.to(device), marks.to(device)
     route = routes.BITS_OF_KEYS if by_key else routes.BITS_OF_QUERIES
     return route, (marks, marks.shape[1]), (words, words)
 
 
-def _bits(static: Pattern, extent: Extent, q_tile: int, k_tile: int) -> tuple[Tensor, Tensor]:
+def bits(static: Pattern, extent: Extent, q_tile: int, k_tile: int) -> tuple[Tensor, Tensor]:
     """Visible pairs of the partial tiles as words [tiles, q_tile, ceil(k_tile / 32)] and which words
     each tile has, int32 [q_tiles, k_tiles]."""
     states = static.tile_map(extent, q_tile, k_tile).clone()
@@ -357,12 +426,16 @@ def _bits(static: Pattern, extent: Extent, q_tile: int, k_tile: int) -> tuple[Te
     width = -(-k_tile // 32)
     words = torch.zeros(max(len(partial), 1), q_tile, width, dtype=torch.int32)
     weight = torch.ones(32, dtype=torch.int64) << torch.arange(32)
-    for number, (row, column) in enumerate(partial.tolist()):
-        q = torch.arange(row * q_tile, min((row + 1) * q_tile, extent.Lq))
-        k = torch.arange(column * k_tile, min((column + 1) * k_tile, extent.Lk))
-        seen = torch.zeros(q_tile, width * 32, dtype=torch.int64)
-        visible = static.allows(q[:, None] + (extent.Lk - extent.Lq), k[None], extent)
-        seen[: len(q), : len(k)] = visible
-        packed = (seen.view(q_tile, width, 32) * weight).sum(-1)
-        words[number] = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    within_q, within_k = torch.arange(q_tile), torch.arange(width * 32)
+    at_once = max(1, _PAIRS_AT_ONCE // (q_tile * width * 32))
+    for numbers in torch.arange(len(partial)).split(at_once):
+        q = partial[numbers, 0, None] * q_tile + within_q  # [tiles, q_tile]
+        k = partial[numbers, 1, None] * k_tile + within_k
+        inside_k = (within_k < k_tile) & (k < extent.Lk)
+        q_pos = q.clamp(max=extent.Lq - 1) + (extent.Lk - extent.Lq)
+        k_pos = k.clamp(max=extent.Lk - 1)
+        seen = static.allows(q_pos[:, :, None], k_pos[:, None], extent)
+        seen = seen & (q < extent.Lq)[:, :, None] & inside_k[:, None]
+        packed = (seen.unflatten(-1, (width, 32)) * weight).sum(-1)
+        words[numbers] = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
     return words, marks

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from foveal.patterns.base import FULL, SKIPPED, Bounds, Extent, Pattern
+from foveal.patterns.base import FULL, PARTIAL, Bounds, Extent, Pattern
+from foveal.patterns.combine import Intersection, Union
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,35 @@ class Boxes:
 
 
 @dataclass(frozen=True)
-class TileLists:
-    """Key tiles that each query tile visits, in raster order of tokens.
+class WalkLists:
+    """Tiles of columns that each tile of rows visits; rows are queries, or keys (`by_key`) for dK and dV.
 
-    The key-major lists are those of the transposed map with the roles exchanged.
-
-    indices int32 [B or 1, heads or 1, q_tiles, n], ascending; counts int32 [B or 1, heads or 1, q_tiles]
-    of them are valid.  `full` int8 like indices: 1 where no pair of the tile is hidden by the list.
+    words: int32 [B or 1, lists, row_tiles, HEADER + width], lists = 1, key heads or query heads.  The
+    rows of one list come longest first.  Each holds the tile of rows that it is about, how many visits
+    need a test of their pairs, how many visits there are, then the tiles of columns: those that need
+    the test in ascending order, then the others in ascending order.
+    `heads_per_list` query heads share a list; batch_stride and list_stride count rows of `words`, 0
+    where one serves all.
     """
+
+    HEADER: ClassVar[int] = 3
 
     q_tile: int
     kv_tile: int
-    indices: Tensor
-    counts: Tensor
-    full: Tensor
+    words: Tensor
+    heads_per_list: int
+
+    @property
+    def pitch(self) -> int:
+        return self.words.shape[3]
+
+    @property
+    def batch_stride(self) -> int:
+        return self.words.shape[1] * self.words.shape[2] if len(self.words) > 1 else 0
+
+    @property
+    def list_stride(self) -> int:
+        return self.words.shape[2] if self.words.shape[1] > 1 else 0
 
 
 def inverse(bounds: Bounds) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -75,16 +93,60 @@ def boxes(pattern: Pattern, extent: Extent, device: torch.device) -> Boxes | Non
     )
 
 
-def tile_lists(states: Tensor, q_tile: int, kv_tile: int) -> TileLists:
-    """Lists of the tiles that a tile map [..., q_tiles, kv_tiles] does not skip."""
+def tile_states(
+    pattern: Pattern, extent: Extent, q_tile: int, kv_tile: int, device: torch.device
+) -> Tensor:
+    """`pattern.tile_map` on the device; what does not depend on data is kept there."""
+    if not pattern.depends_on_data:
+        return _static_states(pattern, extent, q_tile, kv_tile, device)
+    if isinstance(pattern, Intersection | Union):
+        join = torch.minimum if isinstance(pattern, Intersection) else torch.maximum
+        members = (tile_states(p, extent, q_tile, kv_tile, device) for p in pattern.members)
+        return functools.reduce(join, members)
+    return pattern.tile_map(extent, q_tile, kv_tile).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _static_states(
+    pattern: Pattern, extent: Extent, q_tile: int, kv_tile: int, device: torch.device
+) -> Tensor:
+    return pattern.tile_map(extent, q_tile, kv_tile).to(device)
+
+
+def walk_lists(
+    pattern: Pattern,
+    extent: Extent,
+    q_tile: int,
+    kv_tile: int,
+    heads: int,
+    device: torch.device,
+    by_key: bool = False,
+) -> WalkLists:
+    """The lists of a pattern; for one that depends on data no host synchronisation.
+
+    q_tile and kv_tile divide `pattern.tile_unit()`, if it has one.  A last tile of columns that the
+    sequence does not fill is tested.
+    """
+    states = tile_states(pattern, extent, q_tile, kv_tile, device)
     states = states.reshape(*(1,) * (4 - states.dim()), *states.shape)
-    order = torch.argsort((states == SKIPPED).to(torch.uint8), dim=-1, stable=True)
-    counts = (states != SKIPPED).sum(-1)
-    full = (states.gather(-1, order) == FULL).to(torch.int8)
-    return TileLists(
-        q_tile,
-        kv_tile,
-        order.to(torch.int32).contiguous(),
-        counts.to(torch.int32),
-        full.contiguous(),
+    length, tile = (extent.Lq, q_tile) if by_key else (extent.Lk, kv_tile)
+    if by_key:
+        states = states.transpose(-1, -2)
+    if length % tile:
+        states = torch.cat([states[..., :-1], states[..., -1:].clamp(max=PARTIAL)], dim=-1)
+    rank = torch.where(states == PARTIAL, 0, torch.where(states == FULL, 1, 2)).to(torch.uint8)
+    columns = torch.argsort(rank, dim=-1, stable=True)
+    tested, counts = ((rank < end).sum(-1, keepdim=True) for end in (1, 2))
+    tiles = torch.arange(states.shape[2], device=device)[:, None].expand_as(counts)
+    words = torch.cat([tiles, tested, counts, columns], dim=-1).to(torch.int32)
+    order = torch.argsort(counts, dim=2, descending=True, stable=True)
+    return WalkLists(
+        q_tile, kv_tile, words.gather(2, order.expand_as(words)), heads // states.shape[1]
     )
+
+
+def in_tile_order(lists: WalkLists) -> WalkLists:
+    """The same lists, the rows of each in the order of the tiles of rows."""
+    order = torch.argsort(lists.words[..., :1], dim=2)
+    words = lists.words.gather(2, order.expand_as(lists.words))
+    return dataclasses.replace(lists, words=words)

@@ -6,13 +6,17 @@ batch axis and handed to an implementation that knows nothing of where they came
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foveal._problem import Problem
+from foveal._recent import Recent
+from foveal.engines.tile.replay import Replay
 from foveal.patterns.base import Extent, Pattern
 from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
@@ -32,6 +36,7 @@ class Task:
     score: NormalForm
     geometry: Geometry
     with_lse: bool
+    whole: bool = False  # every token of the problem, in its order
 
 
 # o [N, Lq, Hq, Dv] and lse [N, Lq, Hq], if the task asks for it, of q, k, v with N = batch x P.
@@ -89,3 +94,162 @@ def solve(
     back = torch.argsort(torch.cat(order))
     lse = torch.cat(lses, dim=1)[:, back] if task.with_lse else None
     return torch.cat(outputs, dim=1)[:, back], lse
+
+
+@dataclass(frozen=True)
+class Share:
+    """P sub-problems of one pattern among which no other falls apart further.
+
+    q_tokens [P, Lq] and k_tokens [P, Lk] name their tokens in the problem; whole: all, in order.
+    """
+
+    pattern: Pattern
+    extent: Extent
+    q_tokens: Tensor
+    k_tokens: Tensor
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Division:
+    """A pattern as the shares that are solved one after another.
+
+    keys_once: every key belongs to exactly one of them; every query does.
+    replays: of the launches that solve it.
+    """
+
+    shares: tuple[Share, ...]
+    keys_once: bool
+    replays: Recent[Replay | int] = dataclasses.field(default_factory=lambda: Recent(32))
+
+    def tasks(self, score: NormalForm, geometry: Geometry, with_lse: bool) -> tuple[Task, ...]:
+        return tuple(
+            Task(s.pattern, s.extent, s.q_tokens, s.k_tokens, score, geometry, with_lse, s.whole)
+            for s in self.shares
+        )
+
+
+def divide(pattern: Pattern, extent: Extent, device: torch.device) -> Division:
+    """The shares of a pattern, their tokens on the device."""
+    q_tokens, k_tokens = torch.arange(extent.Lq)[None], torch.arange(extent.Lk)[None]
+    shares = tuple(_shares(pattern, extent, q_tokens, k_tokens, True))
+    seen = torch.cat([share.k_tokens.flatten() for share in shares])
+    keys_once = bool((torch.bincount(seen, minlength=extent.Lk) == 1).all())
+    placed = (
+        dataclasses.replace(s, q_tokens=s.q_tokens.to(device), k_tokens=s.k_tokens.to(device))
+        for s in shares
+    )
+    return Division(tuple(placed), keys_once)
+
+
+def _shares(
+    pattern: Pattern, extent: Extent, q_tokens: Tensor, k_tokens: Tensor, whole: bool
+) -> Iterator[Share]:
+    pattern = pattern.simplify(extent)
+    parts = pattern.parts(extent)
+    if not parts:
+        yield Share(pattern, extent, q_tokens, k_tokens, whole)
+        return
+    for part in parts:
+        q_own, k_own = part.q_tokens.to(q_tokens.device), part.k_tokens.to(k_tokens.device)
+        inner = q_tokens[:, q_own].flatten(0, 1), k_tokens[:, k_own].flatten(0, 1)
+        yield from _shares(part.pattern, part.extent, *inner, False)
+
+
+class Kernels(Protocol):
+    """An implementation that gives its gradients itself, in the layout of a task: N = batch x P."""
+
+    @property
+    def LSE_UNIT(self) -> float:
+        """lse = LSE_UNIT x the statistic that the forward keeps for the backward."""
+
+    def forward(self, task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """o [N, Lq, Hq, Dv] and the statistic [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .]."""
+
+    def backward(
+        self,
+        task: Task,
+        tensors: tuple[Tensor, ...],
+        do: Tensor,
+        d_statistic: Tensor,
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v and the parameters of the score, where `needed`.
+
+        tensors: q, k, v, o and the statistic.
+        """
+
+
+def run_forward(
+    kernels: Kernels, tasks: tuple[Task, ...], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o [B, Lq, Hq, Dv] and the statistic [B, Hq, Lq]."""
+    if tasks[0].whole:
+        return kernels.forward(tasks[0], q, k, v)
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    statistic = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    for task in tasks:
+        k_own, v_own = (_take(x, task.k_tokens) for x in (k, v))
+        o_own, own = kernels.forward(task, _take(q, task.q_tokens), k_own, v_own)
+        _put(o, task.q_tokens, o_own)
+        _put(statistic.transpose(1, 2), task.q_tokens, own.transpose(1, 2))
+    return o, statistic
+
+
+def run_backward(
+    kernels: Kernels,
+    tasks: tuple[Task, ...],
+    keys_once: bool,
+    tensors: tuple[Tensor, ...],
+    do: Tensor,
+    d_statistic: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients as of `Kernels.backward`, of tensors on all tokens."""
+    if tasks[0].whole:
+        return kernels.backward(tasks[0], tensors, do, d_statistic, needed)
+    q, k, v, o, statistic = tensors
+    found: list[Tensor | None] = [None] * len(needed)
+    if needed[0]:
+        found[0] = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for index, x in ((1, k), (2, v)):
+        if needed[index]:
+            found[index] = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for task in tasks:
+        q_own, do_own, o_own = (_take(x, task.q_tokens) for x in (q, do, o))
+        k_own, v_own = (_take(x, task.k_tokens) for x in (k, v))
+        own, d_own = (
+            _take(x.transpose(1, 2), task.q_tokens).transpose(1, 2).contiguous()
+            for x in (statistic, d_statistic)
+        )
+        parts = kernels.backward(task, (q_own, k_own, v_own, o_own, own), do_own, d_own, needed)
+        for index, part in enumerate(parts):
+            total = found[index]
+            if part is None:
+                continue
+            if index > 2:
+                found[index] = part if total is None else total + part
+            elif total is not None:
+                if index == 0 or keys_once:
+                    _put(total, task.k_tokens if index else task.q_tokens, part)
+                else:
+                    _add(total, task.k_tokens, part)
+    return tuple(found)
+
+
+def _take(x: Tensor, tokens: Tensor) -> Tensor:
+    """[B P, L, ...] of x [B, tokens, ...] at tokens [P, L]"""
+    taken: Tensor = x.index_select(1, tokens.flatten()).unflatten(1, tokens.shape)
+    return taken.flatten(0, 1)
+
+
+def _put(total: Tensor, tokens: Tensor, own: Tensor) -> None:
+    """total[:, tokens] = own [B P, L, ...]"""
+    total.index_copy_(1, tokens.flatten(), own.unflatten(0, (-1, len(tokens))).flatten(1, 2))
+
+
+def _add(total: Tensor, tokens: Tensor, own: Tensor) -> None:
+    """total[:, tokens] += own [B P, L, ...], in a fixed order even where a token occurs twice."""
+    own = own.unflatten(0, (-1, len(tokens))).flatten(1, 2)
+    every = torch.arange(len(total), device=total.device)[:, None]
+    total.index_put_((every, tokens.flatten()[None]), own, accumulate=True)

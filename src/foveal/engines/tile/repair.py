@@ -22,8 +22,9 @@ from foveal.engines.common.tiles import (
     tile_rows,
     tile_tokens,
 )
-from foveal.engines.tile.forward import load_values, scores
+from foveal.engines.tile.forward import Attended, load_values, scores
 from foveal.engines.tile.launch import Stage, options
+from foveal.engines.tile.launches import Launch
 
 
 @triton.jit
@@ -64,8 +65,7 @@ def tile_attend_repair(
     ROWS: tl.constexpr = 16
     PARTS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2] // ROWS
     program = tl.program_id(0)
-    if tl.load(p_suspect + program) == 0:
-        return
+    parts = tl.where(tl.load(p_suspect + program) == 0, 0, PARTS)
     tiles = tile_count(q_lengths, Q_TILE)
     tile = tiles - 1 - program % tiles
     n = program // tiles // heads
@@ -73,12 +73,12 @@ def tile_attend_repair(
     p_k = keys[0] + matrix_start(n, h // groups, keys[1])
     p_v = keys[2] + matrix_start(n, h // groups, keys[3])
     head = (p_k, keys[1], p_v, keys[3], keys[4])
-    state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, K_TILE, RANK)
     own = first_token(tile, q_lengths, Q_TILE)
     p_heads_lse = (
         p_lse + (program // tiles).to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
     )
-    for part in tl.range(0, PARTS, num_stages=1):
+    for part in tl.range(0, parts, num_stages=1):
+        state = SPEC.route.open(route, tile, n, h, q_lengths, keys[4], Q_TILE, K_TILE, RANK)
         index = part * ROWS + tl.arange(0, ROWS)
         places, i_q, in_grid = tile_tokens(index, own, q_lengths, q_lengths, Q_TILE, RANK)
         p_rows = (
@@ -95,21 +95,16 @@ def tile_attend_repair(
         store_rows(p_rows, acc, in_grid, SPEC.value_dim, SPEC.value_pad)
 
 
-def launch_repair(
-    stage: Stage,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    suspect: Tensor,
-    scoring: tuple[Any, ...],
-) -> None:
-    """Writes the rows of o [N, Lq, Hq, Dv] in suspect tiles, given base-2 lse [N, Hq, Lq]."""
-    layout, heads = stage.layout, q.shape[2]
+def repair_launch(
+    stage: Stage, q: Tensor, k: Tensor, v: Tensor, attended: Attended, scoring: tuple[Any, ...]
+) -> Launch:
+    """Writes the rows of o in suspect tiles; arguments as of the forward."""
+    layout, o = stage.layout, attended.o
+    heads = q.shape[2] // layout.packed
     keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
-    tile_attend_repair[(len(suspect),)](
-        q, o, lse, suspect, layout.q_strides(q), layout.q_strides(o), layout.q_grid,
-        keys, heads, heads // k.shape[2], scoring, layout.arguments, SPEC=stage.spec,
-        **options(4, 1),
+    arguments = (
+        q, o, attended.lse, attended.suspect, layout.q_strides(q), layout.q_strides(o),
+        layout.q_grid, keys, heads, heads // k.shape[2], scoring, layout.arguments,
     )  # fmt: skip
+    settings = {"SPEC": stage.spec, **options(4, 1)}
+    return Launch(tile_attend_repair, len(attended.suspect), arguments, settings)

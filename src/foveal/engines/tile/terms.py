@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal.engines.tile.parts import Task
 from foveal.patterns.base import Bounds, Extent, Pattern
+from foveal.patterns.blocked import Blocked, box_order
 from foveal.scores.base import Additive, Geometry
 from foveal.scores.bias import Alibi, Bias, KeyBias, RelativeBias
 from foveal.scores.normal import NormalForm
@@ -33,9 +34,13 @@ class LocalTerm:
     k_codes: Tensor | None = None
 
 
+def term_kinds(score: NormalForm) -> set[str]:
+    return {_kind(term, _is_row(term)) for term in score.terms}
+
+
 def refuses_terms(score: NormalForm) -> str | None:
     """Why the terms of a score cannot be summed here, or None."""
-    kinds = {_kind(term, _is_row(term)) for term in score.terms}
+    kinds = term_kinds(score)
     if len(kinds) > MOST_KINDS:
         return f"it adds terms of at most {MOST_KINDS} kinds; here are {', '.join(sorted(kinds))}"
     tables = {tuple(t.parameter.shape[1:]) for t in score.terms if isinstance(t, RelativeBias)}
@@ -133,6 +138,8 @@ def _codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[T
     Within a sub-problem the offset of a pair is linear in the difference of its local places, so two
     visible pairs per axis tell the factor of that axis.
     """
+    if isinstance(at.pattern, Blocked):
+        return _ordered_codes(sizes, at, at.pattern, device)
     grids = (at.extent.q_grid, at.extent.kv_grid)
     bounds = at.pattern.bounds(at.extent)
     if bounds is not None and bounds.extent.kv_grid != grids[1]:
@@ -148,6 +155,21 @@ def _codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[T
     constant -= sum(f * (k - q) for f, k, q in zip(factors, key, query, strict=True))
     q_codes, k_codes = (_linear(factors, grid, device) for grid in grids)
     return q_codes - constant, k_codes
+
+
+def _ordered_codes(
+    sizes: tuple[int, ...], at: _Places, pattern: Blocked, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The codes on the grid, then in the order in which the pattern has the tokens of the grid."""
+    order = box_order(pattern.grid, pattern.sides)
+    assert at.tokens is not None, "the whole is in raster order"
+    back = order.argsort().to(at.tokens[0].device)
+    tokens = at.tokens[0][:, back], at.tokens[1][:, back]
+    extent = Extent(pattern.grid, pattern.grid)
+    raster = _Places(pattern.inner, extent, at.whole_pattern, at.whole_extent, tokens)
+    q_codes, k_codes = _codes(sizes, raster, device)
+    order = order.to(device)
+    return q_codes[:, order], k_codes[:, order]
 
 
 def _linear(factors: list[int], grid: tuple[int, ...], device: torch.device) -> Tensor:

@@ -7,18 +7,19 @@ import functools
 import importlib.util
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveal._problem import Problem
-from foveal.engines.tile.parts import Task, solve, whole_task
+from foveal.engines.tile.parts import Task
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
-from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
+
+if TYPE_CHECKING:
+    from foveal.engines.tile.launch import Sizes
 
 _LARGEST_DIM = 256
 
@@ -37,8 +38,6 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
             f"its tiles hold a head_dim and value_dim of at most {_LARGEST_DIM}; "
             f"here are {problem.head_dim} and {problem.value_dim}"
         )
-    if problem.device == "cuda" and min(problem.head_dim, problem.value_dim) < 2:
-        return "a head_dim of 1 makes strides of 1, which Triton 3.6 folds away and then rejects"
     if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
@@ -73,79 +72,88 @@ def _refusal(pattern: Pattern, extent: Extent) -> str | None:
     return None if separable(pattern, extent) else refuses_lists(pattern, extent)
 
 
-def attend(
-    problem: Problem,
-    pattern: Pattern,
-    score: NormalForm,
-    geometry: Geometry,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq] of q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]."""
-    task = whole_task(problem, pattern, score, geometry, q.device)
-    return solve(task, q, k, v, functools.partial(_attend_task, task.q_tokens))
+LSE_UNIT = math.log(2)
 
 
-def _attend_task(
-    whole: Tensor, task: Task, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def forward(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o [N, Lq, Hq, Dv] and base-2 lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .]."""
+    from foveal.engines.tile.forward import forward_launch
+    from foveal.engines.tile.launch import heads_to_pack, scoring, stage
+    from foveal.engines.tile.launches import compile_together
+    from foveal.engines.tile.repair import repair_launch
+    from foveal.engines.tile.terms import local_terms
+    from foveal.tuning.tile import FORWARD
+
+    heads = q.shape[2]
+    terms = local_terms(task, task.whole)
+    packed = heads_to_pack(task, terms, heads // k.shape[2])
+    chosen = stage(FORWARD, task, terms, _sizes(q, v), heads, packed)
+    score = scoring(task, terms, heads)
+    q, k, v = (_rows(x) for x in (q, k, v))
+    attended = forward_launch(chosen, q, k, v, task.score.sink, score)
+    launches = [attended.launch]
+    if not isinstance(task.pattern, Dense):
+        launches.append(repair_launch(chosen, q, k, v, attended, score))
+    compile_together(launches, (chosen.spec, chosen.config), q)
+    for each in launches:
+        each()
+    return attended.o, attended.lse
+
+
+def backward(
+    task: Task,
+    tensors: tuple[Tensor, ...],
+    do: Tensor,
+    d_statistic: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, of the parameter of each term, and of the sink."""
+    from foveal.engines.tile.gradients import gradients
     from foveal.engines.tile.terms import local_terms
 
-    terms = local_terms(task, task.q_tokens is whole)
-    values = tuple(term.values for term in terms)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o, lse = _TileAttention.apply(task, terms, q, k, v, task.score.sink, *values)  # type: ignore[no-untyped-call]
-    return o, lse.transpose(1, 2) if task.with_lse else None
+    q, k, v, o, lse = tensors
+    score = task.score
+    with torch.enable_grad():
+        leaves = [
+            term.parameter.detach().requires_grad_(wanted)
+            for term, wanted in zip(score.terms, needed[3:], strict=False)
+        ]
+        sinks = () if score.sink is None else (score.sink,)
+        own = dataclasses.replace(task, score=score.with_parameters((*leaves, *sinks)))
+        terms = local_terms(own, task.whole)
+    differentiable = tuple(term.values.requires_grad for term in terms)
+    dq, dk, dv, d_sink, *d_values = gradients(
+        own,
+        tuple(dataclasses.replace(term, values=term.values.detach()) for term in terms),
+        _sizes(q, v),
+        (_rows(q), _rows(k), _rows(v), o, lse),
+        score.sink,
+        do,
+        d_statistic / LSE_UNIT if task.with_lse else d_statistic,
+        (*needed[:3], score.sink is not None and needed[-1], *differentiable),
+    )
+    d_leaves = _pull(leaves, [term.values for term in terms], d_values)
+    return dq, dk, dv, *d_leaves, *((d_sink,) if sinks else ())
 
 
-class _TileAttention(torch.autograd.Function):
-    """o [N, Lq, Hq, Dv] and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, .].
+def _pull(
+    leaves: list[Tensor], values: list[Tensor], d_values: list[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the parameters, given those of the values made from them."""
+    pairs = [(x, d) for x, d in zip(values, d_values, strict=True) if d is not None]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not pairs or not wanted:
+        return (None,) * len(leaves)
+    found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [d for _, d in pairs]))
+    return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
 
-    lse is in base 2, and not differentiable, unless the task asks for it.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        task: Task,
-        terms: tuple[Any, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        *values: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        from foveal.engines.tile.forward import launch_forward
-        from foveal.engines.tile.launch import Sizes, scoring, stage
-        from foveal.engines.tile.repair import launch_repair
-        from foveal.tuning.tile import FORWARD
+def _sizes(q: Tensor, v: Tensor) -> Sizes:
+    from foveal.engines.tile.launch import Sizes
 
-        heads = q.shape[2]
-        ctx.sizes = Sizes(q.shape[-1], v.shape[-1], q.dtype, q.device)
-        ctx.task = task
-        ctx.terms = tuple(dataclasses.replace(t, values=t.values.new_empty(0)) for t in terms)
-        forward = stage(FORWARD, task, terms, ctx.sizes, heads)
-        score = scoring(task, terms, heads)
-        o, lse, suspect = launch_forward(forward, q, k, v, sink, score)
-        if len(suspect) and not isinstance(task.pattern, Dense):
-            launch_repair(forward, q, k, v, o, lse, suspect, score)
-        ctx.save_for_backward(q, k, v, sink, o, lse, *values)
-        if task.with_lse:
-            return o, lse * math.log(2)
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+    return Sizes(q.shape[-1], v.shape[-1], q.dtype, q.device)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        from foveal.engines.tile.gradients import gradients
 
-        q, k, v, sink, o, lse, *values = ctx.saved_tensors
-        terms = tuple(
-            dataclasses.replace(term, values=x) for term, x in zip(ctx.terms, values, strict=True)
-        )
-        needed = ctx.needs_input_grad[2:]
-        tensors = (q, k, v, o, lse)
-        found = gradients(ctx.task, terms, ctx.sizes, tensors, sink, do, dlse, needed)
-        return (None, None, *found)
+def _rows(x: Tensor) -> Tensor:
+    """The kernels take any strides but that of the last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()

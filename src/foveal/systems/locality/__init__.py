@@ -8,7 +8,8 @@ from foveal.systems.locality.factors import (
     S2_ATTENTION,
     SPARSE_TRANSFORMER,
 )
-from foveal.systems.locality.grids import HMAR, MVAR, SPHERE_ATTENTION
+from foveal.systems.locality.grids import HMAR, MVAR, SPHERE_ATTENTION, VAR
+from foveal.systems.locality.groups import ESCAIP, HDT
 from foveal.systems.locality.neighborhoods import (
     FUSED_NA,
     GNA,
@@ -44,7 +45,10 @@ SYSTEMS: tuple[System, ...] = (
     CROSS_AXIS_ATTENTION,
     IFACTFORMER,
     HT_DEMUCS,
+    VAR,
     HMAR,
     MVAR,
     SPHERE_ATTENTION,
+    HDT,
+    ESCAIP,
 )

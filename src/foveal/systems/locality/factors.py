@@ -19,7 +19,8 @@ from foveal.layers.sequence import (
     factors,
     united,
 )
-from foveal.patterns import Blocks, BlockSelection, Causal, Neighborhood, Pattern, Sliding
+from foveal.patterns import Blocks, BlockSelection, Causal, Neighborhood, Pattern, Rows, Sliding
+from foveal.patterns.strided import Triangular
 from foveal.scores import Score, Softmax
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.locality.neighborhoods import by_residue
@@ -360,26 +361,61 @@ IFACTFORMER = System(
 
 
 def ht_demucs(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int = 400, global_tokens: int = 100
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int = 400,
+    global_tokens: int = 100,
+    triangular: bool = False,
+    implementation: str | None = None,
 ) -> Tensor:
-    """The static sparse self-attention: |i - j| <= window, or i or j among the first
-    `global_tokens`.
+    """The static sparse attention of time on time, spectrum on spectrum, and of one on the other.
 
-    Shapes: q [B, L, H, D], k and v [B, L, Hkv, D].
-    Limits: queries and keys of one length (self-attention).
+    Query i stands at c = Lk / Lq * i among the keys and sees the columns trunc(c + o), |o| <= window,
+    clamped to the keys; with `triangular` also those at offsets of t (t + 1) / 2 to both sides; and
+    the first global_tokens keys.  The first int(global_tokens Lq / Lk) queries see everything.
+
+    Shapes: q [B, Lq, H, D], k and v [B, Lk, Hkv, D].
     """
-    if q.shape[1] != k.shape[1]:
-        raise PatternError("ht_demucs", f"{q.shape[1]} queries", f"{k.shape[1]} are needed")
-    pattern, _ = _demucs(tuple(k.shape[1:-2]), window=window, global_tokens=global_tokens)
-    first, rest = q[:, :global_tokens], q[:, global_tokens:]
-    return torch.cat([attend(first, k, v), attend(rest, k, v, pattern)], dim=1)
+    pattern = diagonal(q.shape[1], k.shape[1], window, global_tokens, triangular)
+    count = min(int(global_tokens * q.shape[1] / max(k.shape[1], 1)), q.shape[1])
+    whole = Rows(torch.zeros(q.shape[1], dtype=torch.int64), _everything(q, k, count))
+    return attend(q, k, v, pattern | whole, implementation=implementation)
+
+
+def _everything(q: Tensor, k: Tensor, count: int) -> Tensor:
+    """Ends of intervals that show all keys to the first `count` queries and none to the others."""
+    ends = torch.zeros(q.shape[1], dtype=torch.int64)
+    ends[:count] = k.shape[1]
+    return ends
+
+
+def diagonal(
+    queries: int, keys: int, window: int, global_tokens: int = 0, triangular: bool = False
+) -> Pattern:
+    """The columns around the diagonal of a matrix [queries, keys], and the first ones."""
+    if min(window, global_tokens) < 0:
+        raise PatternError("window", (window, global_tokens), "at least 0 tokens are needed")
+    centre = torch.arange(queries, dtype=torch.float64) * (keys / max(queries, 1))
+    last = max(keys - 1, 0)
+    low, high = ((centre + o).trunc().clamp(0, last).to(torch.int64) for o in (-window, window))
+    pattern: Pattern = Rows(low, (high + 1).clamp(max=keys))
+    if global_tokens:
+        zero = torch.zeros(queries, dtype=torch.int64)
+        pattern = pattern | Rows(zero, zero + min(global_tokens, keys))
+    return pattern | Triangular(keys / max(queries, 1)) if triangular else pattern
 
 
 def _demucs(
-    grid: tuple[int, ...], *, window: int = 400, global_tokens: int = 100
+    grid: tuple[int, ...],
+    *,
+    window: int = 400,
+    global_tokens: int = 100,
+    triangular: bool = False,
 ) -> tuple[Pattern, Score]:
     """What the queries after the global ones see; those see every key."""
-    return Sliding(window, window, global_tokens), Softmax()
+    return diagonal(grid[0], grid[0], window, global_tokens, triangular), Softmax()
 
 
 def _wide_demucs(draw: Draw) -> Claim:
@@ -408,8 +444,9 @@ HT_DEMUCS = System(
     year=2022,
     paper="Rouard, Massa, Defossez; arXiv 2211.08553",
     kind="model",
-    summary="The static sparse pattern of its self-attention: the diagonal and the global tokens. "
-    "The hashed, the random and the cross-domain patterns are not offered.",
+    summary="The static sparse patterns of its self- and cross-attention between time and spectrum: "
+    "the diagonal, growing steps away from it, global tokens. The released random and hashed ones "
+    "are not offered: the rule of the closed kernel is not established.",
     op=ht_demucs,
     compose=_demucs,
     identities=(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import PatternError, ShapeError
+from foveal.layers.groups import BoxAttention, attend_boxes
 from foveal.layers.heads import each
 from foveal.layers.sequence import ChunkedEncoder
 from foveal.layers.windows import (
@@ -20,7 +20,6 @@ from foveal.layers.windows import (
 from foveal.patterns import (
     Axial,
     Causal,
-    Documents,
     Neighborhood,
     Partition,
     Pattern,
@@ -365,21 +364,7 @@ def box_attention(
     grid.
     Options: box, the side in voxels, one for all axes or one per axis.
     """
-    axes = coordinates.shape[-1] - 1
-    if coordinates.shape != (q.shape[1], axes + 1) or axes < 1 or q.shape[0] != 1:
-        raise ShapeError(
-            "coordinates", list(coordinates.shape), "[N, 1 + axes] and q [1, N, H, D] are needed"
-        )
-    sides = torch.tensor((1,) + ((box,) * axes if isinstance(box, int) else tuple(box)))
-    if sides.shape != (axes + 1,) or bool((sides < 1).any()):
-        raise PatternError("box", box, f"a side of at least 1 for each of {axes} axes is needed")
-    cells = coordinates.div(sides.to(coordinates.device), rounding_mode="floor")
-    _, owner, counts = torch.unique(cells, dim=0, return_inverse=True, return_counts=True)
-    order = torch.argsort(owner, stable=True)
-    cu_seqlens = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-    packed = each(lambda x: x[:, order], q, k, v)
-    o = attend(*packed, Documents(), cu_seqlens=cu_seqlens, implementation=implementation)
-    return o[:, torch.argsort(order)]
+    return attend_boxes(q, k, v, coordinates, box, implementation)
 
 
 def _boxes(grid: tuple[int, ...], *, box: int | tuple[int, ...] = 6) -> tuple[Pattern, Score]:
@@ -424,6 +409,7 @@ BOX_ATTENTION = System(
     "box and packed without padding.",
     op=box_attention,
     compose=_boxes,
+    layer=BoxAttention,
     identities=(
         Identity("all_active", "On a full grid it is attention inside windows.", _all_active),
         Identity("one_box", "Voxels of one box attend densely.", _one_box),

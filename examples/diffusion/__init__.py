@@ -1,0 +1,1 @@
+"""Neighborhood attention inside a diffusion transformer of the diffusers library."""

@@ -1,0 +1,1 @@
+"""Non-local means on video, as three-dimensional neighborhood attention."""

@@ -1,0 +1,89 @@
+"""What a process with Triton's interpreter runs: the Triton edition of the state engine on the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+import foveal as fv
+from foveal.engines.state import triton as edition
+from foveal.testing.bounds import check
+from tests.engines.state.problems import Shape, draw, results
+
+_SIZES = {"head_dim": 10, "value_dim": 18}
+
+CASES: dict[str, tuple[fv.Rule, Shape]] = {
+    "delta, per token": (fv.Delta(), Shape(70, "token", **_SIZES)),
+    "delta, per channel, packed": (
+        fv.Delta(),
+        Shape(70, "channel", cu_seqlens=(0, 3, 3, 67, 70), steep=False, **_SIZES),
+    ),
+    "delta, fixed, no gate": (fv.Delta(), Shape(66, "fixed", gated=False, steep=False, **_SIZES)),
+    "additive, in pieces": (fv.Additive(), Shape(580, "token", steep=False, **_SIZES)),
+    "additive, per channel, reverse": (
+        fv.Additive(),
+        Shape(65, "channel", reverse=True, **_SIZES),
+    ),
+    "additive, no decay": (fv.Additive(), Shape(63, "none", batch=2, **_SIZES)),
+    "normalised": (fv.Additive(normalised=True), Shape(65, "fixed", steep=False, **_SIZES)),
+    "mlstm": (fv.MLSTM(), Shape(65, "token", steep=False, **_SIZES)),
+    "nothing": (fv.Delta(), Shape(0, **_SIZES)),
+}
+
+
+def failures(name: str, seed: int) -> list[str]:
+    """What is worse than the precision allows: o, the final state and all gradients."""
+    rule, shape = CASES[name]
+    # Behind steep gates nothing is left of an initial state: its gradient is all rounding.
+    source = torch.Generator().manual_seed(seed)
+    inputs = draw(shape, rule, source, torch.float32, initial=not shape.steep)
+    exact = results(inputs, rule, shape, "chunk", torch.float64)
+    plain = results(inputs, rule, shape, "chunk")
+    recurrent = results(inputs, rule, shape, "reference") if shape.length < 200 else plain
+    got = results(inputs, rule, shape, "triton")
+    # The gradient of a decay sums q dq - k dk over the tokens behind it, which cancel; that of a fixed
+    # decay sums those of all tokens.
+    terms = sum((inputs[n].double() * exact[f"d{n}"]).abs().sum() for n in "qk")
+    terms = terms * shape.length if shape.decay == "fixed" else terms
+    found = []
+    for what, x in exact.items():
+        size = terms if what == "dlog_decay" else None
+        verdicts = [check(what, got[what], other[what], x, size) for other in (plain, recurrent)]
+        if not any(verdict.ok for verdict in verdicts):
+            found.append(str(verdicts[0]))
+    return found
+
+
+def split(seed: int) -> list[float]:
+    """Largest differences of the delta rule in pieces of a sequence from the whole, over its size."""
+    rule, shape = fv.Delta(), Shape(2200, "token", steep=False, value_heads=1, **_SIZES)
+    inputs = draw(shape, rule, torch.Generator().manual_seed(seed), torch.float32)
+    wanted = edition._wanted_programs
+    edition._wanted_programs = lambda x: 12
+    try:
+        got = results(inputs, rule, shape, "triton")
+    finally:
+        edition._wanted_programs = wanted
+    whole = results(inputs, rule, shape, "chunk", torch.float64)
+    return [float((got[n] - x).abs().max() / x.abs().max()) for n, x in whole.items()]
+
+
+def step(seed: int) -> list[float]:
+    """Largest differences of one decode step from the definition, for several rules and decays."""
+    worst = []
+    for rule in (fv.Delta(), fv.Additive(), fv.MLSTM()):
+        for decay in ("none", "fixed", "token", "channel"):
+            if isinstance(rule, fv.MLSTM) and decay == "channel":
+                continue
+            shape = Shape(1, decay, batch=2, **_SIZES)
+            inputs = draw(shape, rule, torch.Generator().manual_seed(seed), torch.float32)
+            tokens = {n: x for n, x in inputs.items() if n != "initial_state"}
+            state = inputs["initial_state"]
+            pairs = [
+                fv.scan_step(**tokens, rule=rule, state=state, implementation=name)
+                for name in ("triton", "reference")
+            ]
+            (o, after), (exact, expected) = pairs
+            after, expected = (x if isinstance(x, tuple) else (x,) for x in (after, expected))
+            for got, x in zip((o, *after), (exact, *expected), strict=True):
+                worst.append(float((got - x).abs().max()))
+    return worst
