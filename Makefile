@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 
 # Threads that wait should sleep: spinning ones cost up to forty times the time on a busy machine.
 export OMP_WAIT_POLICY ?= passive
+# PyTorch asks for pages of 2 MiB: touching small ones for the first time takes a tenth of a call.
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .PHONY: demo test check clean
 

@@ -18,6 +18,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Of one thread's buffers between calls; larger ones are given back.
 _KEPT_BYTES = 16 << 20
 _idle: list[Scratch] = []
 
@@ -112,3 +113,8 @@ def _borrow(spare: list[Scratch]) -> Scratch:
         except IndexError:
             continue
     return Scratch()
+
+
+def release() -> None:
+    """Gives back the memory that is kept between calls."""
+    _idle.clear()
