@@ -8,6 +8,7 @@ python scripts/readme.py --check    # exit 1 when they are stale
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -27,6 +28,7 @@ CHART = ROOT / "benchmarks" / "cpu.svg"
 RECORDS = ROOT / "benchmarks" / "cpu.jsonl"
 RESULTS = ROOT / "benchmarks" / "README.md"
 MASKS = ROOT / "benchmarks" / "masks_h100.jsonl"
+TIMINGS = {name: ROOT / "benchmarks" / f"{name}_h100.jsonl" for name in ("tile", "locality")}
 OURS = "foveal"
 PASSES = ("forward", "forward+backward")
 SHOWN = {
@@ -44,6 +46,8 @@ def main() -> int:
     text = _between(text, "numbers", _table(records))
     text = _between(text, "families", _families())
     results = _between(RESULTS.read_text(encoding="utf-8"), "masks", _masks())
+    for name, path in TIMINGS.items():
+        results = _between(results, name, _timings(path))
     stale = []
     for path, content in ((README, text), (CHART, _chart(records)), (RESULTS, results)):
         if path.exists() and path.read_text(encoding="utf-8") == content:
@@ -121,6 +125,37 @@ def _masks() -> str:
         f"{products:.0f} TFLOP/s, {copies:.2f} TB/s.{missing}"
     )
     return "\n\n".join(blocks)
+
+
+def _timings(path: Path) -> str:
+    """Milliseconds forward / backward of every runner; of several runs the newest counts."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for line in lines:
+        if "milliseconds" in line:
+            found.setdefault(line["case"], {}).setdefault(line["runner"], {})[line["pass"]] = line[
+                "milliseconds"
+            ]
+    runners = list(dict.fromkeys(runner for case in found.values() for runner in case))
+    table = [
+        f"| ms forward / backward | {' | '.join(runners)} |",
+        "|---" * (len(runners) + 1) + "|",
+    ]
+    for case, by_runner in found.items():
+        cells = (
+            " / ".join(
+                f"{by_runner[runner][name]:.3f}" if name in by_runner[runner] else "-"
+                for name in (FORWARD, BACKWARD)
+            )
+            if runner in by_runner
+            else ""
+            for runner in runners
+        )
+        table.append(f"| {case} | {' | '.join(cells)} |")
+    facts = lines[0]
+    return "\n".join(
+        [*table, "", f"{facts['device']}, bfloat16, PyTorch {facts['torch']}, Triton 3.6."]
+    )
 
 
 _ABSENT = "absent"
