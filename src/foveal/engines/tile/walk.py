@@ -216,7 +216,7 @@ class _Tiles(Iterable[Tile]):
 _CALLS = 50_000
 _HALF_SPEED_ROWS = 24
 # Queries of one sweep: with their keys they are copied out of the caller's layout once.
-_SWEEP_QUERIES = 512
+_SWEEP_QUERIES = 2048
 _SIDES = {1: (16, 32, 64, 96, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
 
 
