@@ -48,8 +48,8 @@ def test_public_names_are_sorted_and_present(name: str) -> None:
 def test_nothing_public_is_left_out() -> None:
     own = {
         name
-        for name, value in vars(foveal).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
+        for name in dir(foveal)
+        if not name.startswith("_") and not inspect.ismodule(getattr(foveal, name))
     }
     assert own | {"errors"} == set(foveal.__all__)
 

@@ -1,12 +1,10 @@
 """foveal: every efficient attention mechanism behind one interface."""
 
+import importlib as _importlib
+import typing as _typing
+
 from foveal import errors
 from foveal._attend import attend
-from foveal._explain import Explanation, explain
-from foveal._scan import scan, scan_step
-from foveal._scan_explain import ScanExplanation, explain_scan
-from foveal._scan_map import ChunkMap, scan_map
-from foveal._tiles import TileCounts, TileList, Tiles, tiles
 from foveal.patterns import (
     Axial,
     Blocks,
@@ -27,11 +25,28 @@ from foveal.patterns import (
     Strided,
     Tree,
 )
-from foveal.rules import MLSTM, Additive, Delta, Rule
 from foveal.scores import Alibi, Bias, KeyBias, RelativeBias, Score, Softmax
 from foveal.systems import System, system, systems
 
+if _typing.TYPE_CHECKING:
+    from foveal._explain import Explanation, explain
+    from foveal._scan import scan, scan_step
+    from foveal._scan_explain import ScanExplanation, explain_scan
+    from foveal._scan_map import ChunkMap, scan_map
+    from foveal._tiles import TileCounts, TileList, Tiles, tiles
+    from foveal.rules import MLSTM, Additive, Delta, Rule
+
 __version__ = "0.1.0"
+
+# Found on first use: importing foveal is to take a third of a second at most.
+_LATER = {
+    "foveal._explain": ("Explanation", "explain"),
+    "foveal._scan": ("scan", "scan_step"),
+    "foveal._scan_explain": ("ScanExplanation", "explain_scan"),
+    "foveal._scan_map": ("ChunkMap", "scan_map"),
+    "foveal._tiles": ("TileCounts", "TileList", "Tiles", "tiles"),
+    "foveal.rules": ("MLSTM", "Additive", "Delta", "Rule"),
+}
 
 __all__ = [
     "MLSTM",
@@ -80,3 +95,16 @@ __all__ = [
     "systems",
     "tiles",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LATER.items():
+        if name in names:
+            found: object = getattr(_importlib.import_module(module), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
