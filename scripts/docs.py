@@ -295,7 +295,7 @@ def _value(default: object) -> str:
     if inspect.isclass(default):
         return str(default.__name__)
     key = getattr(default, "key", None)
-    return key if isinstance(key, str) else repr(default).replace("'", '"')
+    return (key if isinstance(key, str) else repr(default)).replace("'", '"')
 
 
 def markdown(docstring: str) -> str:
