@@ -192,12 +192,12 @@ class Scorer:
         if tile.mask is None:
             return None
         if not self.careful:
-            for columns, additive in tile.mask.additive:
-                scores[..., columns].add_(self._fit(additive))
+            for columns, additive in tile.mask.additive_pieces:
+                scores[..., columns].add_(self.fit(additive))
             return None
         all_hidden = torch.zeros_like(scores, dtype=torch.bool)
         for columns, hidden in tile.mask.pieces:
-            all_hidden[..., columns] = self._fit(hidden)
+            all_hidden[..., columns] = self.fit(hidden)
         scores.masked_fill_(all_hidden, -torch.inf)
         return all_hidden
 
@@ -208,8 +208,8 @@ class Scorer:
             return blind if bool(blind.any()) else None
         if tile.mask is None or tile.mask.blind is None:
             return None
-        return self._fit(tile.mask.blind)
+        return self.fit(tile.mask.blind)
 
-    def _fit(self, mask: Tensor) -> Tensor:
+    def fit(self, mask: Tensor) -> Tensor:
         """A mask of the tile against [M, G, rows, columns]."""
         return mask if mask.dim() == 2 else self.chunk.of_broadcast(mask)[:, None]

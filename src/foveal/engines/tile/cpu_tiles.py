@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from foveal.engines.tile.cpu_fused import fused_attention, fuses
 from foveal.engines.tile.cpu_scores import Chunk, Scorer, chunks
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.reference import visible_product
@@ -132,9 +133,13 @@ def _sweep_forward(
     lse is written only if the scorer computes it.
     """
     (q, k, v), (o, lse) = inputs, results
+    fused = fuses(scorer, q, v)
     for stack in stacks(sweep.tiles, scorer.chunk):
         if stack.columns.width == 0:
             _nothing_seen(scorer, stack, o, lse)
+            continue
+        if fused:
+            fused_attention(scorer, stack, q, k, v, o)
             continue
         cut = (stack.of_queries(q), stack.of_keys_transposed(k), stack.of_keys(v))
         for tile, q_t, k_t, v_t, o_t in zip(stack.tiles, *cut, stack.outputs(o), strict=True):

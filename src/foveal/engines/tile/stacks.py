@@ -28,6 +28,11 @@ class Stack:
     columns: Runs | Listed
     step: int
 
+    def queries(self, x: Tensor) -> Tensor:
+        """View [tiles, M, G, rows, D] of x [M, G, R, D]."""
+        start, stop = self.tiles[0].rows.start, self.tiles[-1].rows.stop
+        return x[:, :, start:stop].unflatten(2, (-1, self.tiles[0].height)).permute(2, 0, 1, 3, 4)
+
     def of_queries(self, x: Tensor) -> tuple[Tensor, ...]:
         """Per tile [M, G rows, D] of x [M, G, R, D]; views if G is 1."""
         if x.shape[1] > 1:
@@ -44,11 +49,11 @@ class Stack:
 
     def of_keys(self, x: Tensor) -> tuple[Tensor, ...]:
         """Per tile [M, columns, D] of x [M, C, D]; views unless columns are gathered."""
-        return self._cut(x).unbind()
+        return self.keys(x).unbind()
 
     def of_keys_transposed(self, x: Tensor) -> tuple[Tensor, ...]:
         """Per tile [M, D, columns] of x [M, C, D]."""
-        return self._cut(x).mT.unbind()
+        return self.keys(x).mT.unbind()
 
     def adders(self, x: Tensor) -> tuple[Adder, ...]:
         """Per tile the function (left, right, alpha) that adds alpha left @ right to its columns of x.
@@ -56,11 +61,11 @@ class Stack:
         Shapes: left [M, columns, rows], right [M, rows, D], x [M, C, D].
         """
         if _one_run(self.columns):
-            return tuple(view.baddbmm_ for view in self._cut(x).unbind())
+            return tuple(view.baddbmm_ for view in self.keys(x).unbind())
         return (functools.partial(self.columns.add_product, x),)
 
-    def _cut(self, x: Tensor) -> Tensor:
-        """[tiles, M, columns, D]"""
+    def keys(self, x: Tensor) -> Tensor:
+        """[tiles, M, columns, D] of x [M, C, D]; a view unless columns are gathered."""
         if len(self.tiles) == 1:
             return self.columns.take(x)[None]
         size = (len(self.tiles), len(x), self.columns.width, x.shape[2])

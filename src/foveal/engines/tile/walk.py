@@ -29,27 +29,39 @@ class Mask:
     """Pairs of a tile that take no part: each piece hides pairs among some of the columns.
 
     Pieces are (columns, hidden) with hidden bool [rows, columns of the piece], or [N or 1, heads or
-    1, rows, columns] where lists differ.  `blind` marks rows that see no key of the tile [..., rows, 1].
+    1, rows, columns] where lists differ.  `blind` marks rows that see no key of the tile [..., rows, 1];
+    `width` counts the columns of the tile.
     """
 
     pieces: tuple[tuple[slice, Tensor], ...]
     blind: Tensor | None
+    width: int
 
     @functools.cached_property
-    def additive(self) -> tuple[tuple[slice, Tensor], ...]:
+    def additive_pieces(self) -> tuple[tuple[slice, Tensor], ...]:
         """The pieces as -inf where hidden, else 0."""
         return tuple(
             (columns, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf))
             for columns, hidden in self.pieces
         )
 
+    @functools.cached_property
+    def additive(self) -> Tensor:
+        """-inf where hidden, else 0.  [..., rows, columns]"""
+        pieces = self.additive_pieces
+        whole = torch.zeros(*pieces[0][1].shape[:-1], self.width)
+        for columns, piece in pieces:
+            whole[..., columns] = piece
+        return whole
+
 
 def _mask(hidden: Tensor) -> Mask | None:
     """One piece over all columns, or None when nothing is hidden."""
-    if hidden.shape[-1] and not bool(hidden.any()):
+    width = hidden.shape[-1]
+    if width and not bool(hidden.any()):
         return None
     blind = hidden.all(-1, keepdim=True)
-    return Mask(((slice(None), hidden),), blind if bool(blind.any()) else None)
+    return Mask(((slice(None), hidden),), blind if bool(blind.any()) else None, width)
 
 
 @dataclass(frozen=True)
@@ -211,10 +223,10 @@ class _Tiles(Iterable[Tile]):
 
 
 # What a tile costs, in elements of its score matrices: its elements, more the fewer rows share the
-# keys they read (a product of 24 rows runs at half the speed of a tall one), and its calls (150 us
-# against 3.2 ns an element: two products and a softmax at D = 64 on two AVX-512 cores).
-_CALLS = 50_000
-_HALF_SPEED_ROWS = 24
+# keys they read (a product of 16 rows runs at half the speed of a tall one), and its calls (of the
+# chain of the backward, at D = 64 on two AVX-512 cores).
+_CALLS = 5_000
+_HALF_SPEED_ROWS = 16
 # Queries of one sweep: with their keys they are copied out of the caller's layout once.
 _SWEEP_QUERIES = 2048
 _SIDES = {1: (16, 32, 64, 96, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
@@ -361,7 +373,7 @@ def _edge_mask(lower: bytes, upper: bytes, width: int) -> Mask | None:
     if tail:
         pieces.append((slice(width - tail, width), torch.arange(-tail, 0) >= hi[:, None]))
     blind = (lo >= hi + width)[:, None]
-    return Mask(tuple(pieces), blind if bool(blind.any()) else None)
+    return Mask(tuple(pieces), blind if bool(blind.any()) else None, width)
 
 
 @functools.lru_cache(maxsize=32)
