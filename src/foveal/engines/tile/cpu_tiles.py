@@ -52,8 +52,7 @@ class TiledAttention(torch.autograd.Function):
             sweep.store(lse_c, lse_s)
 
         parts = chunks(q, _widest(sweeps), len(task.q_tokens))
-        for _ in in_order(list(itertools.product(parts, sweeps)), work):
-            pass
+        in_order(list(itertools.product(parts, sweeps)), work)
         lse = lse.squeeze(-1)
         ctx.task, ctx.careful = task, careful
         ctx.save_for_backward(q, k, v, o, lse, *parameters)
@@ -95,13 +94,15 @@ class TiledAttention(torch.autograd.Function):
             sweep.store(dq_c, dq_s)
             return dk_s, dv_s, d_own
 
-        parts = chunks(q, _widest(sweeps), len(task.q_tokens))
-        items = list(itertools.product(parts, sweeps))
-        for (chunk, sweep), (dk_s, dv_s, d_own) in zip(items, in_order(items, work), strict=True):
+        def finish(item: tuple[Chunk, Sweep], result: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+            (chunk, sweep), (dk_s, dv_s, d_own) = item, result
             sweep.add_keys(chunk.of_tensor(dk), dk_s)
             sweep.add_keys(chunk.of_tensor(dv), dv_s)
             for total, part in zip(d_local, d_own, strict=True):
                 total.add_(part)
+
+        parts = chunks(q, _widest(sweeps), len(task.q_tokens))
+        in_order(list(itertools.product(parts, sweeps)), work, finish)
         if task.score.sink is not None:
             # dsink = sum over rows of (dlse - do.o) exp(sink - lse)
             sink = local[-1].view(1, *q.shape[1:3], 1)

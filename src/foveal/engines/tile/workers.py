@@ -6,10 +6,11 @@ than it gains.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -49,12 +50,20 @@ class Scratch:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
-def in_order(items: Sequence[Item], work: Callable[[Item, Scratch], Result]) -> Iterator[Result]:
-    """Yields work(item, scratch) for every item in order, on as many threads as PyTorch uses.
+def _nothing(item: object, result: object) -> None:
+    """The last step of pieces that need none."""
 
-    `work` runs without gradients and must not write to memory that another item writes to; what has
-    to be summed in a fixed order is returned, may live in the scratch, and is summed by the caller
-    before it asks for the next result.
+
+def in_order(
+    items: Sequence[Item],
+    work: Callable[[Item, Scratch], Result],
+    finish: Callable[[Item, Result], None] = _nothing,
+) -> None:
+    """Runs work(item, scratch) for every item on as many threads as PyTorch uses, then finish(item, result).
+
+    `finish` runs item by item in their order: there goes what has to be summed in a fixed order.
+    `work` runs without gradients, must not write to memory that another item writes to, and may
+    return what lives in the scratch.
     """
     threads = torch.get_num_threads()
     spare: list[Scratch] = []
@@ -62,10 +71,10 @@ def in_order(items: Sequence[Item], work: Callable[[Item, Scratch], Result]) -> 
         if threads == 1 or len(items) < 2 * threads:
             scratch = _borrow(spare)
             for item in items:
-                yield work(item, scratch)
+                finish(item, work(item, scratch))
             spare.append(scratch)
         else:
-            yield from _on_threads(items, work, threads, spare)
+            _on_threads(items, work, finish, threads, spare)
     finally:
         for scratch in spare:
             if scratch.nbytes <= _KEPT_BYTES:
@@ -75,35 +84,59 @@ def in_order(items: Sequence[Item], work: Callable[[Item, Scratch], Result]) -> 
 def _on_threads(
     items: Sequence[Item],
     work: Callable[[Item, Scratch], Result],
+    finish: Callable[[Item, Result], None],
     threads: int,
     spare: list[Scratch],
-) -> Iterator[Result]:
-    def alone(item: Item, scratch: Scratch) -> Result:
-        with torch.no_grad():
-            return work(item, scratch)
+) -> None:
+    turns = _Turns()
 
-    # The caller sums results meanwhile; a team of its own would take the workers' cores.
+    @torch.no_grad()
+    def run(number: int) -> None:
+        scratch = _borrow(spare)
+        with turns.of(number):
+            result = work(items[number], scratch)
+            turns.wait(number)
+            finish(items[number], result)
+        spare.append(scratch)
+
+    # A team of the caller's own would take the workers' cores.
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running: deque[tuple[Scratch, Future[Result]]] = deque()
-            for item in items:
-                if len(running) > threads:
-                    yield from _first(running, spare)
-                scratch = _borrow(spare)
-                running.append((scratch, pool.submit(alone, item, scratch)))
-            while running:
-                yield from _first(running, spare)
+            for _ in pool.map(run, range(len(items))):
+                pass
     finally:
         torch.set_num_threads(threads)
 
 
-def _first(
-    running: deque[tuple[Scratch, Future[Result]]], spare: list[Scratch]
-) -> Iterator[Result]:
-    scratch, future = running.popleft()
-    yield future.result()
-    spare.append(scratch)
+class _Turns:
+    """Lets numbered pieces, begun in their order, end in it.  What fails ends all behind it."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._failed = False
+        self._changed = threading.Condition()
+
+    def wait(self, number: int) -> None:
+        """Returns when all pieces before this one have ended; raises CancelledError if one has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._next == number)
+            if self._next != number:
+                raise CancelledError
+
+    @contextlib.contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        """The piece, which must `wait` inside."""
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._failed = True
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
 
 
 def _borrow(spare: list[Scratch]) -> Scratch:
