@@ -146,3 +146,11 @@ def test_luck_of_the_plain_computation_refuses_nobody(source: torch.Generator) -
         q, k, v = qkv(Sizes((24,), head_dim=4), source)
         sink = torch.randn(1, generator=source)
         check_attend(q, k, v, fv.Causal(), fv.Softmax(sink=sink), implementation="cpu")
+
+
+def test_a_cap_that_is_reached_refuses_nobody(source: torch.Generator) -> None:
+    """The slope 1 - t^2 of the cap is a difference of two ones, and all that is left of dq and dk."""
+    for _ in range(20):
+        sizes = Sizes((15,), (1,), q_heads=2, kv_heads=1, head_dim=20)
+        q, k, v = qkv(sizes, source, torch.float64)
+        check_attend(3 * q, 2 * k, v, score=fv.Softmax(1.3, soft_cap=1.5), implementation="cpu")

@@ -127,15 +127,20 @@ class Agreement:
         """How large the terms are that the results sum: v and the cotangents without signs.
 
         dS = P (dP - delta + dlse), delta = sum(do o): one evaluation holds P dP alone, as its dlse
-        is delta, the other the part of delta.
+        is delta, the other the part of delta.  The slope 1 - t^2 of a soft cap cancels where the cap is
+        reached: two more evaluations hold its term 1, with the weights of scores without the cap.
         """
         unsigned = dataclasses.replace(self, v=self.v.detach().abs(), return_lse=True)
-        o = unsigned._evaluate("reference", torch.float64)["o"]
-        do = self._weights(exact)["o"].abs().to(o)
-        both = []
-        for dlse in (torch.zeros(o.shape[:-1], dtype=o.dtype, device=o.device), (do * o).sum(-1)):
-            both.append(unsigned._evaluate("reference", torch.float64, {"o": do, "lse": dlse}))
-        return {name: torch.maximum(both[0][name].abs(), both[1][name].abs()) for name in exact}
+        largest = {name: torch.zeros_like(x) for name, x in exact.items()}
+        for score in {id(x): x for x in (self.score, _without_cap(self.score))}.values():
+            problem = dataclasses.replace(unsigned, score=score)
+            o = problem._evaluate("reference", torch.float64)["o"]
+            do = self._weights(exact)["o"].abs().to(o)
+            none = torch.zeros(o.shape[:-1], dtype=o.dtype, device=o.device)
+            for dlse in (none, (do * o).sum(-1)):
+                found = problem._evaluate("reference", torch.float64, {"o": do, "lse": dlse})
+                largest = {name: x.maximum(found[name].abs()) for name, x in largest.items()}
+        return largest
 
 
 def _finite_error(plain: Tensor, exact: Tensor) -> float:
@@ -160,6 +165,17 @@ class _Leaves:
         leaf = (x if self._dtype is None else x.to(self._dtype)).requires_grad_()
         self.by_name[name if name not in self.by_name else f"{name}#{len(self.by_name)}"] = leaf
         return leaf
+
+
+def _without_cap(score: Score) -> Score:
+    """The score itself if it has no soft cap."""
+    if isinstance(score, Composed):
+        members = tuple(_without_cap(member) for member in score.members)
+        same = all(a is b for a, b in zip(members, score.members, strict=True))
+        return score if same else Composed(members)
+    if isinstance(score, Softmax) and score.soft_cap is not None:
+        return dataclasses.replace(score, soft_cap=None)
+    return score
 
 
 def _with_leaves(score: Score, leaves: _Leaves) -> Score:
