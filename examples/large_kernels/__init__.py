@@ -1,0 +1,1 @@
+"""Networks of large filters on digits, a photograph and textures."""

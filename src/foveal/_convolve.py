@@ -1,0 +1,148 @@
+"""The verb of the convolution engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveal._convolve_plan import CONVOLUTION_IMPLEMENTATIONS, choose_convolution
+from foveal._errors import ShapeError
+from foveal.engines.convolution.problem import Axes, Convolution, Flags, Padding, describe
+
+Filters = Tensor | Sequence[Tensor]
+
+
+def convolve(
+    x: Tensor,
+    filter: Filters,
+    *,
+    bias: Tensor | None = None,
+    dilation: Axes = 1,
+    padding: Padding = None,
+    causal: Flags = False,
+    channels_first: bool = False,
+    implementation: str | None = None,
+) -> Tensor:
+    """y[b, p, c] = bias[c] + sum_o filter[c, o] x[b, p + dilation o - before, c], zero outside.
+
+    A depthwise cross-correlation, as in PyTorch, on one to three axes.
+    Shapes: x [B, *grid, C], or [B, C, *grid] with `channels_first`; filter [F, *window], each of
+    which serves C / F channels in a row, or [B, F, *window] with one for each sample; bias [C].
+    Several filters [F_i, *window_i], of any sizes, serve F_1, F_2, ... channels, one each; they sum to C.
+    Returns y like x, with the axes of the grid as the padding leaves them.
+    Options: dilation, an integer or one per axis, >= 1; padding, the zeros around each axis (an integer,
+    or per axis one or a pair before and after), None keeps the grid: dilation (window - 1) zeros
+    in all, the odd one behind; causal, one truth value or one per axis, puts all of them in front, so that
+    the last tap meets the token itself; implementation names one of "triton", "cpu", "torch",
+    "reference", which then runs or raises RefusedError; None lets the plan choose.
+    Gradients flow to x, filter and bias; sums are in float32 at least.
+    Cost: two FLOPs per tap, channel and token; x and y moved once.
+    Limits: stride 1; the filter is no longer than the padded grid.  Raises a subclass of
+    foveal.errors.FovealError on bad input.
+    Equals: a filter of one tap 1 is x; the product with the dense Toeplitz matrix.
+    """
+    options = (dilation, padding, causal, channels_first)
+    x, filter, bias = _cast(x, filter, bias)
+    if isinstance(filter, Tensor):
+        return _convolve(x, filter, bias, *options, implementation)
+    parts = split_channels(x, filter, channels_first)
+    biases = [None] * len(parts) if bias is None else bias.split([len(each) for each in filter])
+    found = [
+        _convolve(part, each, own, *options, implementation)
+        for part, each, own in zip(parts, filter, biases, strict=True)
+    ]
+    return torch.cat(found, dim=1 if channels_first else -1)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: Axes,
+    padding: Padding,
+    causal: Flags,
+    channels_first: bool,
+    implementation: str | None,
+) -> Tensor:
+    options = (dilation, padding, causal, channels_first)
+    problem, name = _prepared(x, weight, bias, options, implementation)
+    axis = -len(problem.grid) - 1
+    if weight.shape[axis] != problem.channels:
+        weight = weight.repeat_interleave(problem.channels // weight.shape[axis], dim=axis)
+    module = CONVOLUTION_IMPLEMENTATIONS[name]
+    last = x.movedim(1, -1) if channels_first else x
+    y: Tensor = module.depthwise(problem, last, weight, bias)
+    return y.movedim(-1, 1) if channels_first else y
+
+
+_KEPT: dict[object, tuple[Convolution, str]] = {}
+_MOST_KEPT = 512
+"""Problems whose plan is kept: finding one takes a tenth of a millisecond."""
+
+
+def _prepared(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Axes, Padding, Flags, bool],
+    implementation: str | None,
+) -> tuple[Convolution, str]:
+    """The checked problem and the implementation that runs it."""
+    tensors = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (x, weight, bias))
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    key = (tensors, repr(options), implementation, grad)
+    found = _KEPT.get(key)
+    if found is None:
+        problem = described(x, weight, bias, *options)
+        plan = choose_convolution(problem, CONVOLUTION_IMPLEMENTATIONS, implementation)
+        if len(_KEPT) >= _MOST_KEPT:
+            _KEPT.clear()
+        found = _KEPT[key] = problem, plan.implementation
+    return found
+
+
+def described(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: Axes,
+    padding: Padding,
+    causal: Flags,
+    channels_first: bool,
+) -> Convolution:
+    """The checked problem of one filter over all channels of x."""
+    channels = 0
+    if x.dim() > 1:
+        channels = x.shape[1 if channels_first else -1]
+    problem = describe(x, weight, dilation, padding, causal, channels_first, channels)
+    if bias is not None and (bias.shape != (channels,) or bias.dtype != x.dtype):
+        got = f"{list(bias.shape)} of {bias.dtype}"
+        raise ShapeError("bias", got, f"[{channels}] of {x.dtype} is needed")
+    if bias is not None and bias.device != x.device:
+        raise ShapeError("bias", bias.device, f"the device of x, {x.device}, is needed")
+    return problem
+
+
+def split_channels(x: Tensor, filters: Sequence[Tensor], channels_first: bool) -> list[Tensor]:
+    """The channels of x that each filter serves."""
+    axis = 1 if channels_first else -1
+    counts = [len(each) for each in filters]
+    if x.dim() < 3 or sum(counts) != x.shape[axis] or not counts:
+        needed = f"filters for all channels of x {list(x.shape)} are needed"
+        raise ShapeError("filter", f"filters for {counts} channels", needed)
+    return list(x.split(counts, dim=axis))
+
+
+def _cast(x: Tensor, filter: Filters, bias: Tensor | None) -> tuple[Tensor, Filters, Tensor | None]:
+    """Under autocast, as PyTorch casts the arguments of its own convolution."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x, filter, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    filters = cast(filter) if isinstance(filter, Tensor) else [cast(each) for each in filter]
+    return cast(x), filters, None if bias is None else cast(bias)

@@ -1,0 +1,49 @@
+"""The verb of filters as long as the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveal._convolve_plan import SPECTRAL_IMPLEMENTATIONS, choose_convolution
+from foveal.engines.convolution.spectral import describe_spectral
+
+
+def fftconv(
+    x: Tensor,
+    filter: Tensor,
+    *,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    skip: Tensor | None = None,
+    causal: bool = True,
+    implementation: str | None = None,
+) -> Tensor:
+    """y = post_gate * (filter * (pre_gate x)) + skip x, a depthwise convolution by Fourier transforms.
+
+    (filter * u)[p] = sum_s filter[s] u[p - s]; with `causal`, on every axis, u is 0 before the grid and
+    taps beyond the grid count nothing; else the grid is a circle on every axis.
+    Shapes: x and both gates [B, *grid, C], one to three grid axes; filter [C, *taps] or [B, C, *taps],
+    at most the grid where it is a circle; or its spectrum, complex [C, *frequencies] or
+    [B, C, *frequencies] as `torch.fft.rfftn` of the grid gives it (not causal); skip [C].
+    Options: implementation names one of "torch", "reference", which then runs or raises RefusedError;
+    None lets the plan choose.
+    Gradients flow to all tensors; sums and spectra are in float32 at least.
+    Cost: two transforms of 5 N log2 N FLOPs for each sample and channel, N the grid, or twice it per
+    causal axis, rounded up to a product of 2, 3 and 5.
+    Limits: any length.  Raises a subclass of foveal.errors.FovealError on bad input.
+    Equals: the product with the Toeplitz (causal) or circulant matrix of the filter; a filter of one tap
+    1 is x.
+    Paper: long convolutions (2302.06646); FlashFFTConv (2311.05908).
+    """
+    problem = describe_spectral(x, filter, pre_gate, post_gate, skip, causal)
+    plan = choose_convolution(problem, SPECTRAL_IMPLEMENTATIONS, implementation)
+    module = SPECTRAL_IMPLEMENTATIONS[plan.implementation]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    seen = x.to(wide) if pre_gate is None else pre_gate.to(wide) * x
+    y: Tensor = module.filtered(problem, seen, filter)
+    if post_gate is not None:
+        y = post_gate * y
+    if skip is not None:
+        y = y + skip * x
+    return y.to(x.dtype)
