@@ -1,8 +1,9 @@
 """Checks and times the Triton edition of the state engine on a CUDA device; one line per case.
 
-python scripts/gpu_state.py check [--seconds 90]    against the chunk form in float64, gradients included
-python scripts/gpu_state.py time                    forward, backward, first call and decode step
-python scripts/gpu_state.py sweep                   forward with other settings
+python scripts/gpu_state.py check [--seconds 90]            o, states and gradients against float64
+python scripts/gpu_state.py fuzz [--first 0] [--count N]    random cases with steep gates: all finite
+python scripts/gpu_state.py time [--seconds 60] [--out F]   ours and peers, interleaved; JSON lines
+python scripts/gpu_state.py first [--out F]                 first calls of a process with an empty cache
 
 A case that fails is printed with its error and the run goes on.
 """
@@ -10,13 +11,19 @@ A case that fails is printed with its error and the run goes on.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import importlib.util
+import json
 import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,341 +33,506 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import foveal as fv
 from foveal.engines.state.reference import scan_in
 from foveal.rules.base import Recurrence, Rule
-from foveal.testing.bounds import check
+from foveal.testing.bounds import INPUTS, Verdict, check, error
 
 DEVICE = "cuda"
-Inputs = dict[str, Tensor | None]
+Inputs = dict[str, Tensor]
 
 
-def draw(
-    source: torch.Generator,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int, int, int, int],
-    decay: str,
-    steep: bool,
-) -> Inputs:
-    """q, k, v, log_decay, write_gate of sizes (B, L, H, Hv, Dk, Dv); keys of norm 1."""
-    batch, length, heads, value_heads, dk, dv = sizes
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A scan on random numbers; `steep` mixes gates of 0 and down to -60."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=source)
+    rule: Rule
+    decay: str
+    dtype: torch.dtype
+    sizes: tuple[int, int, int, int, int, int]  # B, L, H, Hv, Dk, Dv
+    steep: bool = False
+    packed: tuple[int, ...] | None = None
+    gated: bool = True
+    initial: bool = True
+    piece: int | None = None  # chunks per piece, where the plan would not cut
 
-    def gates(*shape: int) -> Tensor:
-        gate = -torch.rand(shape, generator=source) * 0.1
-        if steep:
-            gate = torch.where(torch.rand(shape, generator=source) < 0.3, gate * 600, gate * 0)
-        return gate
+    def __str__(self) -> str:
+        parts = [self.rule.key, self.decay, str(self.dtype)[6:], str(self.sizes)]
+        parts += ["steep"] * self.steep + [f"packed {self.packed}"] * (self.packed is not None)
+        return " ".join(parts + [f"pieces of {self.piece}"] * (self.piece is not None))
 
-    shapes = {
-        "none": None,
-        "fixed": (value_heads,),
-        "token": (batch, length, value_heads),
-        "channel": (batch, length, value_heads, dk),
-    }
-    shape = shapes[decay]
-    return {
-        "q": normal(batch, length, heads, dk).to(DEVICE, dtype),
-        "k": torch.nn.functional.normalize(normal(batch, length, heads, dk), dim=-1).to(
-            DEVICE, dtype
-        ),
-        "v": normal(batch, length, value_heads, dv).to(DEVICE, dtype),
-        "log_decay": None if shape is None else gates(*shape).to(DEVICE),
-        "write_gate": torch.rand(batch, length, value_heads, generator=source).to(DEVICE),
-    }
+    @property
+    def count(self) -> int:
+        return self.sizes[0] if self.packed is None else len(self.packed) - 1
 
+    def draw(self, seed: int, device: str = "cpu") -> Inputs:
+        """q, k (of norm 1), v, log_decay, write_gate and the parts of the initial state."""
+        source = torch.Generator(device).manual_seed(seed)
+        batch, length, heads, value_heads, dk, dv = self.sizes
 
-def results(
-    inputs: Inputs, rule: Rule, initial: Tensor, dtype: torch.dtype | None, implementation: str,
-    cu_seqlens: Tensor | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """o, the final state and all gradients; `dtype` None leaves every tensor as it came."""
-    leaves = {
-        name: x.to(x.dtype if dtype is None else dtype).detach().requires_grad_()
-        for name, x in (inputs | {"initial_state": initial}).items()
-        if x is not None
-    }
-    gates = {n: x for n, x in leaves.items() if n not in "qkv"}
-    call = fv.scan if implementation != "plain" else plain_scan
-    o, state = call(
-        leaves["q"],
-        leaves["k"],
-        leaves["v"],
-        rule,
-        **gates,
-        return_state=True,
-        cu_seqlens=cu_seqlens,
-        implementation=implementation,
-    )
-    source = torch.Generator().manual_seed(3)
-    weights = [torch.randn(x.shape, generator=source).to(x) for x in (o, state)]
-    gradients = torch.autograd.grad((o, state), list(leaves.values()), weights)
-    found = {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
-    return {"o": o, "state": state} | found
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=source, device=device)
 
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=source, device=device)
 
-def plain_scan(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, initial_state: Tensor,
-    cu_seqlens: Tensor | None, log_decay: Tensor | None = None, write_gate: Tensor | None = None,
-    **options: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The recurrence with all arithmetic and the state in the dtype of q."""
-    lengths = (q.shape[1],) * len(q)
-    if cu_seqlens is not None:
-        lengths = tuple(cu_seqlens.diff().tolist())
-    flat = (None if x is None or x.dim() == 1 else x.flatten(0, 1) for x in (log_decay, write_gate))
-    decay, gate = flat
-    decay = log_decay if decay is None else decay
-    plain = Recurrence(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), decay, gate, None,
-        q.shape[-1] ** -0.5, False, lengths,
-    )  # fmt: skip
-    o, (state,) = scan_in(q.dtype, rule, plain, (initial_state,))
-    return o.unflatten(0, q.shape[:2]), state
+        q, k = (normal(batch, length, heads, dk) for _ in range(2))
+        if self.rule == fv.Additive(normalised=True):
+            q, k = q.abs() + 0.1, k.abs() + 0.1
+        found = {
+            "q": q.to(self.dtype),
+            "k": torch.nn.functional.normalize(k, dim=-1).to(self.dtype),
+            "v": normal(batch, length, value_heads, dv).to(self.dtype),
+        }
+        tokens = (batch, length, value_heads)
+        shapes = {"fixed": (value_heads,), "token": tokens, "channel": (*tokens, dk)}
+        if self.decay != "none":
+            gate = -uniform(*shapes[self.decay]) * 0.1
+            if self.steep:
+                gate = torch.where(uniform(*gate.shape) < 0.3, gate * 600, gate * 0)
+            found["log_decay"] = gate
+        if isinstance(self.rule, fv.MLSTM):
+            found["write_gate"] = normal(*tokens) * 3
+        elif self.gated:
+            found["write_gate"] = uniform(*tokens)
+        if self.initial:
+            for number, part in enumerate(self.rule.part_shapes(dk, dv).values()):
+                found[f"initial {number}"] = normal(self.count, value_heads, *part).abs()
+        return {name: x.to(DEVICE) for name, x in found.items()}
+
+    def run(self, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None) -> Inputs:
+        """o, the parts of the final state and all gradients; `dtype` None leaves tensors as they came."""
+        leaves = {
+            name: x.detach().to(x.dtype if dtype is None else dtype).requires_grad_()
+            for name, x in inputs.items()
+        }
+        calls = {n: x for n, x in leaves.items() if not n.startswith("initial")}
+        parts = tuple(x for n, x in leaves.items() if n.startswith("initial"))
+        cu = None if self.packed is None else torch.tensor(self.packed, device=DEVICE)
+        run = self._plain if implementation == "plain" else self._scan(implementation)
+        o, states = run(calls, parts or None, cu)
+        outputs = {"o": o} | {f"state {number}": part for number, part in enumerate(states)}
+        outputs = {name: x for name, x in outputs.items() if x.requires_grad}
+        source = torch.Generator().manual_seed(3)
+        weights = [torch.randn(x.shape, generator=source).to(x) for x in outputs.values()]
+        gradients = torch.autograd.grad(
+            list(outputs.values()), list(leaves.values()), weights, allow_unused=True
+        )
+        found = {name: x.detach() for name, x in outputs.items()}
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            found[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+        return found
+
+    def _scan(self, implementation: str) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+        def call(calls: Inputs, parts: Any, cu: Tensor | None) -> tuple[Tensor, Any]:
+            state = parts[0] if parts is not None and len(parts) == 1 else parts
+            o, last = fv.scan(
+                **calls,
+                rule=self.rule,
+                initial_state=state,
+                return_state=True,
+                cu_seqlens=cu,
+                implementation=implementation,
+            )
+            return o, last if isinstance(last, tuple) else (last,)
+
+        return call
+
+    def _plain(self, calls: Inputs, parts: Any, cu: Tensor | None) -> tuple[Tensor, Any]:
+        """The recurrence with all arithmetic and the state in the dtype of q."""
+        q, k, v = (calls[n] for n in "qkv")
+        lengths = (q.shape[1],) * len(q) if cu is None else tuple(cu.diff().tolist())
+        decay, gate = (calls.get(n) for n in ("log_decay", "write_gate"))
+        plain = Recurrence(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
+            decay if decay is None or decay.dim() == 1 else decay.flatten(0, 1),
+            None if gate is None else gate.flatten(0, 1),
+            None, q.shape[-1] ** -0.5, False, lengths,
+        )  # fmt: skip
+        o, states = scan_in(q.dtype, self.rule, plain, parts)
+        return o.unflatten(0, q.shape[:2]), states
 
 
 PACKED = (0, 1, 1, 64, 130, 321)
-CASES = [
-    (fv.Delta(), "channel", torch.bfloat16, (1, 321, 2, 4, 128, 128), False, PACKED),
-    (fv.Delta(), "token", torch.bfloat16, (1, 321, 2, 4, 128, 128), False, PACKED),
-    (fv.Additive(), "fixed", torch.bfloat16, (1, 1100, 2, 2, 128, 128), False, None),
-    (fv.Additive(), "token", torch.bfloat16, (1, 1100, 2, 2, 128, 128), True, None),
-    (fv.Delta(), "channel", torch.bfloat16, (2, 200, 2, 2, 128, 128), True, None),
-    (fv.Delta(), "token", torch.bfloat16, (2, 200, 2, 2, 128, 128), True, None),
-    (fv.Additive(), "channel", torch.bfloat16, (2, 200, 2, 2, 128, 128), True, None),
-    (fv.Delta(), "channel", torch.float32, (1, 130, 1, 2, 60, 72), True, None),
-    (fv.Delta(), "token", torch.float16, (1, 130, 1, 1, 64, 64), False, None),
-    (fv.Additive(), "channel", torch.float32, (1, 321, 1, 2, 60, 72), True, PACKED),
-    (fv.Delta(), "fixed", torch.bfloat16, (1, 130, 1, 1, 256, 40), False, None),
-    (fv.Delta(), "none", torch.bfloat16, (1, 130, 1, 1, 64, 64), False, None),
-]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CHECKS = (
+    Problem(fv.Delta(), "channel", BF16, (1, 321, 2, 4, 128, 128), packed=PACKED),
+    Problem(fv.Delta(), "token", BF16, (1, 321, 2, 4, 128, 128), packed=PACKED),
+    Problem(fv.Additive(), "fixed", BF16, (1, 700, 2, 2, 128, 128), piece=3),
+    Problem(fv.Additive(), "token", BF16, (1, 700, 2, 2, 128, 128), steep=True, piece=3),
+    Problem(fv.MLSTM(), "token", BF16, (1, 321, 2, 2, 128, 128), packed=PACKED, piece=2),
+    Problem(fv.Delta(), "channel", BF16, (2, 200, 2, 2, 128, 128), steep=True),
+    Problem(fv.Delta(), "token", BF16, (2, 200, 2, 2, 128, 128), steep=True),
+    Problem(fv.Additive(), "channel", BF16, (2, 200, 2, 2, 128, 128), steep=True, piece=1),
+    Problem(fv.Delta(), "channel", F32, (1, 130, 1, 2, 60, 72), steep=True),
+    Problem(fv.Delta(), "token", F16, (1, 130, 1, 1, 64, 64)),
+    Problem(fv.Additive(), "channel", F32, (1, 321, 1, 2, 60, 72), steep=True, packed=PACKED),
+    Problem(fv.Additive(), "token", F32, (1, 321, 1, 2, 60, 72), steep=True, packed=PACKED, piece=1),
+    Problem(fv.Additive(normalised=True), "fixed", F16, (1, 200, 1, 2, 64, 144), piece=1),
+    Problem(fv.MLSTM("sigmoid"), "token", F32, (1, 200, 1, 2, 64, 64), piece=1),
+    Problem(fv.Delta(), "fixed", BF16, (1, 130, 1, 1, 256, 40)),
+    Problem(fv.Delta(), "none", BF16, (1, 130, 1, 1, 64, 64)),
+    Problem(fv.Additive(), "none", BF16, (1, 130, 1, 1, 256, 64), gated=False),
+    Problem(fv.Delta(), "token", BF16, (1, 700, 1, 2, 128, 128), piece=3),
+    Problem(fv.Delta(), "channel", BF16, (1, 700, 1, 2, 128, 64), steep=True, piece=3),
+)  # fmt: skip
 
 
-def terms_of_decay(inputs: Inputs, exact: dict[str, Tensor]) -> Tensor:
+def in_pieces(problem: Problem) -> None:
+    """Cuts sequences as the problem says, in this process, whatever the plan would do."""
+    from foveal.engines.state import task
+    from foveal.tuning import state as tuning
+
+    task.piece_of = tuning.piece_of
+    if problem.piece is not None:
+        piece = problem.piece
+        task.piece_of = lambda *a: piece
+
+
+def terms_of_decay(problem: Problem, inputs: Inputs, exact: Inputs) -> Tensor:
     """The gradient of a decay sums q dq - k dk over all tokens behind it: their size without signs.
 
     That of a fixed decay sums those of all tokens.
     """
     terms = sum((inputs[n].double() * exact[f"d{n}"]).abs().sum() for n in "qk")
-    decay = inputs["log_decay"]
-    return terms * inputs["q"].shape[1] if decay is not None and decay.dim() == 1 else terms
+    assert isinstance(terms, Tensor)
+    return terms * problem.sizes[1] if problem.decay == "fixed" else terms
 
 
-def run_case(number: int) -> str:
-    rule, decay, dtype, sizes, steep, packed = CASES[number]
-    text = f"{rule.key} {decay} {str(dtype)[6:]} {sizes} {'steep ' if steep else ''}{packed or ''}"
+def verdicts(problem: Problem, inputs: Inputs, got: Inputs) -> list[Verdict]:
+    """By the rule of `foveal.testing.bounds`; neighbours are visited until every result is within it.
+
+    Plain is the same computation, by chunks, in float32, or the recurrence in 16 bits.
+    """
+    exact = problem.run(inputs, "chunk", torch.float64)
+    terms = {"dlog_decay": terms_of_decay(problem, inputs, exact)}
+    errors = dict.fromkeys(exact, 0.0)
+    found: list[Verdict] = []
+    for number in range(INPUTS):
+        near = inputs if number == 0 else _neighbour(inputs, number)
+        there = exact if number == 0 else problem.run(near, "chunk", torch.float64)
+        plain = problem.run(near, "chunk" if problem.dtype == F32 else "plain", problem.dtype)
+        for name, x in there.items():
+            errors[name] = max(errors[name], error(plain[name], x))
+        found = [check(n, got[n], errors[n], exact[n], terms.get(n)) for n in exact]
+        if all(verdict.ok for verdict in found):
+            break
+    return found
+
+
+def _neighbour(inputs: Inputs, number: int) -> Inputs:
+    """Inputs further away than a rounding and too near to change how large errors are."""
+    source = torch.Generator().manual_seed(number)
+    near = {}
+    for name, x in inputs.items():
+        step = max(32 * torch.finfo(x.dtype).eps, 2.0**-10)
+        near[name] = x * (1 + step * torch.randn(x.shape, generator=source)).to(x)
+    return near
+
+
+def run_check(number: int) -> str:
+    problem = CHECKS[number]
     try:
-        source = torch.Generator().manual_seed(number)
-        inputs = draw(source, dtype, sizes, decay, steep)
-        cu = None if packed is None else torch.tensor(packed, device=DEVICE)
-        count = sizes[0] if packed is None else len(packed) - 1
-        initial = torch.randn(count, sizes[3], *sizes[4:], generator=source).to(DEVICE)
-        exact = results(inputs, rule, initial, torch.float64, "chunk", cu)
-        plain = results(inputs, rule, initial, dtype, "plain", cu)
-        got = results(inputs, rule, initial, None, "triton", cu)
-        terms = {"dlog_decay": terms_of_decay(inputs, exact)}
-        verdicts = [check(n, got[n], plain[n], exact[n], terms.get(n)) for n in exact]
-        worst = max(v.error / max(v.allowed, 1e-30) for v in verdicts)
-        bad = [str(v) for v in verdicts if not v.ok]
-        return f"{'ok    ' if not bad else 'FAILED'} {worst:6.2f} {text} {'; '.join(bad)}"
-    except Exception as error:
-        return f"ERROR  {text} {type(error).__name__}: {str(error)[:300]}"
+        in_pieces(problem)
+        inputs = problem.draw(number)
+        found = verdicts(problem, inputs, problem.run(inputs, "triton"))
+        worst = max(v.error / max(v.allowed, 1e-30) for v in found)
+        bad = [str(v) for v in found if not v.ok]
+        return f"{'FAILED' if bad else 'ok    '} {worst:6.2f} {problem} {'; '.join(bad)}"
+    except Exception as failure:
+        return f"ERROR  {problem} {type(failure).__name__}: {str(failure)[:300]}"
 
 
-def checks(seconds: float) -> int:
-    """Runs the cases in several processes until the time is over; the number that failed."""
+LENGTHS = (1, 63, 64, 65, 1000)
+RULES: tuple[Rule, ...] = (fv.Additive(), fv.Additive(normalised=True), fv.Delta(), fv.MLSTM())
+
+
+def fuzzed(number: int) -> Problem:
+    """The case of a number: any rule, decay, lengths, packed or not, in pieces or not."""
+    source = torch.Generator().manual_seed(number)
+
+    def pick(choices: Iterable[Any]) -> Any:
+        options = list(choices)
+        return options[int(torch.randint(len(options), (), generator=source))]
+
+    rule = pick(RULES)
+    decays = ("token",) if isinstance(rule, fv.MLSTM) else ("none", "fixed", "token", "channel")
+    if pick((True, False)):
+        edges = [0]
+        for _ in range(pick((1, 3, 5))):
+            edges.append(edges[-1] + pick((0, *LENGTHS)))
+        packed, length = tuple(edges), edges[-1]
+    else:
+        packed, length = None, pick(LENGTHS)
+    batch = 1 if packed is not None else pick((1, 2))
+    sizes = (batch, length, 2, 2, 64, 64)
+    return Problem(
+        rule, pick(decays), BF16, sizes, steep=True, packed=packed, initial=pick((True, False)),
+        piece=pick((None, 1, 3)),
+    )  # fmt: skip
+
+
+def run_fuzz(number: int) -> str | None:
+    """What is not finite, or an error; None for a case that is all right."""
+    problem = fuzzed(number)
+    try:
+        in_pieces(problem)
+        found = problem.run(problem.draw(number, DEVICE), "triton")
+        good = torch.stack([x.isfinite().all() for x in found.values()])
+        bad = [name for name, ok in zip(found, good.tolist(), strict=True) if not ok]
+        return f"FAILED {number} {problem}: {', '.join(bad)} not finite" if bad else None
+    except Exception as failure:
+        return f"ERROR  {number} {problem} {type(failure).__name__}: {str(failure)[:300]}"
+
+
+def pooled(
+    run: Callable[[int], str | None], numbers: range, seconds: float, workers: int
+) -> tuple[int, int]:
+    """Prints the lines of all numbers that end in time; how many did, and how many of them failed."""
     end = time.monotonic() + seconds
-    failed = done = 0
-    with multiprocessing.get_context("spawn").Pool(6) as pool:
-        waiting = pool.imap_unordered(run_case, range(len(CASES)))
-        while done < len(CASES):
+    done = failed = 0
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        waiting = pool.imap_unordered(run, numbers)
+        while done < len(numbers):
             try:
                 line = waiting.next(timeout=max(end - time.monotonic(), 0.01))
             except multiprocessing.TimeoutError:
                 break
             done += 1
-            failed += not line.startswith("ok")
-            print(line, flush=True)
+            failed += line is not None and not line.startswith("ok")
+            if line is not None:
+                print(line, flush=True)
         pool.terminate()
-    print(f"{done} of {len(CASES)} done, {failed} failed")
-    return failed
+    print(f"{done} of {len(numbers)} done, {failed} failed", flush=True)
+    return done, failed
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 12) -> float:
-    """Median of a call on the device, with a cold cache."""
+Writer = Callable[[dict[str, object]], None]
+Calls = dict[str, Callable[[], object]]
+
+
+def milliseconds(calls: Calls, rounds: int) -> dict[str, list[float]]:
+    """Device times of calls by turns, each with a cold cache."""
     flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
-    samples = []
-    for _ in range(repeats):
-        flush.zero_()
-        torch.cuda._sleep(2_000_000)  # the host runs ahead, so that its time does not count
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(stop))
-    return statistics.median(samples)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            flush.zero_()
+            torch.cuda._sleep(2_000_000)  # the host runs ahead, so that its time does not count
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize()
+            samples[name].append(start.elapsed_time(stop))
+    return samples
 
 
-def timed(name: str, rule: Rule, decay: str, length: int = 32768, heads: int = 16) -> None:
-    source = torch.Generator().manual_seed(0)
-    inputs = draw(source, torch.bfloat16, (1, length, heads, heads, 128, 128), decay, False)
-    leaves = {n: x.requires_grad_() for n, x in inputs.items() if x is not None}
-    gates = {n: x for n, x in leaves.items() if n not in "qkv"}
+def timed(case: str, problem: Problem, write: Writer, with_gates: bool = True) -> None:
+    """Forward and backward of ours, and of a peer that is installed."""
+    inputs = problem.draw(0, DEVICE)
+    if not with_gates:
+        inputs.pop("write_gate")
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
 
     def forward() -> Tensor:
-        o: Tensor = fv.scan(
-            leaves["q"], leaves["k"], leaves["v"], rule, **gates, implementation="triton"
-        )
+        o: Tensor = fv.scan(**leaves, rule=problem.rule, implementation="triton")
         return o
 
-    begun = time.perf_counter()
+    def silent() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
     o = forward()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - begun
     do = torch.randn_like(o)
-    begun = time.perf_counter()
-    torch.autograd.grad(o, list(leaves.values()), do)
-    torch.cuda.synchronize()
-    first_back = time.perf_counter() - begun
-    with torch.no_grad():
-        ahead = milliseconds(forward)
-    o = forward()
-    back = milliseconds(
-        lambda: torch.autograd.grad(o, list(leaves.values()), do, retain_graph=True), 6
-    )
-    print(
-        f"{name}: forward {ahead:.3f} ms, backward {back:.3f} ms, first calls {first:.1f} s and "
-        f"{first_back:.1f} s",
-        flush=True,
-    )
-    stages(forward)
+    calls: Calls = {"forward": silent}
+    calls["backward"] = lambda: torch.autograd.grad(o, list(leaves.values()), do, retain_graph=True)
+    for name, samples in milliseconds(calls, 9).items():
+        _report(case, "triton", name, samples, write)
 
 
-def decode(rule: Rule, decay: str) -> None:
-    """One token of 64 sequences with 32 heads of 128, in a graph, against a copy of the state."""
-    source = torch.Generator().manual_seed(0)
-    inputs = draw(source, torch.bfloat16, (64, 1, 32, 32, 128, 128), decay, False)
-    q, k, v = (inputs.pop(name) for name in "qkv")
-    state = torch.randn(64, 32, 128, 128, device=DEVICE)
+def _report(case: str, runner: str, name: str, samples: list[float], write: Writer) -> None:
+    median = statistics.median(samples)
+    print(f"{case}, {runner}, {name}: {median:.3f} ms", flush=True)
+    write(
+        {"case": case, "runner": runner, "pass": name, "milliseconds": median, "samples": samples}
+    )
+
+
+def long_sequence(name: str, problem: Problem, write: Writer, with_gates: bool = True) -> None:
+    """The forward of one long sequence of few heads, in pieces and in one."""
+    inputs = problem.draw(0, DEVICE)
+    if not with_gates:
+        inputs.pop("write_gate")
+
+    def whole(piece: int | None) -> Callable[[], object]:
+        def call() -> object:
+            in_pieces(dataclasses.replace(problem, piece=piece))
+            try:
+                return fv.scan(**inputs, rule=problem.rule, implementation="triton")
+            finally:
+                in_pieces(problem)
+
+        return call
+
+    found = milliseconds({"triton": whole(None), "triton, not split": whole(1 << 20)}, 5)
+    for runner, samples in found.items():
+        _report(name, runner, "forward", samples, write)
+
+
+def decode(name: str, problem: Problem, write: Writer) -> None:
+    """One token of every sequence, in a graph, against a copy of the states."""
+    inputs = problem.draw(0, DEVICE)
+    state = inputs.pop("initial 0")
     copy = torch.empty_like(state)
 
     def step() -> object:
-        return fv.scan_step(q, k, v, rule, state, **inputs, implementation="triton")
+        return fv.scan_step(**inputs, rule=problem.rule, state=state, implementation="triton")
 
-    o, after = step()
-    exact, expected = fv.scan_step(
-        *(x.double() for x in (q, k, v)), rule, state.double(),
-        **{n: None if x is None else x.double() for n, x in inputs.items()},
-        implementation="reference",
-    )  # fmt: skip
-    worst = float((after - expected).abs().max()), float((o - exact).abs().max())
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    ours, bare = milliseconds(graph.replay), milliseconds(lambda: copy.copy_(state))
-    print(
-        f"decode {rule.key} {decay}: {ours:.4f} ms, copy {bare:.4f} ms, {bare / ours:.0%} of copy "
-        f"bandwidth, errors {worst}",
-        flush=True,
-    )
+    calls: Calls = {"triton": graph.replay, "copy": lambda: copy.copy_(state)}
+    for runner, samples in milliseconds(calls, 15).items():
+        _report(name, runner, "forward", samples, write)
 
 
-def stages(run: Callable[[], object]) -> None:
-    """Device time of each kernel of a forward and its backward."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        o = run()
-        assert isinstance(o, Tensor)
-        o.backward(torch.ones_like(o))
-        torch.cuda.synchronize()
-    rows = sorted(found.key_averages(), key=lambda row: -row.device_time_total)[:9]
-    print(
-        "   ", ", ".join(f"{r.key[:28]} {r.device_time_total / 1e3:.3f}" for r in rows), flush=True
-    )
+LONG = (1, 131072, 2, 2, 128, 128)
+SHAPE = (1, 32768, 16, 16, 128, 128)
+ONE = (64, 1, 32, 32, 128, 128)
 
 
-VARIANTS: dict[str, tuple[Rule, str, tuple[dict[str, object], ...]]] = {
-    "fixed decay": (
-        fv.Additive(),
-        "fixed",
-        (
-            {"v_tile": 64, "walk": {"num_warps": 4, "num_stages": 3}},
-            {"v_tile": 128, "walk": {"num_warps": 8, "num_stages": 3}},
-        ),
-    ),
-    "Gated DeltaNet": (
-        fv.Delta(),
-        "token",
-        (
-            {"v_tile": 16, "walk": {"num_warps": 4, "num_stages": 2}},
-            {"v_tile": 16, "walk": {"num_warps": 4, "num_stages": 3}},
-            {"v_tile": 32, "walk": {"num_warps": 4, "num_stages": 3}},
-            {"pairs": {"num_warps": 8, "num_stages": 1}},
-        ),
-    ),
-    "KDA": (
-        fv.Delta(),
-        "channel",
-        (
-            {"pairs_k_tile": 64, "v_tile": 16, "walk": {"num_warps": 4, "num_stages": 3}},
-            {"pairs_k_tile": 64, "pairs": {"num_warps": 4, "num_stages": 1}},
-            {"pairs_k_tile": 32, "pairs": {"num_warps": 4, "num_stages": 1}},
-        ),
-    ),
-}
+def timings() -> Iterator[tuple[str, Callable[[Writer], None]]]:
+    """What is timed, the most important first."""
+    delta, additive, mlstm = fv.Delta(), fv.Additive(), fv.MLSTM()
+
+    def problem(rule: Rule, decay: str, sizes: Any, initial: bool = False) -> Problem:
+        return Problem(rule, decay, BF16, sizes, initial=initial)
+
+    for name, rule, decay in (
+        ("fixed decay", additive, "fixed"),
+        ("Gated DeltaNet", delta, "token"),
+        ("KDA", delta, "channel"),
+        ("mLSTM", mlstm, "token"),
+    ):
+        own = problem(rule, decay, SHAPE)
+        gates = rule is not additive
+        yield name, functools.partial(timed, name, own, with_gates=gates)
+    copied = torch.empty(4 * 32768 * 16 * 128 // 2, dtype=BF16, device=DEVICE)
+    target = torch.empty_like(copied)
+
+    def copy(write: Writer) -> None:
+        found = milliseconds({"copy": lambda: target.copy_(copied)}, 9)
+        _report("a copy of as many bytes as q, k, v, o", "copy", "forward", found["copy"], write)
+
+    yield "copy", copy
+    for name, rule, decay in (
+        ("fixed decay", additive, "fixed"),
+        ("Gated DeltaNet", delta, "token"),
+        ("KDA", delta, "channel"),
+    ):
+        title = f"{name}, 131,072 tokens, 2 heads"
+        gates = rule is not additive
+        own = problem(rule, decay, LONG)
+        yield title, functools.partial(long_sequence, title, own, with_gates=gates)
+    for name, rule, decay in (("KDA", delta, "channel"), ("fixed decay", additive, "fixed")):
+        title = f"{name}, decode step, 64 x 32 heads"
+        yield title, functools.partial(decode, title, problem(rule, decay, ONE, initial=True))
 
 
-def sweep() -> None:
-    """Kernel times of a forward with other settings than those in foveal.tuning."""
-    import dataclasses
+def first_call(kind: str) -> None:
+    """Prints the seconds of a first forward and backward as JSON; run with an empty cache."""
+    rule, decay = {"fixed decay": (fv.Additive(), "fixed"), "Gated DeltaNet": (fv.Delta(), "token"),
+                   "KDA": (fv.Delta(), "channel"), "mLSTM": (fv.MLSTM(), "token")}[kind]  # fmt: skip
+    problem = Problem(rule, decay, BF16, (1, 2048, 16, 16, 128, 128), initial=False)
+    leaves = {name: x.requires_grad_() for name, x in problem.draw(0, DEVICE).items()}
+    x = torch.ones(256, 256, device=DEVICE, dtype=BF16)
+    (x @ x).sum().item()
+    import triton  # noqa: F401
 
-    from foveal.engines.state import launch
+    begun = time.perf_counter()
+    o = fv.scan(**leaves, rule=rule, implementation="triton")
+    torch.cuda.synchronize()
+    middle = time.perf_counter()
+    o.sum().backward()
+    torch.cuda.synchronize()
+    found = {
+        "case": kind,
+        "first_forward_s": middle - begun,
+        "first_backward_s": time.perf_counter() - middle,
+    }
+    print(json.dumps(found), flush=True)
 
-    chosen = launch.tuning
-    for name, (rule, decay, variants) in VARIANTS.items():
-        inputs = draw(
-            torch.Generator().manual_seed(0), torch.bfloat16, (1, 32768, 16, 16, 128, 128), decay, False
-        )  # fmt: skip
-        call = inputs | {"rule": rule, "implementation": "triton"}
-        for changes in ({}, *variants):
-            launch.tuning = lambda *args, changes=changes: dataclasses.replace(
-                chosen(*args), **changes
-            )
-            try:
-                ahead = milliseconds(functools.partial(fv.scan, **call), 6)
-                print(f"{name} {changes}: {ahead:.3f} ms", flush=True)
-            except Exception as error:
-                print(f"{name} {changes}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    launch.tuning = chosen
+
+def first_calls(write: Writer) -> None:
+    """Each kind in a process of its own, with an empty cache."""
+    import subprocess
+
+    for kind in ("fixed decay", "Gated DeltaNet", "KDA", "mLSTM"):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {"TRITON_CACHE_DIR": folder}
+            done = subprocess.run(
+                [sys.executable, __file__, "first", "--kind", kind],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        print(lines[-1] if lines else done.stderr[-500:], flush=True)
+        if lines:
+            write(json.loads(lines[-1]))
+
+
+def writer(path: Path | None) -> Writer:
+    """Appends JSON lines to a file, behind one that names the machine."""
+
+    def write(line: dict[str, object]) -> None:
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        name = torch.cuda.get_device_name()
+        write({"device": name, "torch": torch.__version__, "triton": triton.__version__})
+    return write
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("check", "time", "sweep"))
+    parser.add_argument("what", choices=("check", "fuzz", "time", "first"))
     parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.what == "sweep":
-        sweep()
-        return 0
     if options.what == "check":
-        return 1 if checks(options.seconds) else 0
-    for name, rule, decay in (
-        ("fixed decay", fv.Additive(), "fixed"),
-        ("Gated DeltaNet", fv.Delta(), "token"),
-        ("KDA", fv.Delta(), "channel"),
-    ):
+        done, failed = pooled(run_check, range(len(CHECKS)), options.seconds, options.workers)
+        return 1 if failed else 0
+    if options.what == "fuzz":
+        numbers = range(options.first, options.first + options.count)
+        done, failed = pooled(run_fuzz, numbers, options.seconds, options.workers)
+        line = {"fuzz": [options.first, options.first + options.count], "done": done}
+        writer(options.out)(line | {"failed": failed})
+        return 1 if failed else 0
+    if options.what == "first":
+        if options.kind:
+            first_call(options.kind)
+        else:
+            first_calls(writer(options.out))
+        return 0
+    end, write = time.monotonic() + options.seconds, writer(options.out)
+    for name, run in timings():
+        if time.monotonic() > end:
+            print(f"{name}: the time was over", flush=True)
+            continue
         try:
-            timed(name, rule, decay)
-        except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    for rule, decay in ((fv.Delta(), "channel"), (fv.Additive(), "fixed")):
-        try:
-            decode(rule, decay)
-        except Exception as error:
-            print(f"decode {rule.key}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            run(write)
+        except Exception as failure:
+            print(f"{name}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
     return 0
 
 

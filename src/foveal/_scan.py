@@ -8,7 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from foveal._errors import ShapeError
-from foveal._scan_plan import STATE_IMPLEMENTATIONS, choose_scan
+from foveal._scan_plan import choose_scan
 from foveal.engines.state.problem import describe_scan
 from foveal.rules.additive import Additive
 from foveal.rules.base import Parts, Recurrence, Rule
@@ -26,6 +26,7 @@ def scan(
     *,
     log_decay: Tensor | None = ...,
     write_gate: Tensor | None = ...,
+    log_momentum: Tensor | None = ...,
     scale: float | None = ...,
     initial_state: State | None = ...,
     return_state: Literal[False] = ...,
@@ -42,6 +43,7 @@ def scan(
     *,
     log_decay: Tensor | None = ...,
     write_gate: Tensor | None = ...,
+    log_momentum: Tensor | None = ...,
     scale: float | None = ...,
     initial_state: State | None = ...,
     return_state: Literal[True],
@@ -57,6 +59,7 @@ def scan(
     *,
     log_decay: Tensor | None = None,
     write_gate: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
@@ -69,35 +72,37 @@ def scan(
     Shapes: q and k [B, L, H, Dk], v [B, L, Hv, Dv]; H divides Hv and value head h reads with head
     h // (Hv / H).  log_decay, the natural log (at most 0) of the factor on the state: [Hv] fixed,
     [B, L, Hv] per token, or [B, L, Hv, Dk] per channel; write_gate [B, L, Hv], the factor on what is
-    written.  Returns o [B, L, Hv, Dv] in the dtype of v and, with `return_state`, the final state
-    [N, Hv, Dk, Dv] in float32 (float64 for float64 inputs), a tuple where the rule has more parts.
+    written; log_momentum [Hv] or [B, L, Hv], for `TwoState` only.
+    Returns o [B, L, Hv, Dv] in the dtype of v and, with `return_state`, the final state [N, Hv, Dk, Dv]
+    in float32 (float64 for float64 inputs), a tuple where the rule has more parts.
     Options: scale None is Dk^-1/2; initial_state like the final one, zeros by default; cu_seqlens
     int32 [N + 1], with B = 1, packs N sequences one behind the other, else N = B; reverse walks from
     the last token to the first; implementation names one of "triton", "chunk", "reference", which then
     runs or raises RefusedError; None lets the plan choose.
-    Gradients flow to q, k, v, both gates and the initial state, from o and the final state.
+    Gradients flow to q, k, v, all gates and the initial state, from o and the final state.
     Cost: about 4 (C + Dk) Dv + 4 C Dk FLOPs per token and head in chunks of C tokens.
     Limits: log_decay must be finite; a gate of 0 and one of -60 may follow each other.  Raises a
     subclass of foveal.errors.FovealError on bad input.
     Equals: any cut of a sequence in two calls that pass the state; `scan_step` token by token.
     """
     initial = parts_of(initial_state)
-    problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens)
+    problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens, log_momentum)
     plan = choose_scan(problem, rule, implementation)
     plain = Recurrence(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        log_decay if log_decay is None or log_decay.dim() == 1 else log_decay.flatten(0, 1),
+        _flat(log_decay),
         None if write_gate is None else write_gate.flatten(0, 1),
         None,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         False,
         problem.lengths,
+        _flat(log_momentum),
     )
     if reverse:
         plain, initial = _turned(plain), _flipped(initial)
-    o, state = STATE_IMPLEMENTATIONS[plan.implementation].scan(problem, rule, plain, initial)
+    o, state = plan.module.scan(problem, rule, plain, initial)
     if reverse:
         o, state = o.flip(0), tuple(part.flip(0) for part in state)
     o = o.unflatten(0, (problem.batch, problem.length))
@@ -113,6 +118,7 @@ def scan_step(
     *,
     log_decay: Tensor | None = None,
     write_gate: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, State]:
@@ -132,6 +138,7 @@ def scan_step(
         rule,
         log_decay=log_decay,
         write_gate=write_gate,
+        log_momentum=log_momentum,
         scale=scale,
         initial_state=state,
         return_state=True,
@@ -150,6 +157,11 @@ def _state(parts: Parts) -> State:
     return parts[0] if len(parts) == 1 else parts
 
 
+def _flat(gate: Tensor | None) -> Tensor | None:
+    """Tokens of all sequences one behind the other; a gate [Hv] stays."""
+    return gate if gate is None or gate.dim() == 1 else gate.flatten(0, 1)
+
+
 def _turned(plain: Recurrence) -> Recurrence:
     """The tokens in reverse order, and with them the sequences."""
 
@@ -164,6 +176,7 @@ def _turned(plain: Recurrence) -> Recurrence:
         log_decay=flip(plain.log_decay),
         write_gate=flip(plain.write_gate),
         lengths=plain.lengths[::-1],
+        log_momentum=flip(plain.log_momentum),
     )
 
 

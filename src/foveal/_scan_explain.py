@@ -10,10 +10,12 @@ from torch import Tensor
 
 from foveal._scan import State, parts_of
 from foveal._scan_plan import choose_scan
+from foveal.engines.state import triton
 from foveal.engines.state.problem import describe_scan
 from foveal.rules.additive import Additive
 from foveal.rules.base import Rule
 from foveal.rules.delta import Delta
+from foveal.rules.two_state import TwoState
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class ScanExplanation:
     """What a call of `scan` will do.
 
     sequences and value_heads count the states, state_bytes is all of them; flops counts the forward
-    token by token, 4 Dk Dv per token and value head (6 for the delta rule); bytes is each of q, k, v,
-    o and the gates moved once.
+    token by token, 4 Dk Dv per token and value head (6 for the delta rule, 8 with a momentum); bytes
+    is each of q, k, v, o and the gates moved once.  pieces counts what the sequences are cut in to be
+    worked on at the same time.
     """
 
     implementation: str
@@ -34,6 +37,7 @@ class ScanExplanation:
     state_bytes: int
     flops: int
     bytes: int
+    pieces: int
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -45,6 +49,7 @@ class ScanExplanation:
             f"rule       {self.rule}, decay {self.decay}",
             f"state      {self.state_bytes / 1e6:,.3f} MB in {self.sequences:,} sequences of "
             f"{self.value_heads:,} heads",
+            f"split      {self.pieces:,} pieces",
             f"work       {self.flops / 1e9:,.3f} GFLOP forward, {self.bytes / 1e6:,.2f} MB moved",
         ]
         lines.extend(f"refused    {name}: {reason}" for name, reason in self.refusals)
@@ -59,6 +64,7 @@ def explain_scan(
     *,
     log_decay: Tensor | None = None,
     write_gate: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     initial_state: State | None = None,
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
@@ -69,15 +75,16 @@ def explain_scan(
     Shapes: as `scan`; tensors on the meta device stand for a call on `device`.
     """
     initial = parts_of(initial_state)
-    problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens)
+    problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens, log_momentum)
     if problem.device == "meta":
         problem = dataclasses.replace(problem, device=device)
     plan = choose_scan(problem, rule, implementation)
     shapes = rule.part_shapes(problem.head_dim, problem.value_dim)
     elements = sum(math.prod(shape) for shape in shapes.values())
     states = len(problem.lengths) * problem.value_heads
-    products = 6 if isinstance(rule, Delta) else 4
-    moved = [q, k, v, v, *(x for x in (log_decay, write_gate) if x is not None)]
+    products = 8 if isinstance(rule, TwoState) else 6 if isinstance(rule, Delta) else 4
+    gates = (log_decay, write_gate, log_momentum)
+    moved = [q, k, v, v, *(x for x in gates if x is not None)]
     return ScanExplanation(
         plan.implementation,
         rule.key,
@@ -88,4 +95,5 @@ def explain_scan(
         states * elements * problem.state_dtype.itemsize,
         products * problem.tokens * problem.value_heads * problem.head_dim * problem.value_dim,
         sum(x.numel() * x.dtype.itemsize for x in moved),
+        triton.pieces(problem, rule) if plan.module is triton else len(problem.lengths),
     )

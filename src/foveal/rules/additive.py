@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveal.rules.base import (
+    Divisor,
     Finish,
     Parts,
     Recurrence,
@@ -17,7 +18,6 @@ from foveal.rules.base import (
     gated,
     joined,
     read,
-    with_ones,
     written,
 )
 
@@ -53,10 +53,6 @@ class Additive(Rule):
         if not self.normalised:
             first = None if initial is None else initial[0]
             return dataclasses.replace(plain, initial=first), lambda o, memory: (o, (memory,))
-        linear = dataclasses.replace(plain, v=with_ones(plain.v), initial=joined(initial))
-
-        def finish(o: Tensor, memory: Tensor) -> tuple[Tensor, Parts]:
-            weight = o[..., -1:].clamp(min=self.floor)
-            return o[..., :-1] / weight, (memory[..., :-1], memory[..., -1])
-
-        return linear, finish
+        divisor = Divisor(self.floor, signed=True)
+        linear = dataclasses.replace(plain, initial=joined(initial), divisor=divisor)
+        return linear, lambda o, memory: (o, (memory[..., :-1], memory[..., -1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ class Token(NamedTuple):
     """One token of N sequences and H value heads, in the precision of the state.
 
     Shapes: q and k [N, H, Dk], q times the scale; v [N, H, Dv]; log_decay [N, H, 1 or Dk];
-    write_gate [N, H, 1] or None.
+    write_gate and log_momentum [N, H, 1] or None.
     """
 
     q: Tensor
@@ -25,6 +26,24 @@ class Token(NamedTuple):
     v: Tensor
     log_decay: Tensor
     write_gate: Tensor | None
+    log_momentum: Tensor | None = None
+
+
+class Divisor(NamedTuple):
+    """o is divided by max(w, floor), or max(|w|, floor) where not `signed`.
+
+    w is the output of one more value column, of ones.  floor: a number, or [T, Hv] without gradient.
+    """
+
+    floor: Tensor | float
+    signed: bool
+
+    def of(self, weight: Tensor) -> Tensor:
+        """What o is divided by, [T, Hv, 1], of the weight [T, Hv, 1]."""
+        size = weight if self.signed else weight.abs()
+        if isinstance(self.floor, Tensor):
+            return torch.maximum(size, self.floor[..., None].to(size.dtype))
+        return size.clamp(min=self.floor)
 
 
 @dataclass(frozen=True)
@@ -33,8 +52,9 @@ class Recurrence:
 
     All sequences lie one behind the other in T tokens, `lengths` of them each.
     Shapes: q and k [T, H, Dk], v [T, Hv, Dv] with H dividing Hv; log_decay = log a None, [Hv],
-    [T, Hv] or [T, Hv, Dk]; write_gate = b [T, Hv] or None; initial [N, Hv, Dk, Dv] or None.
-    q is still without its `scale`.
+    [T, Hv] or [T, Hv, Dk]; write_gate = b [T, Hv] or None; initial [N, Hv, Dk, Dv] or None.  With a
+    divisor, states have one more column, the normaliser.
+    q is still without its `scale`.  log_momentum [Hv], [T, Hv] or None is for rules that have one.
     """
 
     q: Tensor
@@ -46,6 +66,8 @@ class Recurrence:
     scale: float
     delta: bool
     lengths: tuple[int, ...]
+    log_momentum: Tensor | None = None
+    divisor: Divisor | None = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -63,8 +85,8 @@ Finish = Callable[[Tensor, Tensor], tuple[Tensor, Parts]]
 class Rule:
     """How a state changes with each token; an immutable value without tensors.
 
-    `step` is the definition.  A rule that is linear in the state also says how it becomes a plain
-    `Recurrence`, which is what the fast implementations run.
+    `step` is the definition.  A rule with one memory also says how it becomes a plain `Recurrence`,
+    which is what the fast implementations run.
     """
 
     @property
@@ -127,3 +149,12 @@ def joined(initial: Parts | None) -> Tensor | None:
     if initial is None:
         return None
     return torch.cat([initial[0], initial[1][..., None]], dim=-1)
+
+
+def divided(
+    linear: Recurrence, run: Callable[[Recurrence], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """o and the final state of a recurrence with a divisor, by one without it."""
+    assert linear.divisor is not None
+    o, memory = run(dataclasses.replace(linear, v=with_ones(linear.v), divisor=None))
+    return o[..., :-1] / linear.divisor.of(o[..., -1:]), memory

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveal._errors import RuleError
 from foveal.rules.base import (
+    Divisor,
     Finish,
     Parts,
     Recurrence,
@@ -20,7 +21,6 @@ from foveal.rules.base import (
     gated,
     joined,
     read,
-    with_ones,
     written,
 )
 
@@ -97,25 +97,24 @@ class MLSTM(Rule):
         decay = torch.zeros_like(x) if plain.log_decay is None else plain.log_decay.expand_as(x)
         decay = decay.to(plain.state_dtype)
         kept: Parts = ()
+        ceiling: Tensor | float = 1.0
         if self.input_gate == "sigmoid":
-            gate, ceiling = torch.sigmoid(x), torch.ones_like(x)
+            gate = torch.sigmoid(x)
         else:
             first = None if initial is None else initial[2].detach()
             m, previous = log_scales(decay.detach(), x.detach(), first, plain.lengths)
             shift = _finite(m)
             decay, gate, ceiling = previous + decay - shift, torch.exp(x - shift), torch.exp(-shift)
             kept = (_last(m, first, plain.lengths),)
-        v = with_ones(plain.v) if self.normalised else plain.v
-        memory = joined(initial) if self.normalised else None if initial is None else initial[0]
-        linear = dataclasses.replace(plain, v=v, log_decay=decay, write_gate=gate, initial=memory)
-
-        def finish(o: Tensor, memory: Tensor) -> tuple[Tensor, Parts]:
-            if not self.normalised:
-                return o, (memory,)
-            weight = torch.maximum(o[..., -1:].abs(), ceiling[..., None].to(o.dtype))
-            return o[..., :-1] / weight, (memory[..., :-1], memory[..., -1], *kept)
-
-        return linear, finish
+        if not self.normalised:
+            memory = None if initial is None else initial[0]
+            linear = dataclasses.replace(plain, log_decay=decay, write_gate=gate, initial=memory)
+            return linear, lambda o, memory: (o, (memory,))
+        linear = dataclasses.replace(
+            plain, log_decay=decay, write_gate=gate, initial=joined(initial),
+            divisor=Divisor(ceiling, signed=False),
+        )  # fmt: skip
+        return linear, lambda o, memory: (o, (memory[..., :-1], memory[..., -1], *kept))
 
 
 def log_scales(
@@ -131,12 +130,14 @@ def log_scales(
     for number, length in enumerate(lengths):
         own = slice(start, start + length)
         start += length
-        sums = log_decay[own].double().cumsum(0)
-        above = x[own].double() - sums
+        # Running along the last axis: along the first it is slow on a GPU.
+        sums = log_decay[own].double().mT.contiguous().cumsum(1)
+        above = x[own].double().mT - sums
         begin = above.new_full(x.shape[1:], -torch.inf) if first is None else first[number].double()
+        above = torch.cat([begin[:, None], above], 1)
         if length:
-            above = torch.cummax(torch.cat([begin[None], above]), 0).values
-        m = (above[1:] + sums).to(x.dtype)
+            above = torch.cummax(above, 1).values
+        m = (above[:, 1:] + sums).mT.to(x.dtype)
         results.append(m)
         previous.append(torch.cat([begin[None].to(x.dtype), m])[:-1])
     return torch.cat(results), torch.cat(previous)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 CHUNK = 64
 """Tokens of a chunk: a power of two, at least 16."""
@@ -13,9 +12,11 @@ CHUNK = 64
 LEVELS = CHUNK.bit_length() - 1
 """log2 of CHUNK."""
 
+REACH = 96
+"""log2 of the decay inside a block of tokens that a factor of a product may undo."""
 
-DELTA_TILE = 32
-"""Value channels of a walk of the delta rule."""
+LEAST_PIECE = 16
+"""Chunks of the shortest piece that a sequence of the delta rule is cut in."""
 
 STEP_TILE = 32
 """Value channels of a program of the decode step."""
@@ -28,8 +29,14 @@ class Tuning:
     gradients; the rest: warps and stages of each kernel."""
 
     v_tile: int
+    piece: int = 32
+    gradient_tile: int = 128
+    additive: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
+    queries: dict[str, int] = field(default_factory=lambda: {"num_warps": 8, "num_stages": 1})
+    keys: dict[str, int] = field(default_factory=lambda: {"num_warps": 8, "num_stages": 1})
     backward_v_tile: int = 32
     pairs_k_tile: int = 128
+    pairs_v_tile: int = 128
     gradient_v_tile: int = 64
     gradient_k_tile: int = 64
     pairs: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
@@ -42,23 +49,50 @@ class Tuning:
     keys_backward: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 1})
 
 
-def tuning(q: Tensor, v: Tensor, delta: bool, decay: int) -> Tuning:
+def tuning(dtype: torch.dtype, head_dim: int, delta: bool, decay: int) -> Tuning:
     """What is used for a recurrence; the delta rule walks in narrow tiles, on more programs."""
-    wide = q.dtype == torch.float32 or q.shape[-1] > 128
+    wide = dtype == torch.float32 or head_dim > 128
     warps = 8 if decay == 3 or wide else 4
     walk = {"num_warps": 4, "num_stages": 2}
     v_tile = 32 if wide else 64
     if delta:
-        v_tile = DELTA_TILE // 2 if wide else DELTA_TILE
+        v_tile, walk = 16, {"num_warps": 4, "num_stages": 2 if wide else 4}
     elif not wide and decay < 3:
-        v_tile, walk = 128, {"num_warps": 8, "num_stages": 2}
+        v_tile = 64
     return Tuning(
         v_tile=v_tile,
+        gradient_tile=32 if wide else 128,
         gradient_v_tile=32 if wide else 64,
         gradient_k_tile=32 if wide else 64,
         pairs={"num_warps": warps, "num_stages": 1},
         walk=walk,
-        backward_v_tile=16 if wide else 32,
+        backward_v_tile=16,
         keys_backward={"num_warps": 8, "num_stages": 1},
         values_backward={"num_warps": 8, "num_stages": 1},
     )
+
+
+def piece_of(
+    lengths: tuple[int, ...], columns: tuple[int, int], delta: bool, found: Tuning, processors: int
+) -> int:
+    """Chunks per piece of sequences of these lengths, with `columns` = (value heads, value channels).
+
+    Additive rules start all pieces at once.  The walks of the delta rule take three times the steps
+    in pieces, since the maps of these come first: only long sequences of few heads, which leave most
+    of the device idle, are split.
+    """
+    if not delta:
+        return found.piece
+    heads, value_dim = columns
+    chunks = [-(-length // CHUNK) for length in lengths]
+    longest = max(chunks, default=1)
+    programs = heads * -(-value_dim // found.v_tile)
+    each = max(-(-sum(chunks) * programs // (2 * processors)), LEAST_PIECE)
+    return each if longest >= 6 * each else max(longest, 1)
+
+
+def processors(device: str) -> int:
+    """Multiprocessors of the current CUDA device; 1 on the CPU, where Triton's interpreter runs."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return 1
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)

@@ -255,7 +255,12 @@ def test_the_plan_is_explained() -> None:
     assert named.implementation == "triton"
     assert found.state_bytes == 2 * 4 * 16 * 16 * 4
     assert found.flops == 6 * 2 * 50 * 4 * 16 * 16
+    long = torch.zeros(1, 64 * 300, 1, 16, device="meta", dtype=torch.bfloat16)
+    split = fv.explain_scan(long, long, long, device="cuda", implementation="triton")
+    assert split.pieces == 10
+    assert "10 pieces" in str(split)
     here = fv.explain_scan(x, x, x, fv.Delta())
+    assert here.pieces == 2
     assert here.implementation == "chunk"
     assert dict(here.refusals)["triton"] in str(here)
     assert here.as_dict()["decay"] == "none"

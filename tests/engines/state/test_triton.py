@@ -81,14 +81,16 @@ def test_every_kernel_compiles(
 ) -> None:
     from triton.backends.compiler import GPUTarget
 
-    from foveal.engines.state import launch
+    from foveal.engines.state import launch, launch_additive, task
     from tests.engines.tile import compiled
 
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
     monkeypatch.setitem(compiled._TYPES, torch.float64, "*fp64")
     monkeypatch.setattr(edition, "_interpreted", lambda: True)
     leaves = [torch.zeros(1, 128, 2, dim, dtype=dtype).requires_grad_() for _ in range(3)]
     shape = (1, 128, 2) if decay == "token" else (1, 128, 2, dim)
-    kernels = {name: launch for name in vars(launch) if name.startswith("state_")}
+    modules = (launch, launch_additive, task)
+    kernels = {name: module for module in modules for name in vars(module) if name[:6] == "state_"}
     with compiled.recorded(kernels) as launches:
         o = fv.scan(
             *leaves, rule, log_decay=torch.zeros(shape), write_gate=torch.ones(1, 128, 2),
@@ -100,7 +102,10 @@ def test_every_kernel_compiles(
         made = each.compile(GPUTarget(*TARGETS[target]))
         assert made.metadata.shared <= SHARED[target], each.name
         names.add(each.name)
-    assert {"state_walk_forward", "state_walk_backward", "state_keys_backward"} <= names
+    needed = {"state_walk_forward", "state_walk_backward", "state_keys_backward"}
+    if rule == fv.Additive():
+        needed = {f"state_additive_{part}_backward" for part in ("queries", "walk", "keys")}
+    assert needed <= names
 
 
 def refusal(device: str = "cuda", **changes: Any) -> str | None:

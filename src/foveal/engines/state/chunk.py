@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from foveal.engines.state.layout import Layout, layout
-from foveal.engines.state.levels import decay_matrix, factors, pair_products
+from foveal.engines.state.levels import Faded, faded
 from foveal.engines.state.problem import ScanProblem
-from foveal.rules.base import Parts, Recurrence, Rule
+from foveal.rules.base import Parts, Recurrence, Rule, divided
 
 _CHUNK = 64
 _SEGMENT = 2**18
@@ -40,6 +40,8 @@ def scan(
 
 def run(linear: Recurrence, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
     """o [T, Hv, Dv] and the final state [N, Hv, Dk, Dv], both in the precision of the state."""
+    if linear.divisor is not None:
+        return divided(linear, lambda wide: run(wide, chunk))
     count, length = len(linear.lengths), max(linear.lengths, default=0)
     width = max(count * linear.v[:1].numel(), 1)
     tokens = max(_SEGMENT // width // chunk, 1) * chunk
@@ -73,45 +75,25 @@ def _run(linear: Recurrence, chunk: int) -> tuple[Tensor, Tensor]:
     cut = layout(linear.lengths, chunk)
     groups = linear.v.shape[1] // linear.q.shape[1]
     q, k, v = (cut.split(x.to(dtype)) for x in (linear.q, linear.k, linear.v))
-    q = q * linear.scale
     q, k = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (q, k))
-    initial = linear.initial
-    if initial is None:
-        initial = v.new_zeros(len(linear.lengths), v.shape[1], k.shape[-1], v.shape[-1])
     gate = None
     if linear.write_gate is not None:
         gate = cut.split(linear.write_gate.to(dtype)[..., None])
-    log_decay = _gates(linear, cut, dtype)
-    at = None if log_decay is None else factors(log_decay)
-
-    k_since, k_until = (k, k) if at is None else (k * at.since, k * at.until)
-    q_since = q if at is None else q * at.since
-    if at is not None and linear.per_channel:
-        q_pairs = pair_products(q, k, at)
-        k_pairs = pair_products(k, k, at) if linear.delta else k
-    else:
-        between = None if log_decay is None else decay_matrix(log_decay)
-        q_pairs = _within(q @ k.mT, between)
-        k_pairs = _within(k @ k.mT, between) if linear.delta else k
-    u = v if gate is None else v * gate
-    if linear.delta:
-        lower = k_pairs if gate is None else k_pairs * gate
-        keys = k_since if gate is None else k_since * gate
-        solved = torch.linalg.solve_triangular(
-            lower, torch.cat([u, keys], dim=-1), upper=False, unitriangular=True
-        )
-        u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    kept = None
-    if at is not None:
-        kept = at.since[..., -1, :, None].expand(len(v), -1, -1, -1)  # [chunks, Hv, Dk or 1, 1]
+    initial = linear.initial
+    if initial is None:
+        initial = v.new_zeros(len(linear.lengths), v.shape[1], k.shape[-1], v.shape[-1])
     first = cut.sorted(initial.to(dtype))
+    at = faded(q, k, _gates(linear, cut, dtype), linear.scale, linear.delta)
     if linear.delta:
-        before, u, last = _walk_delta(u, w, k_until, kept, first, cut)
+        before, z, last = _walk_delta(at, k, v, gate, first, cut)
     else:
-        before, last = _walk(k_until.mT @ u, kept, first, cut)
-    o = q_pairs @ u
+        z = v if gate is None else v * gate
+        before, last = _walk(at.k_until.mT @ z, at.kept, first, cut)
+    o = at.q_pairs @ z
     if len(before):
-        o = torch.baddbmm(o.flatten(0, 1), q_since.flatten(0, 1), before.flatten(0, 1)).view_as(o)
+        o = torch.baddbmm(o.flatten(0, 1), at.q_since.flatten(0, 1), before.flatten(0, 1)).view_as(
+            o
+        )
     return cut.join(o), cut.unsorted(last)
 
 
@@ -127,11 +109,6 @@ def _gates(linear: Recurrence, cut: Layout, dtype: torch.dtype) -> Tensor | None
     return cut.split(log_decay)
 
 
-def _within(products: Tensor, between: Tensor | None) -> Tensor:
-    """Products of rows i and columns j with the decay between them, 0 above the diagonal."""
-    return products.tril() if between is None else products * between
-
-
 def _walk(added: Tensor, kept: Tensor | None, state: Tensor, cut: Layout) -> tuple[Tensor, Tensor]:
     """States before each chunk [chunks, Hv, Dk, Dv] and after the last: S' = kept S + added."""
     before, done = [], []
@@ -145,18 +122,26 @@ def _walk(added: Tensor, kept: Tensor | None, state: Tensor, cut: Layout) -> tup
 
 
 def _walk_delta(
-    u: Tensor, w: Tensor, k_until: Tensor, kept: Tensor | None, state: Tensor, cut: Layout
+    at: Faded, k: Tensor, v: Tensor, gate: Tensor | None, state: Tensor, cut: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_walk`, and Z [chunks, Hv, C, Dv]: Z = u - w S, S' = kept S + k_until^T Z."""
+    """As `_walk`, and Z [chunks, Hv, C, Dv] = u - w S, where u and w solve for the writes of a chunk."""
+    assert at.k_pairs is not None
+    size = k.shape[-2]
+    eye = torch.eye(size, dtype=k.dtype, device=k.device).expand(at.k_pairs.shape)
+    lower = at.k_pairs if gate is None else at.k_pairs * gate
+    solve = torch.linalg.solve_triangular(lower.mT, eye, upper=True, unitriangular=True).mT
+    solve = solve if gate is None else solve * gate.mT
+    u, w = solve @ v, solve @ at.k_since
     before, written, done = [], [], []
-    steps = (_steps(x, cut) for x in (u, w, k_until.mT, kept))
+    steps = (_steps(x, cut) for x in (u, w, at.k_until.mT, at.kept))
     for own, reader, keys, keep in zip(*steps, strict=True):
         state, finished = state[: len(own)], state[len(own) :]
         done.append(finished)
         before.append(state)
-        rows = own - reader @ state
-        written.append(rows)
-        state = keys @ rows + (state if keep is None else keep * state)
+        rows = torch.baddbmm(own.flatten(0, 1), reader.flatten(0, 1), state.flatten(0, 1), alpha=-1)
+        written.append(rows.view_as(own))
+        state = state if keep is None else keep * state
+        state = torch.baddbmm(state.flatten(0, 1), keys.flatten(0, 1), rows).view_as(state)
     done.append(state)
     z = torch.cat(written) if written else u
     return torch.cat(before) if before else state[:0], z, torch.cat(done[::-1])

@@ -6,19 +6,20 @@ import triton
 import triton.language as tl
 
 from foveal.engines.state.tiles import (
+    base_level,
     decay_matrix,
     exp2_of,
     factor_since,
     factor_until,
     factor_whole,
-    level_factor,
+    level_factors,
     level_pairs,
     load_gate,
+    load_part,
+    load_rows,
     load_state,
-    load_tile,
-    rows_at,
+    store_rows,
     store_state,
-    store_tile,
     sum_of_chunk,
     sums_of_channels,
     sums_of_tokens,
@@ -38,16 +39,18 @@ def state_sums_forward(p_decay, p_sums, p_chunks, width, CHUNK: tl.constexpr, TI
     offset = tl.cast(token, tl.int64)[:, None] * width + column[None, :]
     mask = (token < stop)[:, None] & (column < width)[None, :]
     x = tl.load(p_decay + offset, mask=mask, other=0.0).to(p_sums.dtype.element_ty)
+    x = tl.maximum(x, -1e4)  # exp(-1e4) is 0, and a difference of two infinities would be none
     tl.store(p_sums + offset, tl.cumsum(x, 0) * LOG2E, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def state_pairs_forward(
     p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_keys, p_inverse, p_w, p_u, p_since, p_until, p_chunks,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, groups, scale,
     DELTA: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
-    K_TILES: tl.constexpr, V_TILES: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    K_TILES: tl.constexpr, V_TILES: tl.constexpr, REACH: tl.constexpr, PRECISION: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     """P [T, Hv, C]; with DELTA also a [T, Hv, C] = A without its gate, M = (I + A)^-1 and
     w = M (b exp(G) k), u = M (b v), one program per chunk and value head.
@@ -64,8 +67,6 @@ def state_pairs_forward(
     token = start + row
     inside = token < stop
     last = stop - 1
-    q_rows = rows_at(p_q, token, h // groups, q_stride_t, q_stride_h)
-    k_rows = rows_at(p_k, token, h // groups, k_stride_t, k_stride_h)
     gate = load_gate(p_gate, token, inside, h, heads)
     dtype = p_k.dtype.element_ty
     diagonal = row[:, None] == row[None, :]
@@ -75,8 +76,12 @@ def state_pairs_forward(
 
     if DECAY < 3:
         for i in tl.static_range(K_TILES):
-            q = load_tile(q_rows, inside, i * K_TILE, DK, K_TILE)
-            k = load_tile(k_rows, inside, i * K_TILE, DK, K_TILE)
+            q = load_rows(
+                p_q, start, stop, h // groups, q_stride_t, q_stride_h, i * K_TILE, CHUNK, DK, K_TILE
+            )
+            k = load_rows(
+                p_k, start, stop, h // groups, k_stride_t, k_stride_h, i * K_TILE, CHUNK, DK, K_TILE
+            )
             pairs = tl.dot(q, tl.trans(k), pairs, input_precision=PRECISION)
             if DELTA:
                 keys = tl.dot(k, tl.trans(k), keys, input_precision=PRECISION)
@@ -91,36 +96,42 @@ def state_pairs_forward(
             keys = tl.where(diagonal, 0.0, keys * between)
     else:
         for i in tl.static_range(K_TILES):
-            q = load_tile(q_rows, inside, i * K_TILE, DK, K_TILE)
-            k = load_tile(k_rows, inside, i * K_TILE, DK, K_TILE)
+            q = load_rows(
+                p_q, start, stop, h // groups, q_stride_t, q_stride_h, i * K_TILE, CHUNK, DK, K_TILE
+            )
+            k = load_rows(
+                p_k, start, stop, h // groups, k_stride_t, k_stride_h, i * K_TILE, CHUNK, DK, K_TILE
+            )
             sums = sums_of_channels(p_sums, token, inside, h, heads, i * K_TILE, DK, K_TILE)
             since = exp2_of(sums) * scale
             whole = sum_of_chunk(
                 p_sums, last, stop - start, h, heads, i * K_TILE, DECAY, DK, K_TILE
             )
             until = exp2_of(tl.where(inside[:, None], whole[None, :] - sums, 0.0))
-            since_rows = rows_at(p_since, token, h, heads * DK, DK)
-            until_rows = rows_at(p_until, token, h, heads * DK, DK)
-            store_tile(since_rows, q * since, inside, i * K_TILE, DK, K_TILE)
-            store_tile(until_rows, k * until, inside, i * K_TILE, DK, K_TILE)
+            store_rows(
+                p_since, q * since, start, stop, h, heads * DK, DK, i * K_TILE, CHUNK, DK, K_TILE
+            )
+            store_rows(
+                p_until, k * until, start, stop, h, heads * DK, DK, i * K_TILE, CHUNK, DK, K_TILE
+            )
             own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
             pairs += tl.where(diagonal, own[:, None], 0.0)
-            for level in range(LEVELS):
-                factor = level_factor(
-                    p_sums, sums, start, row, inside, last, h, heads, i * K_TILE, level, DK, K_TILE
-                )
-                met = level_pairs(row, level)
-                k_met = (k * factor).to(dtype)
-                q_met = (q * factor).to(dtype)
-                found = tl.dot(q_met, tl.trans(k_met), input_precision=PRECISION)
+            base = base_level(p_sums, start, last, h, heads, i * K_TILE, LEVELS, REACH, DK, K_TILE)
+            for level in range(tl.maximum(base - 1, 0), LEVELS):
+                later, earlier = level_factors(
+                    p_sums, sums, start, row, inside, last, h, heads, i * K_TILE, level, base,
+                    DK, K_TILE,
+                )  # fmt: skip
+                met = level_pairs(row, level, base)
+                k_earlier = tl.trans((k * earlier).to(dtype))
+                found = tl.dot((q * later).to(dtype), k_earlier, input_precision=PRECISION)
                 pairs += tl.where(met, found, 0.0)
                 if DELTA:
-                    found = tl.dot(k_met, tl.trans(k_met), input_precision=PRECISION)
+                    found = tl.dot((k * later).to(dtype), k_earlier, input_precision=PRECISION)
                     keys += tl.where(met, found, 0.0)
 
     wide = heads * CHUNK
-    pair_rows = rows_at(p_pairs, token, h, wide, CHUNK)
-    store_tile(pair_rows, pairs * scale, inside, 0, CHUNK, CHUNK)
+    store_rows(p_pairs, pairs * scale, start, stop, h, wide, CHUNK, 0, CHUNK, CHUNK, CHUNK)
     if DELTA:
         gated = keys * gate[:, None]
         inverse -= tl.where(level_pairs(row, 0), gated, 0.0)
@@ -129,56 +140,64 @@ def state_pairs_forward(
             half = tl.dot(inverse, here, input_precision=INVERSE)
             inverse -= tl.dot(half, inverse, input_precision=INVERSE)
         if p_inverse is not None:
-            store_tile(rows_at(p_inverse, token, h, wide, CHUNK), inverse, inside, 0, CHUNK, CHUNK)
-            store_tile(rows_at(p_keys, token, h, wide, CHUNK), keys, inside, 0, CHUNK, CHUNK)
+            store_rows(p_inverse, inverse, start, stop, h, wide, CHUNK, 0, CHUNK, CHUNK, CHUNK)
+            store_rows(p_keys, keys, start, stop, h, wide, CHUNK, 0, CHUNK, CHUNK, CHUNK)
         solve = inverse.to(dtype)
         for i in tl.static_range(K_TILES):
-            k = load_tile(k_rows, inside, i * K_TILE, DK, K_TILE)
+            k = load_rows(
+                p_k, start, stop, h // groups, k_stride_t, k_stride_h, i * K_TILE, CHUNK, DK, K_TILE
+            )
             since = factor_since(
                 p_sums, token, row, inside, h, heads, i * K_TILE, DECAY, DK, K_TILE
             )
             x = (k * (gate[:, None] * since)).to(dtype)
             w = tl.dot(solve, x, input_precision=PRECISION)
-            store_tile(rows_at(p_w, token, h, heads * DK, DK), w, inside, i * K_TILE, DK, K_TILE)
-        v_rows = rows_at(p_v, token, h, v_stride_t, v_stride_h)
+            store_rows(p_w, w, start, stop, h, heads * DK, DK, i * K_TILE, CHUNK, DK, K_TILE)
         for i in tl.static_range(V_TILES):
-            x = (load_tile(v_rows, inside, i * V_TILE, DV, V_TILE) * gate[:, None]).to(dtype)
+            x = (
+                load_rows(
+                    p_v, start, stop, h, v_stride_t, v_stride_h, i * V_TILE, CHUNK, DV, V_TILE
+                )
+                * gate[:, None]
+            ).to(dtype)
             u = tl.dot(solve, x, input_precision=PRECISION)
-            store_tile(rows_at(p_u, token, h, heads * DV, DV), u, inside, i * V_TILE, DV, V_TILE)
+            store_rows(p_u, u, start, stop, h, heads * DV, DV, i * V_TILE, CHUNK, DV, V_TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def state_walk_forward(
-    p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_w, p_u, p_initial, p_states, p_o, p_final, p_total,
-    p_walks,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, groups, scale,
-    DELTA: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, ROWS: tl.constexpr, V_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    p_k, p_v, p_sums, p_gate, p_w, p_u, p_before, p_states, p_final, p_pieces,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, groups,
+    DELTA: tl.constexpr, MAPS: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, V_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S over the chunks of one walk, for one value head and one tile of value channels.
+    """S over the chunks of one piece, for one value head and one tile of value channels, from p_before.
 
-    Stores, where wanted: the state before each chunk, o (of an additive rule), the final state and
-    the sum of the decays of the walk; of the delta rule also Z, in place of u.  With decay 3, q and k
-    come with their decays, as `state_pairs_forward` stores them.
+    Stores, where wanted, the state before each chunk, with it Z of the delta rule in place of u, and
+    the final state.  With MAPS the final states are [R, P] [DK, DV + DK] of the map S' = P S + R of a
+    piece.  With decay 3, k comes with its decay, as `state_pairs_forward` stores it.
     """
-    v_tiles = tl.cdiv(DV, V_TILE)
+    WIDE: tl.constexpr = DV + DK if MAPS else DV
+    v_tiles = tl.cdiv(WIDE, V_TILE)
     program = tl.program_id(0)
     first = program % v_tiles * V_TILE
     h = program // v_tiles % heads
-    walk = program // v_tiles // heads
-    begin = tl.load(p_walks + 4 * walk)
-    end = tl.load(p_walks + 4 * walk + 1)
-    first_token = tl.load(p_walks + 4 * walk + 2)
-    past_token = tl.load(p_walks + 4 * walk + 3)
+    piece = program // v_tiles // heads
+    begin = tl.load(p_pieces + 7 * piece)
+    end = tl.load(p_pieces + 7 * piece + 1)
+    first_token = tl.load(p_pieces + 7 * piece + 2)
+    past_token = tl.load(p_pieces + 7 * piece + 3)
     row = tl.arange(0, CHUNK)
     dtype = p_k.dtype.element_ty
-    place = (tl.cast(walk, tl.int64) * heads + h) * (DK * DV)
-    if p_initial is not None:
-        s = load_state(p_initial + place, first, DK, DV, ROWS, V_TILE).to(tl.float32)
+    place = (tl.cast(piece, tl.int64) * heads + h) * (DK * WIDE)
+    if MAPS:
+        column = first + tl.arange(0, V_TILE) - DV
+        s = tl.where(tl.arange(0, ROWS)[:, None] == column[None, :], 1.0, 0.0)
+    elif p_before is not None:
+        s = load_state(p_before + place, first, DK, DV, ROWS, V_TILE).to(tl.float32)
     else:
         s = tl.zeros([ROWS, V_TILE], tl.float32)
-    column = tl.arange(0, ROWS)
-    total = tl.zeros([ROWS], tl.float32)
 
     for c in range(begin, end):
         start = first_token + (c - begin) * CHUNK
@@ -189,83 +208,74 @@ def state_walk_forward(
         if p_states is not None:
             p_state = p_states + (tl.cast(c, tl.int64) * heads + h) * (DK * DV)
             store_state(p_state, s, first, DK, DV, ROWS, V_TILE)
-        k_rows = rows_at(p_k, token, h // groups, k_stride_t, k_stride_h)
-        k = load_tile(k_rows, inside, 0, DK, ROWS)
+        k = load_rows(p_k, start, stop, h // groups, k_stride_t, k_stride_h, 0, CHUNK, DK, ROWS)
         if DELTA:
-            w = load_tile(rows_at(p_w, token, h, heads * DK, DK), inside, 0, DK, ROWS)
-            u_rows = rows_at(p_u, token, h, heads * DV, DV)
-            u = load_tile(u_rows, inside, first, DV, V_TILE).to(tl.float32)
-            z = (u - tl.dot(w, s.to(dtype), input_precision=PRECISION)).to(dtype)
-            store_tile(u_rows, z, inside, first, DV, V_TILE)
+            w = load_rows(p_w, start, stop, h, heads * DK, DK, 0, CHUNK, DK, ROWS)
+            u = load_rows(p_u, start, stop, h, heads * DV, DV, first, CHUNK, DV, V_TILE, WIDE != DV)
+            z = u.to(tl.float32) - tl.dot(w, s.to(dtype), input_precision=PRECISION)
+            z = z.to(dtype)
+            if p_states is not None:
+                store_rows(p_u, z, start, stop, h, heads * DV, DV, first, CHUNK, DV, V_TILE)
         else:
-            v_rows = rows_at(p_v, token, h, v_stride_t, v_stride_h)
-            z = load_tile(v_rows, inside, first, DV, V_TILE)
+            z = load_rows(p_v, start, stop, h, v_stride_t, v_stride_h, first, CHUNK, DV, V_TILE)
             if p_gate is not None:
                 z = (z * load_gate(p_gate, token, inside, h, heads)[:, None]).to(dtype)
-        if p_o is not None:
-            q_rows = rows_at(p_q, token, h // groups, q_stride_t, q_stride_h)
-            q = load_tile(q_rows, inside, 0, DK, ROWS)
-            if p_pairs is not None:
-                pairs = load_tile(
-                    rows_at(p_pairs, token, h, heads * CHUNK, CHUNK), inside, 0, CHUNK, CHUNK
-                )
-            else:
-                found = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                if DECAY == 0:
-                    found = tl.where(row[:, None] >= row[None, :], found, 0.0)
-                else:
-                    sums = sums_of_tokens(p_sums, token, row, inside, h, heads, DECAY)
-                    found = found * decay_matrix(sums, row)
-                pairs = found.to(dtype)
-            if DECAY == 3:
-                o = tl.dot(q, s.to(dtype), input_precision=PRECISION)
-            else:
-                since = factor_since(p_sums, token, row, inside, h, heads, 0, DECAY, DK, ROWS)
-                o = tl.dot(q, s.to(dtype), input_precision=PRECISION) * (since * scale)
-            o = tl.dot(pairs, z, o, input_precision=PRECISION)
-            store_tile(rows_at(p_o, token, h, heads * DV, DV), o, inside, first, DV, V_TILE)
         if (DECAY == 1) | (DECAY == 2):
             until = factor_until(p_sums, token, row, inside, last, h, heads, 0, DECAY, DK, ROWS)
             z = (z * until).to(dtype)
         s = s * factor_whole(p_sums, last, stop - start, h, heads, DECAY, DK, ROWS)
         s = tl.dot(tl.trans(k), z, s, input_precision=PRECISION)
-        if p_total is not None:
-            whole = sum_of_chunk(p_sums, last, stop - start, h, heads, 0, DECAY, DK, ROWS)
-            total += whole.to(tl.float32)
 
     if p_final is not None:
-        store_state(p_final + place, s, first, DK, DV, ROWS, V_TILE)
-    if p_total is not None:
-        p = p_total + (tl.cast(walk, tl.int64) * heads + h) * DK + column
-        tl.store(p, total, mask=column < DK)
+        store_state(p_final + place, s, first, DK, WIDE, ROWS, V_TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def state_join_forward(
-    p_added, p_total, p_initial, p_before, p_pieces, heads,
-    DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, V_TILE: tl.constexpr,
+    p_maps, p_added, p_initial, p_found, p_last, p_pieces, heads,
+    BACKWARD: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+    V_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state before each walk of a sequence, from what every walk adds and how it decays."""
+    """The state before each piece, S' = P S + R, and behind the last one, from [R, P] = p_maps.
+
+    BACKWARD: the gradient of the state behind each piece, dS' = P^T dS + p_added, from the last piece
+    to the first, and of the initial state.
+    """
     v_tiles = tl.cdiv(DV, V_TILE)
     program = tl.program_id(0)
     first = program % v_tiles * V_TILE
     h = program // v_tiles % heads
     n = program // v_tiles // heads
-    row = tl.arange(0, ROWS)
+    WIDE: tl.constexpr = DV + DK
+    start = (tl.cast(n, tl.int64) * heads + h) * (DK * DV)
     if p_initial is not None:
-        p_start = p_initial + (tl.cast(n, tl.int64) * heads + h) * (DK * DV)
-        s = load_state(p_start, first, DK, DV, ROWS, V_TILE).to(tl.float32)
+        s = load_state(p_initial + start, first, DK, DV, ROWS, V_TILE).to(tl.float32)
     else:
         s = tl.zeros([ROWS, V_TILE], tl.float32)
-    for walk in range(tl.load(p_pieces + n), tl.load(p_pieces + n + 1)):
-        place = tl.cast(walk, tl.int64) * heads + h
-        store_state(p_before + place * (DK * DV), s, first, DK, DV, ROWS, V_TILE)
-        total = tl.load(p_total + place * DK + row, mask=row < DK, other=0.0)
-        added = load_state(p_added + place * (DK * DV), first, DK, DV, ROWS, V_TILE)
-        s = s * tl.exp2(total)[:, None] + added
+    piece = n
+    if BACKWARD:
+        behind = tl.load(p_pieces + 7 * piece + 6)
+        while behind >= 0:
+            piece = behind
+            behind = tl.load(p_pieces + 7 * piece + 6)
+    while piece >= 0:
+        place = tl.cast(piece, tl.int64) * heads + h
+        store_state(p_found + place * (DK * DV), s, first, DK, DV, ROWS, V_TILE)
+        p_map = p_maps + place * (DK * WIDE)
+        step = load_part(p_map + DV, 0, DK, DK, WIDE, ROWS, ROWS)
+        if BACKWARD:
+            added = load_state(p_added + place * (DK * DV), first, DK, DV, ROWS, V_TILE)
+            s = tl.dot(tl.trans(step), s, added, input_precision=PRECISION)
+            piece = tl.load(p_pieces + 7 * piece + 5)
+        else:
+            added = load_part(p_map, first, DK, DV, WIDE, ROWS, V_TILE)
+            s = tl.dot(step, s, added, input_precision=PRECISION)
+            piece = tl.load(p_pieces + 7 * piece + 6)
+    if p_last is not None:
+        store_state(p_last + start, s, first, DK, DV, ROWS, V_TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def state_output_forward(
     p_q, p_sums, p_pairs, p_z, p_states, p_o, p_chunks, q_stride_t, q_stride_h, heads, groups,
     scale,
@@ -286,8 +296,7 @@ def state_output_forward(
     row = tl.arange(0, CHUNK)
     token = start + row
     inside = token < stop
-    q_rows = rows_at(p_q, token, h // groups, q_stride_t, q_stride_h)
-    q = load_tile(q_rows, inside, 0, DK, ROWS)
+    q = load_rows(p_q, start, stop, h // groups, q_stride_t, q_stride_h, 0, CHUNK, DK, ROWS)
     p_state = p_states + (tl.cast(c, tl.int64) * heads + h) * (DK * DV)
     s = load_state(p_state, first, DK, DV, ROWS, V_TILE)
     if DECAY == 3:
@@ -295,7 +304,11 @@ def state_output_forward(
     else:
         since = factor_since(p_sums, token, row, inside, h, heads, 0, DECAY, DK, ROWS)
         o = tl.dot(q, s, input_precision=PRECISION) * (since * scale)
-    z = load_tile(rows_at(p_z, token, h, heads * DV, DV), inside, first, DV, V_TILE)
-    pair_rows = rows_at(p_pairs, token, h, heads * CHUNK, CHUNK)
-    o = tl.dot(load_tile(pair_rows, inside, 0, CHUNK, CHUNK), z, o, input_precision=PRECISION)
-    store_tile(rows_at(p_o, token, h, heads * DV, DV), o, inside, first, DV, V_TILE)
+    z = load_rows(p_z, start, stop, h, heads * DV, DV, first, CHUNK, DV, V_TILE)
+    o = tl.dot(
+        load_rows(p_pairs, start, stop, h, heads * CHUNK, CHUNK, 0, CHUNK, CHUNK, CHUNK),
+        z,
+        o,
+        input_precision=PRECISION,
+    )
+    store_rows(p_o, o, start, stop, h, heads * DV, DV, first, CHUNK, DV, V_TILE)

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_REACH = 16.0
+"""Decay of a chunk, in its logarithm, that one factor may undo: it costs 3 of float32's 24 bits."""
+_NOTHING = -1e4
+"""A logarithm whose exponential is 0 in every precision."""
 _TINY = 4
 """Sides of blocks up to which products are summed directly; matrix products start slowly."""
 
@@ -89,3 +93,64 @@ def _doubled(blocks: Tensor, cross: Tensor) -> Tensor:
     first, second = blocks.unflatten(-3, (-1, 2)).unbind(-3)
     upper = F.pad(first, (0, first.shape[-1]))
     return torch.cat([upper, torch.cat([cross, second], dim=-1)], dim=-2)
+
+
+class Faded(NamedTuple):
+    """Queries and keys of chunks with their decays.
+
+    Shapes: q_pairs and k_pairs [chunks, Hv, C, C], scale q_i k_j and k_i k_j with the decay from token
+    j to token i: of i >= j, and of at least i > j (None for an additive rule); q_since, times the
+    scale, k_since and k_until [chunks, Hv, C, Dk] with the decay from the start of the chunk and up
+    to its end; kept [chunks, Hv, Dk or 1, 1], the decay of the chunk, None for 1.
+    """
+
+    q_pairs: Tensor
+    k_pairs: Tensor | None
+    q_since: Tensor
+    k_since: Tensor
+    k_until: Tensor
+    kept: Tensor | None
+
+
+def faded(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, delta: bool) -> Faded:
+    """q and k [chunks, Hv, C, Dk] with the decays log_decay [chunks or 1, Hv, C, Dk or 1]."""
+    if log_decay is None:
+        k_pairs = k @ k.mT if delta else None
+        return Faded((q @ k.mT * scale).tril(), k_pairs, q * scale, k, k, None)
+    if log_decay.shape[-1] == 1:
+        return _faded_by_token(q, k, log_decay, scale, delta)
+    sums = log_decay.cumsum(-2)
+    if log_decay.device.type == "cpu" and bool((sums[..., -1, :] >= -_REACH).all()):
+        return _faded_from_the_middle(q, k, sums, scale, delta)
+    at = factors(log_decay)
+    q = q * scale
+    k_pairs = pair_products(k, k, at) if delta else None
+    kept = at.since[..., -1, :, None]
+    return Faded(pair_products(q, k, at), k_pairs, q * at.since, k * at.since, k * at.until, kept)
+
+
+def _faded_by_token(q: Tensor, k: Tensor, log_decay: Tensor, scale: float, delta: bool) -> Faded:
+    """Differences of sums in float64 keep all digits of float32 gates, which may be -inf."""
+    size = log_decay.shape[-2]
+    sums = log_decay.double().clamp(min=_NOTHING).cumsum(-2)
+    upper = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    between = (sums - sums.mT).masked_fill(upper, -torch.inf).to(q.dtype).exp()
+    since, until = sums.to(q.dtype).exp(), (sums[..., -1:, :] - sums).to(q.dtype).exp()
+    k_pairs = k @ k.mT * between if delta else None
+    kept = since[..., -1:, :].expand(len(q), -1, -1, -1)
+    k_since = k * since if delta else k
+    return Faded(
+        q @ k.mT * (between * scale), k_pairs, q * (since * scale), k_since, k * until, kept
+    )
+
+
+def _faded_from_the_middle(q: Tensor, k: Tensor, sums: Tensor, scale: float, delta: bool) -> Faded:
+    """One product for all pairs: both tokens decay from, or grow up to, the middle of the chunk."""
+    middle = sums[..., sums.shape[-2] // 2, :].unsqueeze(-2)
+    near = (sums - middle).exp()
+    q_near, k_near, k_far = q * (near * scale), k * near, k / near
+    k_pairs = k_near @ k_far.mT if delta else None
+    first, whole = middle.exp(), sums[..., -1:, :]
+    k_until = k_far * (whole - middle).exp()
+    q_pairs = (q_near @ k_far.mT).tril()
+    return Faded(q_pairs, k_pairs, q_near * first, k_near * first, k_until, whole.exp().mT)

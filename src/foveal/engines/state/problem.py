@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveal._errors import DeviceError, DtypeError, PackingError, RuleError, ShapeError
 from foveal.rules.base import Parts, Rule
+from foveal.rules.two_state import TwoState
 
 Decay = Literal["none", "fixed", "token", "channel"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +52,7 @@ def describe_scan(
     write_gate: Tensor | None,
     initial: Parts | None,
     cu_seqlens: Tensor | None,
+    log_momentum: Tensor | None = None,
 ) -> ScanProblem:
     """Checks the arguments of a scan against each other and returns what they describe."""
     if not isinstance(rule, Rule):
@@ -87,15 +89,22 @@ def describe_scan(
         needs_grad=torch.is_grad_enabled()
         and any(
             t is not None and t.requires_grad
-            for t in (q, k, v, log_decay, write_gate, *(initial or ()))
+            for t in (q, k, v, log_decay, write_gate, log_momentum, *(initial or ()))
         ),
     )
     if write_gate is not None and write_gate.shape != (batch, length, value_heads):
         needed = f"{[batch, length, value_heads]} is needed"
         raise ShapeError("write_gate", list(write_gate.shape), needed)
+    momentum_shapes = ((value_heads,), (batch, length, value_heads))
+    if log_momentum is not None and tuple(log_momentum.shape) not in momentum_shapes:
+        needed = " or ".join(str(list(shape)) for shape in momentum_shapes)
+        raise ShapeError("log_momentum", list(log_momentum.shape), f"{needed} is needed")
+    if log_momentum is not None and not isinstance(rule, TwoState):
+        raise RuleError("log_momentum", f"one for {rule.key}", "fv.TwoState() is needed")
     rule.check(problem.decay, problem.gated)
     _check_initial(problem, rule, initial)
     others = [*tensors.items(), ("log_decay", log_decay), ("write_gate", write_gate)]
+    others += [("log_momentum", log_momentum)]
     others += [("initial_state", part) for part in initial or ()]
     for name, other in others:
         if other is not None and other.device != q.device:

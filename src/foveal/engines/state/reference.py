@@ -38,8 +38,13 @@ def scan_in(
         first = tuple(part.to(dtype) for part in initial)
 
     # One split for all tokens: the gradient of a slice is as large as the whole.
-    gates = (None,) * len(v) if gate is None else gate.split(1)
-    parts = zip(q.split(1), k.split(1), v.split(1), log_decay.split(1), gates, strict=True)
+    none = (None,) * len(v)
+    gates = none if gate is None else gate.split(1)
+    momenta: tuple[Tensor | None, ...] = none
+    if plain.log_momentum is not None:
+        momenta = _per_token(plain.log_momentum, v).to(dtype).split(1)
+    tokens_of = (x.split(1) for x in (q, k, v, log_decay))
+    parts = zip(*tokens_of, gates, momenta, strict=True)
     tokens = itertools.starmap(Token, parts)
     outputs: list[Tensor] = []
     finals: list[Parts] = []

@@ -56,6 +56,88 @@ def store_state(
 
 
 @triton.jit
+def load_rows(
+    p, start, stop, head, stride_t, stride_h, first,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BEYOND: tl.constexpr = False,
+):  # fmt: skip
+    """[ROWS, TILE] of the tokens start, ... of a head, columns first, ... of WIDTH; 0 from `stop` on.
+
+    Tiles that lie BEYOND the last column are 0 as well.
+    """
+    p += tl.cast(start, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
+    row = tl.arange(0, ROWS)
+    column = first + tl.arange(0, TILE)
+    mask = (row < stop - start)[:, None]
+    if BEYOND | (WIDTH % TILE != 0):
+        mask = mask & (column < WIDTH)[None, :]
+    return tl.load(p + row[:, None] * stride_t + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    p, x, start, stop, head, stride_t, stride_h, first,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    p += tl.cast(start, tl.int64) * stride_t + tl.cast(head, tl.int64) * stride_h
+    row = tl.arange(0, ROWS)
+    column = first + tl.arange(0, TILE)
+    mask = (row < stop - start)[:, None]
+    if WIDTH % TILE != 0:
+        mask = mask & (column < WIDTH)[None, :]
+    x = x.to(p.dtype.element_ty)
+    tl.store(p + row[:, None] * stride_t + column[None, :], x, mask=mask)
+
+
+@triton.jit
+def load_part(
+    p_state, first, DK: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, TILE] of the first DV columns of a state [DK, WIDE], past the first-level cache."""
+    row = tl.arange(0, ROWS)
+    column = first + tl.arange(0, TILE)
+    mask = (row < DK)[:, None] & (column < DV)[None, :]
+    p = p_state + row[:, None] * WIDE + column[None, :]
+    return tl.load(p, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def store_part(
+    p_state, x, first, DK: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, ROWS)
+    column = first + tl.arange(0, TILE)
+    mask = (row < DK)[:, None] & (column < DV)[None, :]
+    p = p_state + row[:, None] * WIDE + column[None, :]
+    tl.store(p, x.to(p_state.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_column(p_column, DK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, 1] of a column of a state [DK, WIDE] in float32."""
+    row = tl.arange(0, ROWS)
+    x = tl.load(p_column + row * WIDE, mask=row < DK, other=0.0, cache_modifier=".cg")
+    return x.to(tl.float32)[:, None]
+
+
+@triton.jit
+def store_column(p_column, x, DK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Stores x [ROWS, 16], 16 equal columns, as one."""
+    row = tl.arange(0, ROWS)
+    x = tl.sum(x, 1) / 16
+    tl.store(p_column + row * WIDE, x.to(p_column.dtype.element_ty), mask=row < DK)
+
+
+@triton.jit
+def wait_for(p_flag):
+    """Returns when another program has set the flag; what it stored before can then be read."""
+    ready = tl.atomic_add(p_flag, 0, sem="acquire")
+    while ready == 0:
+        ready = tl.atomic_add(p_flag, 0, sem="acquire")
+
+
+@triton.jit
 def exp2_of(x):
     return tl.exp2(x.to(tl.float32))
 
@@ -167,22 +249,65 @@ def decay_matrix(sums, row):
 
 
 @triton.jit
-def level_pairs(row, level):
-    """Whether i is in the right half and j in the left half of the same block of 2^(level + 1) tokens."""
-    block = row >> (level + 1)
-    right = ((row >> level) & 1) != 0
-    return (block[:, None] == block[None, :]) & right[:, None] & (right == 0)[None, :]
+def decay_of_pairs(p_sums, token, row, inside, head, heads, DECAY: tl.constexpr):
+    """As `decay_matrix`, of decays 0, 1 and 2."""
+    if DECAY == 0:
+        between = tl.where(row[:, None] >= row[None, :], 1.0, 0.0)
+    else:
+        between = decay_matrix(sums_of_tokens(p_sums, token, row, inside, head, heads, DECAY), row)
+    return between
 
 
 @triton.jit
-def level_factor(
-    p_sums, sums, start, row, inside, last, head, heads, first, level,
+def level_pairs(row, level, base=0):
+    """Whether i is in the right half and j in the left half of the same block of 2^(level + 1) tokens.
+
+    At a level below `base`, whether j is before i in the same block.
+    """
+    block = row >> (level + 1)
+    right = ((row >> level) & 1) != 0
+    met = (level < base) | (right[:, None] & (right == 0)[None, :])
+    return (block[:, None] == block[None, :]) & (row[:, None] > row[None, :]) & met
+
+
+@triton.jit
+def level_factors(
+    p_sums, sums, start, row, inside, last, head, heads, first, level, base,
     DK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """[C, TILE] decay between each token and the middle of its block of 2^(level + 1) tokens, at most
-    1; 0 outside."""
+    """[C, TILE], 0 outside: decay between the middle of a block of 2^(level + 1) tokens and each token.
+
+    The factors of the later and of the earlier token of a pair; both are at most 1 where the pair meets
+    across the middle.  At a level below `base` the one grows before the middle and the other behind it.
+    """
     middle = tl.minimum(start + ((row >> (level + 1)) << (level + 1)) + (1 << level) - 1, last)
     at_middle = sums_of_channels(p_sums, middle, inside, head, heads, first, DK, TILE)
-    right = (((row >> level) & 1) != 0)[:, None]
-    factor = exp2_of(tl.where(right, sums - at_middle, at_middle - sums))
-    return tl.where(inside[:, None], factor, 0.0)
+    since = (sums - at_middle).to(tl.float32)
+    across = -tl.abs(since)
+    later = tl.exp2(tl.where(level < base, since, across))
+    earlier = tl.exp2(tl.where(level < base, -since, across))
+    return tl.where(inside[:, None], later, 0.0), tl.where(inside[:, None], earlier, 0.0)
+
+
+@triton.jit
+def base_level(
+    p_sums, start, last, head, heads, first,
+    LEVELS: tl.constexpr, REACH: tl.constexpr, DK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """LEVELS, 4 or 0: blocks of 2^base tokens decay by at most 2^-REACH in every channel.
+
+    A factor may undo so much, so that all pairs of such a block meet in one product.
+    """
+    base = 0
+    if REACH > 0:
+        column = first + tl.arange(0, TILE)
+        block = start + tl.arange(0, 1 << (LEVELS - 4)) * 16
+        there = (block <= last)[:, None] & (column < DK)[None, :]
+        end = tl.cast(tl.minimum(block + 15, last), tl.int64) * heads + head
+        at_end = tl.load(p_sums + end[:, None] * DK + column[None, :], mask=there, other=0.0)
+        before = tl.cast(tl.maximum(block - 1, start), tl.int64) * heads + head
+        follows = there & (block > start)[:, None]
+        at_start = tl.load(p_sums + before[:, None] * DK + column[None, :], mask=follows, other=0.0)
+        base = tl.where(tl.max(at_start - at_end) <= REACH, 4, 0)
+        base = tl.where(tl.min(at_end) >= -REACH, LEVELS, base)
+    return base

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from foveal.engines.state.problem import ScanProblem
-from foveal.rules.base import Parts, Recurrence, Rule
-from foveal.tuning.state import CHUNK, DELTA_TILE
+from foveal.rules.additive import Additive
+from foveal.rules.base import Parts, Recurrence, Rule, divided
+from foveal.rules.delta import Delta
+from foveal.rules.mlstm import MLSTM
+from foveal.tuning.state import CHUNK, piece_of, processors, tuning
 
 _LARGEST_DIM = 256
-_LEAST_CHUNKS = 4
-"""Chunks that a piece of a sequence should have, so that joining the pieces stays cheap."""
 
 
 def refuses(problem: ScanProblem, rule: Rule) -> str | None:
@@ -30,6 +30,8 @@ def refuses(problem: ScanProblem, rule: Rule) -> str | None:
         return "GPU matrix units have no float64 edition here; use float32 or less"
     if problem.dtype == torch.bfloat16 and problem.device == "cpu":
         return "Triton's interpreter computes bfloat16 products wrongly"
+    if problem.device == "cuda" and isinstance(rule, Additive | MLSTM) and rule.normalised:
+        return "its kernels with a normaliser have faulted on a GPU, and the cause is not found"
     if problem.head_dim > _LARGEST_DIM:
         return f"its tiles hold a head_dim of at most {_LARGEST_DIM}; here is {problem.head_dim}"
     if torch.cuda.is_available() and torch.version.hip is None:
@@ -55,17 +57,42 @@ def scan(
 ) -> tuple[Tensor, Parts]:
     """o [T, Hv, Dv] in the dtype of v and the final state."""
     linear, finish = rule.recurrence(plain, initial)
-    if not problem.needs_grad and set(problem.lengths) == {1}:
-        from foveal.engines.state.launch import launch_step
-
-        o, state = finish(*launch_step(linear))
-        return o.to(plain.v.dtype), state
-    o, state = finish(*_run_pieces(linear, _pieces_of_delta(linear)))
+    step = not problem.needs_grad and set(problem.lengths) == {1}
+    if step:
+        from foveal.engines.state.launch import launch_step as run
+    else:
+        run = _run
+    if linear.divisor is not None and (step or not _in_pieces(linear)):
+        o, state = finish(*divided(linear, run))
+    else:
+        o, state = finish(*run(linear))
     return o.to(plain.v.dtype), state
 
 
-def _run(linear: Recurrence, with_o: bool = True) -> tuple[Tensor, Tensor]:
-    """o, or an empty tensor in its place, and the final states."""
+def pieces(problem: ScanProblem, rule: Rule) -> int:
+    """In how many pieces, which start at once, the sequences of a scan are cut."""
+    decay = ("none", "fixed", "token", "channel").index(problem.decay)
+    sizes = problem.dtype, problem.head_dim, problem.value_heads, problem.value_dim
+    return _pieces(problem.lengths, *sizes, isinstance(rule, Delta), decay, problem.device)
+
+
+def _pieces(
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+    value_dim: int,
+    delta: bool,
+    decay: int,
+    device: str,
+) -> int:
+    found = tuning(dtype, head_dim, delta, decay)
+    each = piece_of(lengths, (heads, value_dim), delta, found, processors(device))
+    return sum(max(-(-length // (each * CHUNK)), 1) for length in lengths)
+
+
+def _run(linear: Recurrence) -> tuple[Tensor, Tensor]:
+    _prepare(linear)
     rest = dataclasses.replace(linear, log_decay=None, write_gate=None, initial=None)
     rest = dataclasses.replace(rest, **dict.fromkeys(("q", "k", "v")))  # type: ignore[arg-type]
     o, memory = _StateScan.apply(  # type: ignore[no-untyped-call]
@@ -76,41 +103,49 @@ def _run(linear: Recurrence, with_o: bool = True) -> tuple[Tensor, Tensor]:
         linear.write_gate,
         linear.initial,
         rest,
-        with_o,
     )
     return o, memory
 
 
-def _run_pieces(linear: Recurrence, pieces: int) -> tuple[Tensor, Tensor]:
-    """Cuts every sequence in `pieces`, finds the affine map of each, then runs all from their states."""
-    if pieces == 1:
-        return _run(linear)
-    count, length = len(linear.lengths), linear.lengths[0]
-    size = _piece_size(length, pieces)
-    lasting = tuple(min(size, length - start) for start in range(0, length, size))
-    cut = dataclasses.replace(linear, lengths=lasting * count)
-    dk, dv = linear.k.shape[-1], linear.v.shape[-1]
-    heads = linear.v.shape[1]
-    eye = torch.eye(dk, device=linear.v.device)
-    start = F.pad(eye, (dv, 0)).expand(count * len(lasting), heads, dk, dv + dk)
-    _, maps = _run(dataclasses.replace(cut, v=F.pad(linear.v, (0, dk)), initial=start), False)
-    maps = maps.unflatten(0, (count, len(lasting)))
-    added, transitions = maps.split([dv, dk], dim=-1)
-    state = linear.initial
-    if state is None:
-        state = maps.new_zeros(count, heads, dk, dv)
-    before = []
-    for transition, addition in zip(transitions.unbind(1), added.unbind(1), strict=True):
-        before.append(state)
-        state = transition @ state + addition
-    o, finals = _run(dataclasses.replace(cut, initial=torch.stack(before, 1).flatten(0, 1)))
-    return o, finals.unflatten(0, (count, len(lasting)))[:, -1]
+_PREPARED: set[tuple[Any, ...]] = set()
 
 
-def _piece_size(length: int, pieces: int) -> int:
-    """Tokens of a piece: whole chunks."""
-    chunks = -(-length // CHUNK)
-    return -(-chunks // pieces) * CHUNK
+def _prepare(linear: Recurrence) -> None:
+    """Compiles all kernels of a new kind of problem side by side, those of its backward too."""
+    if linear.v.device.type != "cuda" or not len(linear.v):
+        return
+    floor = None if linear.divisor is None else linear.divisor.floor
+    gates = (linear.log_decay, linear.write_gate, linear.initial)
+    tensors = (linear.q, linear.k, linear.v, *gates, floor)
+    kinds = tuple(
+        (x.dtype, x.shape[1:], x.stride(), x.requires_grad) if isinstance(x, Tensor) else x
+        for x in tensors
+    )
+    decay = 0 if linear.log_decay is None else linear.log_decay.dim()
+    sizes = linear.v.dtype, linear.k.shape[-1], linear.v.shape[1], linear.v.shape[2]
+    split = _pieces(linear.lengths, *sizes, linear.delta, decay, "cuda") > len(linear.lengths)
+    with_grad = torch.is_grad_enabled()
+    kind = (kinds, linear.delta, with_grad, split, linear.v.device)
+    if kind in _PREPARED:
+        return
+    from foveal.engines.state.task import recorded
+    from foveal.engines.tile.compiling import compile_side_by_side
+
+    shapes = _whole(linear, tuple(None if x is None else _shape(x) for x in tensors[:6]))
+    if linear.divisor is not None and isinstance(floor, Tensor):
+        shapes = dataclasses.replace(shapes, divisor=linear.divisor._replace(floor=_shape(floor)))
+    wanted = tuple(x is not None and x.requires_grad for x in gates)
+    with recorded() as calls:
+        o, final, kept = _forward(shapes)
+        if with_grad and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+            _backward(shapes, o, final, kept, wanted)
+    compile_side_by_side(calls, linear.v.device)
+    _PREPARED.add(kind)
+
+
+def _shape(x: Tensor) -> Tensor:
+    """A tensor without memory, of the same shape, strides and type."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 class _StateScan(torch.autograd.Function):
@@ -126,20 +161,20 @@ class _StateScan(torch.autograd.Function):
         write_gate: Tensor | None,
         initial: Tensor | None,
         rest: Recurrence,
-        with_o: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, v, log_decay, write_gate, initial)
-        ctx.rest = rest
-        ctx.with_o = with_o
         linear = _whole(rest, (q, k, v, log_decay, write_gate, initial))
-        return _forward(linear, with_o)
+        o, final, kept = _forward(linear)
+        ctx.save_for_backward(q, k, v, log_decay, write_gate, initial, *kept)
+        ctx.rest = rest
+        return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        linear = _whole(ctx.rest, ctx.saved_tensors)
-        do = do if ctx.with_o else torch.zeros_like(linear.v)
-        return (*_backward(linear, do, dfinal), None, None)
+        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        linear = _whole(ctx.rest, inputs)
+        wanted = ctx.needs_input_grad[3:6]
+        return (*_backward(linear, do, dfinal, kept, wanted), None)
 
 
 def _whole(rest: Recurrence, tensors: tuple[Any, ...]) -> Recurrence:
@@ -147,70 +182,54 @@ def _whole(rest: Recurrence, tensors: tuple[Any, ...]) -> Recurrence:
     return dataclasses.replace(rest, **dict(zip(names, tensors, strict=True)))
 
 
-def _forward(linear: Recurrence, with_o: bool) -> tuple[Tensor, Tensor]:
-    from foveal.engines.state.launch import launch_output, launch_pairs, launch_walk, task
+def _in_pieces(linear: Recurrence) -> bool:
+    """Whether the backward is that of an additive rule, of which all pieces start at once."""
+    return not (linear.delta or linear.per_channel or linear.k.shape[-1] > 128)
+
+
+def _forward(linear: Recurrence) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """o, the final state, and what the backward of an additive rule needs."""
+    from foveal.engines.state.launch import launch_output, launch_pairs, launch_states
+    from foveal.engines.state.launch_additive import launch_additive
+    from foveal.engines.state.task import task
 
     job = task(linear)
-    shape = (len(job.lengths), job.heads, *job.dims)
-    final = job.scratch(*shape, dtype=torch.float32)
+    shape = (len(job.lengths), job.heads, job.dims[0], job.dims[1] + (linear.divisor is not None))
     initial = None if linear.initial is None else linear.initial.float().contiguous()
     if not len(job.q):
-        return torch.zeros_like(linear.v), final.zero_() if initial is None else initial.clone()
+        final = job.scratch(*shape, dtype=torch.float32)
+        final = final.zero_() if initial is None else initial.clone()
+        return torch.zeros_like(linear.v), final, (None,) * 3
     if linear.delta:
         inside = launch_pairs(job, keep_inverse=False)
-        o = job.scratch(0)
-        states = job.scratch(job.chunk_count, *shape[1:]) if with_o else None
-        launch_walk(job, inside, initial, 1, states=states, final=final)
-        return o if states is None else launch_output(job, inside, states), final
+        states = launch_states(job, inside, initial)
+        return launch_output(job, inside, states.chunks), states.final, ()
     pairs = launch_pairs(job, keep_inverse=False) if job.decay == 3 else None
-    o = job.scratch(*job.v.shape)
-    pieces = _pieces(linear, job.tuning.v_tile)
-    if pieces == 1:
-        launch_walk(job, pairs, initial, 1, o=o, final=final)
-        return o, final
-    before = _before_pieces(job, pairs, initial, pieces)
-    finals = torch.empty_like(before)
-    launch_walk(job, pairs, before, pieces, o=o, final=finals)
-    ends = job.tables(pieces).pieces[1:] - 1
-    return o, finals.index_select(0, ends)
+    o, weight, after, final = launch_additive(job, pairs, initial, _divisor(linear))
+    return o, final, (o, weight, after) if _in_pieces(linear) else ()
 
 
-def _before_pieces(job: Any, pairs: Any, initial: Tensor | None, pieces: int) -> Tensor:
-    """The state of an additive rule before each piece of a sequence."""
-    from foveal.engines.state.launch import launch_join, launch_walk
+def _divisor(linear: Recurrence) -> Any:
+    from foveal.engines.state.launch_additive import Division
 
-    count = len(job.tables(pieces).walks)
-    added = job.scratch(count, job.heads, *job.dims, dtype=torch.float32)
-    total = torch.zeros(count, job.heads, job.dims[0], device=added.device)
-    launch_walk(job, pairs, None, pieces, final=added, total=total if job.decay else None)
-    return launch_join(job, added, total, initial, pieces)
-
-
-def _pieces(linear: Recurrence, v_tile: int) -> int:
-    """Pieces per sequence that an additive walk is cut in, so that programs fill the device."""
-    programs = len(linear.lengths) * linear.v.shape[1] * -(-linear.v.shape[2] // v_tile)
-    chunks = max(linear.lengths) // CHUNK
-    return max(min(_wanted_programs(linear.v) // max(programs, 1), chunks // _LEAST_CHUNKS), 1)
+    if linear.divisor is None:
+        return None
+    floor, signed = linear.divisor
+    if isinstance(floor, Tensor):
+        return Division(floor.float().contiguous(), 0.0, signed)
+    return Division(None, floor, signed)
 
 
-def _pieces_of_delta(linear: Recurrence) -> int:
-    """Pieces per sequence of the delta rule: their maps cost two more walks, so only few heads gain."""
-    if not linear.delta or len(set(linear.lengths)) != 1:
-        return 1
-    tiles = -(-linear.v.shape[2] // DELTA_TILE)
-    programs = len(linear.lengths) * linear.v.shape[1] * tiles
-    pieces = min(_wanted_programs(linear.v) // (6 * programs), linear.lengths[0] // (16 * CHUNK))
-    return max(pieces, 1)
-
-
-def _wanted_programs(x: Tensor) -> int:
-    if x.device.type != "cuda":
-        return 8
-    return 4 * int(torch.cuda.get_device_properties(x.device).multi_processor_count)
-
-
-def _backward(linear: Recurrence, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    from foveal.engines.state.launch import launch_gradients, launch_pairs, launch_walk, task
+def _backward(
+    linear: Recurrence,
+    do: Tensor,
+    dfinal: Tensor,
+    kept: tuple[Any, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    from foveal.engines.state.launch import launch_gradients, launch_pairs, launch_states
+    from foveal.engines.state.launch_additive import launch_additive_gradients, launch_weight
+    from foveal.engines.state.task import task
 
     job = task(linear)
     if not len(job.q):
@@ -218,19 +237,19 @@ def _backward(linear: Recurrence, do: Tensor, dfinal: Tensor) -> tuple[Tensor | 
         inputs = (linear.q, linear.k, linear.v, linear.log_decay, linear.write_gate)
         return (*(None if x is None else torch.zeros_like(x) for x in inputs), dinitial)
     initial = None if linear.initial is None else linear.initial.float().contiguous()
-    inside = launch_pairs(job, keep_inverse=True)
-    states = job.scratch(job.chunk_count, job.heads, *job.dims)
-    pieces = 1 if linear.delta else _pieces(linear, job.tuning.v_tile)
-    if pieces > 1:
-        initial = _before_pieces(job, inside, initial, pieces)
-    launch_walk(job, inside, initial, pieces, states=states)
-    wanted = (
-        linear.log_decay is not None,
-        linear.write_gate is not None,
-        linear.initial is not None,
-    )
-    do = do.to(job.q.dtype).contiguous()
-    found = launch_gradients(job, inside, states, do, dfinal.float().contiguous(), wanted)
+    do, dfinal = do.to(job.q.dtype), dfinal.float().contiguous()
+    if _in_pieces(linear):
+        o, weight, after = kept
+        divisor, dweight = _divisor(linear), None
+        if divisor is not None:
+            do, dweight = launch_weight(o, do, weight, divisor)
+        found = launch_additive_gradients(
+            job, initial, after, do.contiguous(), dweight, dfinal, wanted
+        )
+    else:
+        inside = launch_pairs(job, keep_inverse=True)
+        states = launch_states(job, inside, initial)
+        found = launch_gradients(job, inside, states, do.contiguous(), dfinal, wanted)
     return (
         _of_groups(found.dq, linear.q),
         _of_groups(found.dk, linear.k),

@@ -1,0 +1,187 @@
+"""A recurrence on a device, tables of its chunks and pieces, and how kernels are launched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from foveal.engines.state.chunk_forward import state_sums_forward
+from foveal.engines.tile.compiling import Call
+from foveal.rules.base import Recurrence
+from foveal.tuning.state import CHUNK, REACH, Tuning, piece_of, processors, tuning
+
+_RECORDED: ContextVar[list[Call] | None] = ContextVar("_RECORDED", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Launches inside are listed, tensors by their dtype, and not run."""
+    calls: list[Call] = []
+    token = _RECORDED.set(calls)
+    try:
+        yield calls
+    finally:
+        _RECORDED.reset(token)
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    calls = _RECORDED.get()
+    if calls is None:
+        kernel[grid](*arguments, **options)
+    else:
+        types = tuple(x.dtype if isinstance(x, Tensor) else x for x in arguments)
+        calls.append((kernel, grid, types, options))
+
+
+class Tables(NamedTuple):
+    """int32 tables on the device: chunks (first token, past the last) and pieces (first chunk, past the
+    last, first token, past the last, sequence, the pieces before and behind or -1); the first pieces
+    of all sequences come first."""
+
+    chunks: Tensor
+    pieces: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def tables(lengths: tuple[int, ...], each: int, device: torch.device) -> Tables:
+    """Tables of sequences of these lengths, cut in pieces of `each` chunks."""
+    chunks: list[tuple[int, int]] = []
+    sequences: list[tuple[int, int, int, int]] = []
+    start = 0
+    for length in lengths:
+        stop, begin = start + length, len(chunks)
+        places = range(start, stop, CHUNK)
+        chunks.extend((place, min(place + CHUNK, stop)) for place in places)
+        sequences.append((begin, len(chunks), start, stop))
+        start = stop
+    counts = [max(-(-(end - begin) // each), 1) for begin, end, _, _ in sequences]
+    order = [
+        (own, n) for own in range(max(counts, default=0)) for n, c in enumerate(counts) if own < c
+    ]
+    number = {key: place for place, key in enumerate(order)}
+    pieces = []
+    for own, n in order:
+        begin, end, first, stop = sequences[n]
+        edges = first + own * each * CHUNK, min(first + (own + 1) * each * CHUNK, stop)
+        around = number.get((own - 1, n), -1), number.get((own + 1, n), -1)
+        pieces.append((begin + own * each, min(begin + (own + 1) * each, end), *edges, n, *around))
+    rows = (chunks or [(0, 0)], pieces or [(0, 0, 0, 0, 0, -1, -1)])
+    return Tables(*(torch.tensor(x, dtype=torch.int32).to(device) for x in rows))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recurrence on a device, as its kernels see it; `sums` as `p_sums` in `tiles`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sums: Tensor | None
+    gate: Tensor | None
+    decay: int
+    scale: float
+    delta: bool
+    lengths: tuple[int, ...]
+    piece: int
+    tuning: Tuning
+
+    @property
+    def heads(self) -> int:
+        return int(self.v.shape[1])
+
+    @property
+    def groups(self) -> int:
+        return self.heads // int(self.q.shape[1])
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return int(self.k.shape[-1]), int(self.v.shape[-1])
+
+    @property
+    def chunk_count(self) -> int:
+        return sum(-(-length // CHUNK) for length in self.lengths)
+
+    @property
+    def reach(self) -> int:
+        """log2 of the decay that a factor of a product may undo: float16 has no room for it."""
+        return 0 if self.q.dtype == torch.float16 else REACH
+
+    def tables(self) -> Tables:
+        return tables(self.lengths, self.piece, self.q.device)
+
+    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.q.new_empty(shape, dtype=dtype)
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time constants that all kernels share."""
+        dk, dv = self.dims
+        precision = "ieee" if self.q.dtype == torch.float32 else "tf32"
+        return {"DECAY": self.decay, "CHUNK": CHUNK, "DK": dk, "DV": dv, "PRECISION": precision}
+
+    def strides(self, *names: str) -> tuple[int, ...]:
+        return tuple(s for name in names for s in getattr(self, name).stride()[:2])
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds `width` channels."""
+    return max(1 << max(width - 1, 0).bit_length(), 16)
+
+
+def task(linear: Recurrence) -> Task:
+    """The recurrence with its gates in float32 and their running sums."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (linear.q, linear.k, linear.v))
+    gate = None if linear.write_gate is None else linear.write_gate.float().contiguous()
+    decay = 0 if linear.log_decay is None else linear.log_decay.dim()
+    found = tuning(q.dtype, q.shape[-1], linear.delta, decay)
+    piece = piece_of(
+        linear.lengths, (v.shape[1], v.shape[2]), linear.delta, found, processors(q.device.type)
+    )
+    job = Task(q, k, v, None, gate, decay, linear.scale, linear.delta, linear.lengths, piece, found)
+    return dataclasses.replace(job, sums=_sums(job, linear.log_decay))
+
+
+def _sums(plain: Task, log_decay: Tensor | None) -> Tensor | None:
+    if log_decay is None:
+        return None
+    dtype = torch.float64 if plain.q.dtype == torch.float32 else torch.float32
+    if plain.decay == 1:
+        return (log_decay.to(dtype) * math.log2(math.e)).contiguous()
+    log_decay = log_decay.contiguous()
+    sums = torch.empty_like(log_decay, dtype=dtype)
+    width = log_decay[0].numel() if len(log_decay) else 0
+    if plain.chunk_count:
+        tile = min(padded(width), 128)
+        programs = (plain.chunk_count, triton.cdiv(width, tile))
+        run_kernel(
+            state_sums_forward,
+            programs,
+            log_decay,
+            sums,
+            plain.tables().chunks,
+            width,
+            CHUNK=CHUNK,
+            TILE=tile,
+            num_warps=4,
+        )
+    return sums
+
+
+class Gradients(NamedTuple):
+    """dq and dk per value head, dv, dgate and ddecay in float32, dinitial; None where not wanted."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    ddecay: Tensor | None
+    dgate: Tensor | None
+    dinitial: Tensor | None
