@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -166,6 +167,45 @@ def test_sparse_transformer_layer(kind: Any, source: torch.Generator) -> None:
     near, far = factor(kind, False, 14), factor(kind, True, 14)
     expected = projected(layer, x, masked(torch.stack([near, near, far, far])))
     assert_same(layer, layer(x), expected, x)
+
+
+@pytest.mark.parametrize("kind", ["strided", "fixed"])
+@pytest.mark.parametrize("length", [3, 16, 17])
+def test_united_factors(kind: Any, length: int, source: torch.Generator) -> None:
+    options = {"stride": 4, "summary": 2, "arrangement": "merged"}
+    layer = seeded(layers.SparseTransformerAttention(8, 4, kind, **options), source)
+    x = draw(source, 2, length, 8)
+    either = factor(kind, False, length) | factor(kind, True, length)
+    assert_same(layer, layer(x), projected(layer, x, masked(either)), x)
+
+
+def test_sharded_layer(source: torch.Generator) -> None:
+    layer = seeded(
+        layers.ShardedAttention(8, 4, block=2, local_blocks=2, vert_stride=4, dense_heads=1), source
+    )
+    visible = torch.zeros(4, 15, 15, dtype=torch.bool)
+    for h, i, j in itertools.product(range(4), range(15), range(15)):
+        local = i // 2 - j // 2 < 2
+        visible[h, i, j] = j <= i and (local or (j // 2 + h) % 4 == 0 or h == 3)
+    x = draw(source, 2, 15, 8)
+    assert_same(layer, layer(x), projected(layer, x, masked(visible)), x)
+
+
+@pytest.mark.parametrize("other", [None, 7])
+def test_diagonal_layer(other: int | None, source: torch.Generator) -> None:
+    layer = seeded(layers.DiagonalAttention(6, 2, window=2, global_tokens=1), source)
+    x = draw(source, 2, 11, 6)
+    y = x if other is None else draw(source, 2, other, 6)
+    keys = y.shape[1]
+    visible = torch.zeros(11, keys, dtype=torch.bool)
+    for i in range(11):
+        at = {min(max(math.trunc(keys / 11 * i + o), 0), keys - 1) for o in range(-2, 3)}
+        visible[i, [0, *at]] = True
+    visible[: int(11 / keys)] = True
+    q = linear(x, layer.q.weight, layer.q.bias).unflatten(-1, (2, 3))
+    k, v = linear(y, layer.kv.weight, layer.kv.bias).unflatten(-1, (2, 2, 3)).unbind(2)
+    expected = linear(masked(visible)(q, k, v).flatten(-2), layer.proj.weight, layer.proj.bias)
+    assert_same(layer, layer(x, None if other is None else y), expected, *{x, y})
 
 
 def encoded(layer: Any, x: Tensor, visible: Tensor) -> Tensor:

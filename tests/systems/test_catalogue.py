@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import foveal as fv
+from foveal.layers.shards import coverage, head_shards
 from foveal.patterns import Extent, Neighborhood
-from foveal.systems.locality.factors import coverage, head_shards
 
 ENTRIES = [pytest.param(each, id=each.name) for each in fv.systems()]
 

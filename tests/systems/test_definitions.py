@@ -10,10 +10,11 @@ from torch import Tensor
 
 from foveal.systems import system, systems
 from foveal.testing.bounds import check, error
+from tests.systems.convolution_definitions import CONVOLUTION_DEFINITIONS
 from tests.systems.definitions import DEFINITIONS, Example
 from tests.systems.state_definitions import STATE_DEFINITIONS
 
-ALL = DEFINITIONS | STATE_DEFINITIONS
+ALL = DEFINITIONS | STATE_DEFINITIONS | CONVOLUTION_DEFINITIONS
 
 EXAMPLES = [
     pytest.param(name, make, id=f"{name}-{number}")

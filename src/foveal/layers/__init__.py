@@ -1,45 +1,157 @@
 """The distinctive layers of whole-network papers, as nn.Modules."""
 
 from foveal.layers.atoms import NeighbourAttention
+from foveal.layers.causal import CausalAttention, LatentAttention
+from foveal.layers.condensed import TLinFormerBlock
+from foveal.layers.convolution import (
+    DepthwiseConvolution,
+    InceptionConvolution,
+    LargeKernelAttention,
+    VANAttention,
+    VANBlock,
+)
+from foveal.layers.convolution_dynamic import (
+    ContextMixing,
+    DynamicConvolution,
+    LightweightConvolution,
+)
+from foveal.layers.convolution_long import FrequencyFilter, LongConvolution, OversizeConvolution
+from foveal.layers.convolution_merge import (
+    DilatedBranches,
+    LargeKernelBranches,
+    RepLKBlock,
+    UniRepLKBlock,
+    merge,
+)
 from foveal.layers.cross_axis import CrossAxisAttention
+from foveal.layers.delta import GatedDeltaNet, KimiDeltaAttention
+from foveal.layers.diagonal import DiagonalAttention
 from foveal.layers.factorised_axes import FactorisedAxesAttention
+from foveal.layers.feature_attention import (
+    AdvisorAttention,
+    BasedAttention,
+    CosFormerAttention,
+    CottentionLayer,
+    DiJiangAttention,
+    FastAttention,
+    FeatureAttention,
+    FeedForwardKernelAttention,
+    PerformerAttention,
+    SpectralAttention,
+)
 from foveal.layers.groups import BoxAttention, HierarchicalAttention, ScaleAttention
 from foveal.layers.heads import MultiHead
-from foveal.layers.neighborhood import MedViTAttention, NeighborhoodAttention
-from foveal.layers.recurrent import (
-    BasedAttention,
-    GatedDeltaNet,
-    KimiDeltaAttention,
-    LayerState,
-    LightningAttention,
-    MLSTMLayer,
-    ShortConvolution,
+from foveal.layers.hybrid import (
+    HybridStack,
+    StackState,
+    kimi_linear_stack,
+    sparse_linear_stack,
 )
+from foveal.layers.inducing import InducedSetAttention, SetAttentionBlock, SetPooling
+from foveal.layers.landmarks import SOFTAttention
+from foveal.layers.lightning import (
+    DiagAttention,
+    LightningAttention,
+    NormAttention,
+    TransNormerBlock,
+    TransNormerLLMBlock,
+)
+from foveal.layers.mlstm import MLSTMLayer
+from foveal.layers.neighborhood import MedViTAttention, NeighborhoodAttention
+from foveal.layers.pooling import PoNetMixer
+from foveal.layers.published import (
+    load_gated_delta_net,
+    load_kimi_delta_attention,
+    load_latent_attention,
+)
+from foveal.layers.rat import RATAttention
+from foveal.layers.relative import KernelisedRelativeAttention
 from foveal.layers.sequence import ChunkedEncoder, SparseTransformerAttention
+from foveal.layers.shards import ShardedAttention
 from foveal.layers.sphere import SphereAttention
+from foveal.layers.state import LayerState, ShortConvolution, StateLayer
+from foveal.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
+from foveal.layers.units import GatedUnits
+from foveal.layers.vision_linear import L2ViTAttention, NaLaAttention
 from foveal.layers.windows import AxialAttention, DilatedWindowAttention, SwinWindowAttention
 
 __all__ = [
+    "AdvisorAttention",
     "AxialAttention",
     "BasedAttention",
     "BoxAttention",
+    "CausalAttention",
     "ChunkedEncoder",
+    "ContextMixing",
+    "CosFormerAttention",
+    "CottentionLayer",
     "CrossAxisAttention",
+    "DepthwiseConvolution",
+    "DiJiangAttention",
+    "DiagAttention",
+    "DiagonalAttention",
+    "DilatedBranches",
     "DilatedWindowAttention",
+    "DynamicConvolution",
     "FactorisedAxesAttention",
+    "FastAttention",
+    "FeatureAttention",
+    "FeedForwardKernelAttention",
+    "FrequencyFilter",
     "GatedDeltaNet",
+    "GatedUnits",
     "HierarchicalAttention",
+    "HybridStack",
+    "InceptionConvolution",
+    "InducedSetAttention",
+    "KernelisedRelativeAttention",
     "KimiDeltaAttention",
+    "L2ViTAttention",
+    "LargeKernelAttention",
+    "LargeKernelBranches",
+    "LatentAttention",
     "LayerState",
     "LightningAttention",
+    "LightweightConvolution",
+    "LongConvolution",
     "MLSTMLayer",
     "MedViTAttention",
     "MultiHead",
+    "NaLaAttention",
     "NeighborhoodAttention",
     "NeighbourAttention",
+    "NormAttention",
+    "OversizeConvolution",
+    "PerformerAttention",
+    "PoNetMixer",
+    "RATAttention",
+    "RepLKBlock",
+    "SOFTAttention",
     "ScaleAttention",
+    "SetAttentionBlock",
+    "SetPooling",
+    "ShardedAttention",
     "ShortConvolution",
     "SparseTransformerAttention",
+    "SpectralAttention",
     "SphereAttention",
+    "StackState",
+    "StateLayer",
     "SwinWindowAttention",
+    "TLinFormerBlock",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
+    "TitansMemory",
+    "TransNormerBlock",
+    "TransNormerLLMBlock",
+    "UniRepLKBlock",
+    "VANAttention",
+    "VANBlock",
+    "kimi_linear_stack",
+    "load_gated_delta_net",
+    "load_kimi_delta_attention",
+    "load_latent_attention",
+    "merge",
+    "sparse_linear_stack",
 ]

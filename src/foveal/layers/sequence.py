@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal.compose.merge import merge
 from foveal.layers.heads import MultiHead, Projections, each
-from foveal.patterns import Causal, Documents, Fixed, Partition, Pattern, Sliding, Strided
+from foveal.patterns import Causal, Documents, Fixed, Partition, Pattern, Rows, Sliding, Strided
 
 Kind = Literal["strided", "fixed"]
 Arrangement = Literal["split", "interleaved", "merged"]
@@ -33,25 +34,72 @@ def factorised(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    near: Pattern,
-    far: Pattern,
+    *,
+    kind: Kind,
+    stride: int,
+    summary: int,
     arrangement: Arrangement,
-    depth: int,
+    depth: int = 0,
+    implementation: str | None = None,
 ) -> Tensor:
     """Attention with two patterns: in two halves of the heads, in alternate layers, or united.
 
     Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; split needs an even H, and an even Hkv or one.
     """
-    if arrangement == "merged":
-        return attend(q, k, v, united(near, far))
+    near, far = factors(kind, stride, summary)
+    whole = q.shape[1] == k.shape[1] >= 2 * stride
+
+    def run(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        if whole and isinstance(pattern, Fixed):
+            return _both_blocks(q, k, v, stride, summary, implementation)
+        return attend(q, k, v, pattern, implementation=implementation)
+
     if arrangement == "interleaved":
-        return attend(q, k, v, far if depth % 2 else near)
+        return run(q, k, v, far if depth % 2 else near)
+    if arrangement == "merged":
+        if whole and kind == "strided":
+            return _both_strides(q, k, v, stride, implementation)
+        return run(q, k, v, united(near, far))
     if q.shape[-2] % 2 or (k.shape[-2] > 1 and k.shape[-2] % 2):
         raise ShapeError(
             "q", list(q.shape), "an even number of heads is needed to give half to each pattern"
         )
     first, second = (each(partial(_half, number), q, k, v) for number in (0, 1))
-    return torch.cat([attend(*first, near), attend(*second, far)], dim=-2)
+    return torch.cat([run(*first, near), run(*second, far)], dim=-2)
+
+
+def _both_strides(
+    q: Tensor, k: Tensor, v: Tensor, stride: int, implementation: str | None
+) -> Tensor:
+    """The stride - 1 tokens before, and every stride-th token: two softmaxes merged.
+
+    Tiles see few keys of either alone; of their union every tile would see some.
+    """
+    i = torch.arange(q.shape[1])
+    before = Rows((i - stride + 1).clamp(min=0), i)
+    parts = (
+        attend(q, k, v, pattern, return_lse=True, implementation=implementation)
+        for pattern in (before, Strided(stride))
+    )
+    return merge(*zip(*parts, strict=True))[0]
+
+
+def _both_blocks(
+    q: Tensor, k: Tensor, v: Tensor, stride: int, summary: int, implementation: str | None
+) -> Tensor:
+    """The own block, and the gathered last `summary` tokens of the blocks before it, merged."""
+    block = torch.arange(q.shape[1]) // stride
+    token = torch.arange(q.shape[1] // stride * stride).view(-1, stride)
+    chosen = token[:, stride - summary :].flatten().to(k.device)
+    nothing = torch.zeros_like(block)
+    own = attend(
+        q, k, v, Partition(stride) & Causal(), return_lse=True, implementation=implementation
+    )
+    earlier = attend(
+        q, k[:, chosen], v[:, chosen], Rows(nothing, (block * summary).clamp(max=len(chosen))),
+        return_lse=True, implementation=implementation,
+    )  # fmt: skip
+    return merge((own[0], earlier[0]), (own[1], earlier[1]))[0]
 
 
 def _half(number: int, x: Tensor) -> Tensor:
@@ -83,12 +131,17 @@ class SparseTransformerAttention(MultiHead):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads, dropout=dropout)
-        self.near, self.far = factors(kind, stride, summary)
-        self.arrangement = arrangement
+        self.kind: Kind = kind
+        self.stride = stride
+        self.summary = summary
+        self.arrangement: Arrangement = arrangement
         self.depth = depth
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return factorised(q, k, v, self.near, self.far, self.arrangement, self.depth)
+        return factorised(
+            q, k, v, kind=self.kind, stride=self.stride, summary=self.summary,
+            arrangement=self.arrangement, depth=self.depth,
+        )  # fmt: skip
 
 
 class ChunkedEncoder(nn.Module):

@@ -10,13 +10,18 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import PatternError
+from foveal._problem import Problem
+from foveal.compose.weighted import EXTRA_COLUMNS, attend_weighted
+from foveal.engines.tile import hopper
 from foveal.layers.heads import MultiHead
 from foveal.patterns import Dense, Pattern, Sphere
+from foveal.patterns.base import Extent, kept
 from foveal.patterns.sphere import Latitudes
 from foveal.scores import KeyBias, Score, Softmax
+from foveal.scores.normal import NormalForm
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def latitude_weights(count: int, latitudes: Latitudes = "equiangular") -> Tensor:
     """Weights of a quadrature over cos(colatitude), which sum to 2.  float64 [count]
 
@@ -49,18 +54,76 @@ def area_score(
     grid: tuple[int, ...],
     latitudes: Latitudes = "equiangular",
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Score:
-    """Softmax in which key j on a grid [rows, columns] counts w_j times, w_j its share of 4 pi."""
+    """Softmax in which key j on a grid [rows, columns] counts w_j times, w_j its share of 4 pi.
+
+    Options: dtype of log w; float64 only pays for q in float64, and GPUs read it slowly.
+    """
     if len(grid) != 2:
         raise PatternError("grid", grid, "a grid [latitudes, longitudes] is needed")
     rows, columns = grid
+    return Softmax() + KeyBias(_log_areas((rows, columns), latitudes, torch.device(device), dtype))
+
+
+@kept(32)
+def _log_areas(
+    grid: tuple[int, int], latitudes: Latitudes, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """log w of every key.  [1, 1, keys]"""
+    rows, columns = grid
     areas = latitude_weights(rows, latitudes) * (2 * math.pi / columns)
-    return Softmax() + KeyBias(areas.log().repeat_interleave(columns)[None, None].to(device))
+    return areas.log().repeat_interleave(columns)[None, None].to(device, dtype)
+
+
+def area_precision(x: Tensor) -> torch.dtype:
+    """The dtype of log w that goes with tensors like x."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def within(radius: float | None, latitudes: Latitudes = "equiangular") -> Pattern:
     """What a point of the sphere sees: everything, or what lies within `radius` radians of it."""
     return Dense() if radius is None else Sphere(radius, latitudes)
+
+
+def attend_areas(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    latitudes: Latitudes = "equiangular",
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o and lse of attention in which every key counts with the area around it.
+
+    Shapes: as `attend`, on grids [rows, columns].  The areas are a bias per key, or stand in columns of k
+    where that lets the Hopper edition run, which is slower with biases.
+    """
+    grid, precision = tuple(k.shape[1:-2]), area_precision(k)
+    score = area_score(grid, latitudes, k.device, precision)
+    if _in_columns(q, v, pattern, implementation):
+        areas = _log_areas((grid[0], grid[1]), latitudes, k.device, precision)
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return attend_weighted(
+            q, k, v, areas.flatten(), pattern,
+            square=training, return_lse=True, implementation=implementation,
+        )  # fmt: skip
+    return attend(q, k, v, pattern, score, return_lse=True, implementation=implementation)
+
+
+def _in_columns(q: Tensor, v: Tensor, pattern: Pattern, implementation: str | None) -> bool:
+    if not q.is_cuda or implementation not in (None, "hopper") or not isinstance(pattern, Dense):
+        return False
+    return _hopper_runs(q.shape[-1] + EXTRA_COLUMNS, v.shape[-1], q.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _hopper_runs(head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the Hopper edition takes plain attention of these sizes."""
+    token = Extent((1,), (1,))
+    problem = Problem(1, token, 1, 1, head_dim, value_dim, dtype, "cuda", True)
+    form = NormalForm(head_dim**-0.5, None, None, ())
+    return hopper.refuses(problem, Dense(), form) is None
 
 
 class SphereAttention(MultiHead):
@@ -89,5 +152,4 @@ class SphereAttention(MultiHead):
         self.pattern = within(radius, latitudes)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        score = area_score(tuple(k.shape[1:-2]), self.latitudes, k.device)
-        return attend(q, k, v, self.pattern, score)
+        return attend_areas(q, k, v, self.pattern, self.latitudes)[0]

@@ -1,0 +1,1 @@
+"""What a model remembers against how much state it keeps: recall of pairs, and text."""

@@ -1,0 +1,195 @@
+"""What layers with a state share: the state, packed sequences, short convolutions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveal._errors import PackingError, ShapeError
+from foveal._scan import State
+
+
+class LayerState(NamedTuple):
+    """What a layer keeps of the tokens so far: `tails` beside its memory, all with sequences first.
+
+    Tails are the last inputs of short convolutions, keys and values, or counts of tokens.
+    """
+
+    tails: tuple[Tensor, ...]
+    memory: State = ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, tails first."""
+        memory = (self.memory,) if isinstance(self.memory, Tensor) else self.memory
+        return (*self.tails, *memory)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
+        """The state with every tensor changed."""
+        tails = tuple(change(x) for x in self.tails)
+        if isinstance(self.memory, Tensor):
+            return LayerState(tails, change(self.memory))
+        return LayerState(tails, tuple(change(x) for x in self.memory))
+
+
+class StateLayer(nn.Module):
+    """A layer y, state = layer(x, state): a sequence may come in pieces, several in one tensor.
+
+    Shapes: x and y [B, L, dim]; with cu_seqlens int32 [N + 1], B = 1 and N sequences one behind the
+    other, else N = B; the state holds N sequences.
+    Options: heads divide dim; return_state returns (y, state after x), else y alone.
+    Equals: any cut of x in two calls that pass the state; packed, each sequence alone.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ShapeError("heads", heads, f"a divisor of dim, {dim}, is needed")
+        self.heads = heads
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, LayerState]:
+        if cu_seqlens is not None and len(x) != 1:
+            raise PackingError("x", f"batch {len(x)}", "with cu_seqlens, a batch of 1 is needed")
+        y, state = self.mix(x, state, cu_seqlens)
+        return (y, state) if return_state else y
+
+    def mix(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        """y and the state after x."""
+        raise NotImplementedError
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, heads, D] of [B, L, heads * D]"""
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads
+
+
+def sequence_lengths(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """Tokens of each sequence in x [B, L, ...]."""
+    if cu_seqlens is None:
+        return [x.shape[1]] * x.shape[0]
+    offsets = cu_seqlens.tolist()
+    return [stop - start for start, stop in itertools.pairwise(offsets)]
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[Tensor]:
+    """Each sequence [L_n, ...] of x [B, L, ...]."""
+    if cu_seqlens is None:
+        return iter(x.unbind(0))
+    return iter(x[0].split(sequence_lengths(x, cu_seqlens)))
+
+
+def beside(rows: Sequence[Tensor]) -> Tensor:
+    """[N, most, ...] of rows [L_n, ...], zeros in front of the shorter ones."""
+    most = max((len(row) for row in rows), default=0)
+    padded = [torch.cat([row.new_zeros(most - len(row), *row.shape[1:]), row]) for row in rows]
+    return torch.stack(padded)
+
+
+def one_by_one(
+    x: Tensor,
+    state: LayerState | None,
+    cu_seqlens: Tensor | None,
+    run: Callable[[Tensor, LayerState | None], tuple[Tensor, LayerState]],
+) -> tuple[Tensor, LayerState]:
+    """`run` on each sequence alone, [1, L_n, dim], for layers whose work depends on where it stands."""
+    outputs, states = [], []
+    for n, row in enumerate(sequences(x, cu_seqlens)):
+        before = None if state is None else state.map(lambda part, n=n: part[n : n + 1])  # type: ignore[misc]
+        y, after = run(row[None], before)
+        outputs.append(y)
+        states.append(after)
+    y = torch.cat(outputs, dim=0 if cu_seqlens is None else 1) if outputs else x
+    return y, joined_states(states)
+
+
+def joined_states(states: Sequence[LayerState]) -> LayerState:
+    """The states of single sequences as one; shorter tails get zeros in front."""
+
+    def join(parts: tuple[Tensor, ...]) -> Tensor:
+        if parts[0].dim() == 1:
+            return torch.cat(parts)
+        return beside([part[0] for part in parts])
+
+    tails = tuple(join(parts) for parts in zip(*(each.tails for each in states), strict=True))
+    memories = [
+        each.memory if isinstance(each.memory, tuple) else (each.memory,) for each in states
+    ]
+    memory = tuple(join(parts) for parts in zip(*memories, strict=True))
+    alone = isinstance(states[0].memory, Tensor)
+    return LayerState(tails, memory[0] if alone else memory)
+
+
+def ragged(seen: Tensor, size: int) -> bool:
+    """Whether sequences stand at different places of their runs of `size` tokens."""
+    return bool((seen % size != seen[:1] % size).any())
+
+
+def positions(x: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Places of the tokens in their sequences [B, L], and tokens seen after them, int64 [N].
+
+    `seen` counts the tokens before x; both counts lie on the CPU, where no device waits for them.
+    """
+    lengths = torch.tensor(sequence_lengths(x, cu_seqlens), dtype=torch.int64)
+    before = torch.zeros_like(lengths) if seen is None else seen.cpu()
+    if cu_seqlens is None:
+        places = torch.arange(x.shape[1], device=x.device)[None]
+        if seen is not None:
+            places = places + before.to(x.device)[:, None]
+        return places.expand(len(x), -1), before + lengths
+    rows = [
+        start + torch.arange(n) for start, n in zip(before.tolist(), lengths.tolist(), strict=True)
+    ]
+    return torch.cat(rows)[None].to(x.device), before + lengths
+
+
+class ShortConvolution(nn.Module):
+    """y_t = silu(sum_i w_i x_{t-i}), i = 0, ..., size - 1, for each channel.
+
+    Shapes: x and y [B, L, dim]; tail [N, size - 1, dim], the last tokens before x, zeros by default;
+    cu_seqlens as for `StateLayer`.
+    """
+
+    def __init__(self, dim: int, size: int = 4) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.empty(dim, 1, size).uniform_(-(size**-0.5), size**-0.5))
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """y, and the tail after x."""
+        reach = self.filter.shape[-1] - 1
+        lengths = sequence_lengths(x, cu_seqlens)
+        if tail is None:
+            tail = x.new_zeros(len(lengths), reach, x.shape[-1])
+        if cu_seqlens is None:
+            x = torch.cat([tail, x], dim=1)
+            return self._filtered(x), x[:, x.shape[1] - reach :]
+        pieces = [
+            part for pair in zip(tail, sequences(x, cu_seqlens), strict=True) for part in pair
+        ]
+        whole = torch.cat(pieces) if pieces else x[0]
+        ends = torch.tensor(lengths, dtype=torch.int64).add(reach).cumsum(0)
+        last = ends[:, None] - reach + torch.arange(reach)
+        own = torch.ones(len(whole), dtype=torch.bool)
+        for start, n in zip(ends.tolist(), lengths, strict=True):
+            own[start - n - reach : start - n] = False
+        padded = self._filtered(F.pad(whole, (0, 0, reach, 0))[None])
+        return padded[:, own.to(x.device)], whole[last.to(x.device)]
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        if x.shape[1] < self.filter.shape[-1]:
+            return x[:, :0]
+        return F.silu(F.conv1d(x.mT, self.filter, groups=x.shape[-1]).mT)

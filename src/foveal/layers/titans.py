@@ -1,0 +1,266 @@
+"""The memory of Titans, and its three ways to work beside attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveal._attend import attend
+from foveal._errors import ShapeError
+from foveal._scan import scan
+from foveal.compose import merge
+from foveal.layers.causal import attend_on
+from foveal.layers.state import (
+    LayerState,
+    ShortConvolution,
+    StateLayer,
+    one_by_one,
+    ragged,
+)
+from foveal.patterns import Causal
+from foveal.rules import TwoState
+
+
+class TitansMemory(StateLayer):
+    """y = W_o RMSNorm_head(o), o by `TwoState`: a linear memory trained while it reads.
+
+    q and k are unit vectors after silu of a short convolution, v likewise without the norm; forgetting,
+    momentum and step size are sigmoids of maps of x.
+    Shapes: x and y [B, L, dim]; packed and in pieces as for `StateLayer`.
+    Options: chunk as for `TwoState`; momentum=False leaves the second state at what was written last;
+    largest_write bounds twice the step size.
+    Limits: with chunk > 1 steps are taken from an old memory; largest_write x chunk far above 1 can
+    make it diverge.
+    Equals: any cut of x in two calls that pass the state.
+    Paper: Titans (2501.00663), with a linear memory.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        chunk: int = 1,
+        momentum: bool = True,
+        largest_write: float = 1.0,
+        conv: int = 4,
+    ) -> None:
+        super().__init__(dim, heads)
+        self.rule = TwoState(chunk)
+        self.largest_write = largest_write
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.q_conv, self.k_conv, self.v_conv = (ShortConvolution(dim, conv) for _ in range(3))
+        self.keep, self.write = nn.Linear(dim, heads), nn.Linear(dim, heads)
+        self.momentum = nn.Linear(dim, heads) if momentum else None
+        self.norm = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.constant_(self.keep.bias, 4.0)  # forgets 2 % of the memory with a token
+        nn.init.constant_(self.write.bias, -1.0)
+
+    def mix(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        tails = (None,) * 3 if state is None else state.tails
+        q, q_tail = self.q_conv(self.q(x), tails[0], cu_seqlens)
+        k, k_tail = self.k_conv(self.k(x), tails[1], cu_seqlens)
+        v, v_tail = self.v_conv(self.v(x), tails[2], cu_seqlens)
+        o, memory = scan(
+            F.normalize(self.split(q), dim=-1),
+            F.normalize(self.split(k), dim=-1),
+            self.split(v),
+            self.rule,
+            log_decay=F.logsigmoid(self.keep(x)),
+            write_gate=self.largest_write * torch.sigmoid(self.write(x)),
+            log_momentum=None if self.momentum is None else F.logsigmoid(self.momentum(x)),
+            scale=1.0,
+            initial_state=None if state is None else state.memory,
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        return self._join(o), LayerState((q_tail, k_tail, v_tail), memory)
+
+    def recall(self, x: Tensor, state: LayerState | None) -> Tensor:
+        """What the memory of a state gives for x [B, L, dim], without learning from it."""
+        if state is None:
+            return torch.zeros_like(x)
+        q, _ = self.q_conv(self.q(x), state.tails[0])
+        q = F.normalize(self.split(q), dim=-1)
+        o = torch.einsum("blhk,bhkv->blhv", q, state.memory[0].to(q.dtype))
+        return self._join(o)
+
+    def _join(self, o: Tensor) -> Tensor:
+        y: Tensor = self.out(self.norm(o).flatten(-2))
+        return y
+
+
+class _WithMemory(StateLayer):
+    """Projections of attention, persistent tokens and a memory."""
+
+    def __init__(self, dim: int, heads: int, persistent: int, memory: TitansMemory | None) -> None:
+        super().__init__(dim, heads)
+        self.memory = TitansMemory(dim, heads) if memory is None else memory
+        self.persistent = nn.Parameter(0.02 * torch.randn(persistent, dim))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def _attend(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor, Tensor] | None,
+        cu_seqlens: Tensor | None,
+        window: int,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Attention in a window and to the persistent tokens."""
+        q, k, v = (self.split(y) for y in self.qkv(x).chunk(3, dim=-1))
+        _, keys, values = (self.split(y) for y in self.qkv(self.persistent).chunk(3, dim=-1))
+        context = (keys, values) if len(self.persistent) else None
+        o, kept = attend_on(q, k, v, past, cu_seqlens, window, context)
+        return self.out(o.flatten(-2)), kept
+
+
+def _past(tails: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return tails[0], tails[1], tails[2]
+
+
+class TitansMAG(_WithMemory):
+    """y = RMSNorm(attention(x)) * sigmoid(RMSNorm(memory(x))): a window gated by the memory.
+
+    Shapes: x and y [B, L, dim]; packed and in pieces as for `StateLayer`.
+    Options: window counts the tokens that attention sees, `persistent` learned tokens beside them;
+    memory None is `TitansMemory(dim, heads)`.
+    Equals: any cut of x in two calls that pass the state.
+    Paper: Titans (2501.00663), memory as a gate; the paper leaves the gate's non-linearity open.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        window: int = 64,
+        persistent: int = 4,
+        memory: TitansMemory | None = None,
+    ) -> None:
+        super().__init__(dim, heads, persistent, memory)
+        self.window = window
+        self.norms = nn.ModuleList((nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)))
+
+    def mix(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        past = None if state is None else _past(state.tails)
+        before = None if state is None else LayerState(state.tails[3:], state.memory)
+        near, kept = self._attend(x, past, cu_seqlens, self.window)
+        far, memory = self.memory.mix(x, before, cu_seqlens)
+        y = self.norms[0](near) * torch.sigmoid(self.norms[1](far))
+        return y, LayerState((*kept, *memory.tails), memory.memory)
+
+
+class TitansMAL(_WithMemory):
+    """y = attention(x + memory(x)): the memory is a layer below attention in a window.
+
+    Shapes, options: as for `TitansMAG`.
+    Equals: any cut of x in two calls that pass the state.
+    Paper: Titans (2501.00663), memory as a layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        window: int = 64,
+        persistent: int = 4,
+        memory: TitansMemory | None = None,
+    ) -> None:
+        super().__init__(dim, heads, persistent, memory)
+        self.window = window
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+
+    def mix(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        past = None if state is None else _past(state.tails)
+        before = None if state is None else LayerState(state.tails[3:], state.memory)
+        far, memory = self.memory.mix(x, before, cu_seqlens)
+        y, kept = self._attend(self.norm(x + far), past, cu_seqlens, self.window)
+        return y, LayerState((*kept, *memory.tails), memory.memory)
+
+
+class TitansMAC(_WithMemory):
+    """y = a * sigmoid(RMSNorm(memory(a))), a = attention in segments that also see what memory recalls.
+
+    A segment of `segment` tokens asks the memory as it was before the segment, h_j for token j; token i
+    attends to the persistent tokens and to h_j and x_j of its segment, j <= i; the memory then learns
+    from the attended tokens a.
+    Shapes: x and y [B, L, dim]; packed and in pieces as for `StateLayer`.
+    Options: persistent and memory as for `TitansMAG`.
+    Cost: the state holds the tokens of the open segment, which are worked through again with each piece.
+    Equals: any cut of x in two calls that pass the state; later tokens change nothing.
+    Paper: Titans (2501.00663), memory as a context.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        segment: int = 64,
+        persistent: int = 4,
+        memory: TitansMemory | None = None,
+    ) -> None:
+        super().__init__(dim, heads, persistent, memory)
+        if segment < 1:
+            raise ShapeError("segment", segment, "at least 1 is needed")
+        self.segment = segment
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+
+    def mix(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        if cu_seqlens is not None or (state is not None and ragged(state.tails[1], self.segment)):
+            return one_by_one(x, state, cu_seqlens, self._segments)
+        return self._segments(x, state)
+
+    def _segments(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        """Sequences that stand at the same place of their segments.
+
+        The state is (open tokens with segment - 1 rows, seen, the memory before the open segment).
+        """
+        new, seen = x.shape[1], torch.full((len(x),), x.shape[1])
+        before = None
+        if state is not None:
+            held = int(state.tails[1][0]) % self.segment
+            seen = seen + state.tails[1].cpu()
+            x = torch.cat([state.tails[0][:, state.tails[0].shape[1] - held :], x], dim=1)
+            before = LayerState(state.tails[2:], state.memory)
+        if before is None:
+            _, before = self.memory.mix(x[:, :0], None, None)
+        outputs, after = [], before
+        for piece in x.split(self.segment, dim=1):
+            y, after = self._segment(piece, before)
+            outputs.append(y)
+            if piece.shape[1] == self.segment:
+                before = after
+        held = x.shape[1] % self.segment
+        open_tokens = F.pad(x[:, x.shape[1] - held :], (0, 0, self.segment - 1 - held, 0))
+        y = torch.cat(outputs, dim=1) if outputs else x
+        return y[:, y.shape[1] - new :], LayerState(
+            (open_tokens, seen, *before.tails), before.memory
+        )
+
+    def _segment(self, x: Tensor, before: LayerState) -> tuple[Tensor, LayerState]:
+        """A segment, or its first tokens, and the memory after it."""
+        q, k, v = (self.split(y) for y in self.qkv(x).chunk(3, dim=-1))
+        parts = [attend(q, k, v, Causal(), return_lse=True)]
+        _, k, v = (self.split(y) for y in self.qkv(self.memory.recall(x, before)).chunk(3, dim=-1))
+        parts.append(attend(q, k, v, Causal(), return_lse=True))
+        if len(self.persistent):
+            _, k, v = (self.split(y) for y in self.qkv(self.persistent).chunk(3, dim=-1))
+            k, v = (y.to(q.dtype).expand(len(q), *y.shape) for y in (k, v))
+            parts.append(attend(q, k, v, return_lse=True))
+        o, _ = merge(*zip(*parts, strict=True))
+        a = self.out(o.flatten(-2))
+        recall, after = self.memory.mix(a, before, None)
+        return a * torch.sigmoid(self.norm(recall)), after
