@@ -1,12 +1,17 @@
 """Times of the locality family on a CUDA device: NATTEN's table, the sphere, the relatives, the host.
 
-Called by scripts/gpu.py.  `warm` runs every case once, each in a process of its own, so that kernels
-are compiled side by side; `run` then times them one after another.
+python scripts/gpu_locality.py --out DIR [--cases "1-D 32768 window 2048;host"] [--samples 7] [--seconds 60]
+    checks sampled rows of each case and times it; with --samples 0 each in a process of its own, which
+    only checks: kernels are compiled side by side, and the next run finds them on disk
+
+Called by scripts/gpu.py too, which does both in turn.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import statistics
 import subprocess
 import sys
@@ -23,105 +28,231 @@ import torch  # noqa: E402
 from gpu_timings import Case, Runner, Writer  # noqa: E402
 
 import foveal as fv  # noqa: E402
-from foveal.layers.groups import document_groups  # noqa: E402
+from foveal.compose import attend_finer  # noqa: E402
+from foveal.layers.diagonal import around_diagonal  # noqa: E402
+from foveal.layers.groups import attend_boxes, document_groups  # noqa: E402
+from foveal.layers.sequence import factors, united  # noqa: E402
+from foveal.layers.shards import shards  # noqa: E402
 from foveal.layers.sphere import area_score  # noqa: E402
 from foveal.patterns.base import Extent, Pattern  # noqa: E402
-from foveal.probe.tiles import best_tiles, machine, predict  # noqa: E402
+from foveal.probe.tiles import machine, predict  # noqa: E402
+from foveal.systems.locality.factors import s2_attention, sparse_transformer  # noqa: E402
+from foveal.systems.locality.grids import sphere_attention  # noqa: E402
 from foveal.systems.locality.groups import regular_document  # noqa: E402
 
 _SAMPLES = 7
+BOTH = ("hopper", "triton")
+Operator = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A case, what NATTEN needs for it (forward and backward, ms) and what is asked of us (ms)."""
+    """A case; what others need for it, forward and backward in ms, by name; what is asked of us.
+
+    operator(q, k, v, implementation=...) where it is not `attend` with the pattern and the score;
+    k_grid where keys stand on another grid; visible(rows) where the pattern does not tell.
+    """
 
     case: Case
-    natten: tuple[float, float] | None = None
+    others: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     goal: tuple[float, float] | None = None
     score: Callable[[], fv.Score] = fv.Softmax
-    implementations: tuple[str, ...] = ("hopper", "triton")
+    implementations: tuple[str, ...] = BOTH
     backward: bool = True
+    operator: Operator | None = None
+    k_grid: tuple[int, ...] | None = None
+    visible: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def name(self) -> str:
         return self.case.name
 
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.case.grid, self.k_grid or self.case.grid)
+
+
+def local(
+    name: str, grid: tuple[int, ...], heads: int, dim: int, pattern: Pattern, **rest: Any
+) -> Local:
+    of_case = {key: rest.pop(key) for key in ("batch", "kv_heads") if key in rest}
+    return Local(Case(name, grid, heads, dim, pattern, **of_case), **rest)
+
 
 def cases() -> Iterator[Local]:
     """Most important first."""
+    yield from _neighborhoods()
+    yield from _spheres()
+    yield from _relatives()
+
+
+def _neighborhoods() -> Iterator[Local]:
+    """The table of NATTEN."""
     image, video, line = (256, 256), (30, 48, 80), (32768,)
-
-    def local(
-        name: str, grid: tuple[int, ...], heads: int, dim: int, pattern: Pattern, **rest: Any
-    ) -> Local:
-        return Local(Case(name, grid, heads, dim, pattern), **rest)
-
     neighborhood = fv.Neighborhood
     yield local(
         "2-D 128x128 window 25", (128, 128), 16, 128, neighborhood((25, 25)),
-        natten=(0.803, 2.879), goal=(0.30, 1.0),
+        others={"natten": (0.803, 2.879)}, goal=(0.30, 1.0),
     )  # fmt: skip
     yield local(
         "2-D 256x256 window 13", image, 8, 64, neighborhood((13, 13)),
-        natten=(0.658, 1.913), goal=(0.23, 0.70),
+        others={"natten": (0.658, 1.913)}, goal=(0.23, 0.70),
     )  # fmt: skip
     yield local(
         "2-D 256x256 window 80", image, 24, 128, neighborhood((80, 80)),
-        natten=(17.55, 62.3), goal=(9.4, 25),
+        others={"natten": (17.55, 62.3)}, goal=(9.4, 25),
     )  # fmt: skip
     yield local(
         "2-D 256x256 window 80 stride 16", image, 24, 128, neighborhood((80, 80), stride=16),
-        natten=(9.45, 51.4), goal=(7.4, 18),
+        others={"natten": (9.45, 51.4)}, goal=(7.4, 18),
     )  # fmt: skip
     yield local(
         "3-D 30x48x80 window 18x24x24", video, 24, 128, neighborhood((18, 24, 24)),
-        natten=(74.4, 259.6), goal=(40, 110),
+        others={"natten": (74.4, 259.6)}, goal=(40, 110),
     )  # fmt: skip
     yield local(
         "3-D 30x48x80 window 18x24x24 stride 16x8x8", video, 24, 128,
-        neighborhood((18, 24, 24), stride=(16, 8, 8)), natten=(26.55, 142.4), goal=(21, 52),
+        neighborhood((18, 24, 24), stride=(16, 8, 8)),
+        others={"natten": (26.55, 142.4)}, goal=(21, 52),
     )  # fmt: skip
     yield local(
         "1-D 32768 window 2048", line, 16, 128, neighborhood(2048),
-        natten=(1.559, 6.400), goal=(0.95, 2.8),
+        others={"natten": (1.559, 6.400)}, goal=(0.95, 2.8),
     )  # fmt: skip
-    yield local(
-        "sphere 180x360 global", (180, 360), 1, 64, fv.Dense(),
-        score=lambda: area_score((180, 360), device="cuda"),
-    )  # fmt: skip
-    yield local(
-        "sphere 361x720 global", (361, 720), 1, 64, fv.Dense(),
-        score=lambda: area_score((361, 720), device="cuda"), implementations=("triton",),
-        backward=False,
-    )  # fmt: skip
+
+
+def _spheres() -> Iterator[Local]:
+    """One head of 64, as published (2505.11157: fp32, whole layer)."""
+    plain, fine = (180, 360), (361, 720)
+
+    def sphere(grid: tuple[int, int], radius: float | None = None, **rest: Any) -> Local:
+        def operator(*qkv: torch.Tensor, implementation: str | None = None) -> Any:
+            return sphere_attention(*qkv, radius=radius, implementation=implementation)
+
+        within = "global" if radius is None else f"within {radius}"
+        name = f"sphere {grid[0]}x{grid[1]} {within}"
+        pattern = fv.Dense() if radius is None else fv.Sphere(radius)
+        score = lambda: area_score(grid, device="cuda")  # noqa: E731
+        return local(name, grid, 1, 64, pattern, operator=operator, score=score, **rest)
+
+    yield sphere(plain, others={"published": (71.0, 63.0)})
+    yield sphere(fine)
+    near: dict[str, Any] = {"implementations": ("triton",)}
+    yield sphere(plain, 0.017, others={"published": (0.55, 1.1)}, **near)
+    yield sphere(fine, 0.03, others={"published": (7.3, 16.4)}, **near)
+
+
+def _relatives() -> Iterator[Local]:
+    yield from _sequences()
+    yield from _grids()
+
+
+def _sequences() -> Iterator[Local]:
     lists: dict[str, Any] = {"implementations": ("triton",)}
-    yield local(
-        "sphere 180x360 within 0.03", (180, 360), 1, 64, fv.Sphere(0.03),
-        score=lambda: area_score((180, 360), device="cuda"), **lists,
-    )  # fmt: skip
-    yield local("union of both axes 96x96", (96, 96), 4, 64, fv.Axial(0) | fv.Axial(1), **lists)
     scales = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32, 40, 48, 64)
     tokens = (sum(side * side for side in scales),)
     yield local("scales, each its own", tokens, 16, 64, fv.Scales(scales))
     yield local("scales, with those before", tokens, 16, 64, fv.Scales(scales, "before"))
-    tree = fv.Tree(document_groups(regular_document(8192, 31, 8)))
-    yield local("document tree 8192", (8192,), 12, 64, tree, **lists)
-    strided = fv.Sliding(127) | fv.Strided(128)
-    yield local("sparse transformer 12288 stride 128", (12288,), 2, 64, strided, **lists)
+    yield local("scales, window 7 in each", tokens, 16, 64, fv.Scales(scales, window=7))
+    for length in (8192, 32768):
+        tree = fv.Tree(document_groups(regular_document(length, 31, 8)))
+        yield local(f"document tree {length}", (length,), 12, 64, tree, **lists)
+    for kind in ("strided", "fixed"):
+
+        def operator(
+            *qkv: torch.Tensor, kind: Any = kind, implementation: str | None = None
+        ) -> Any:
+            return sparse_transformer(
+                *qkv, kind=kind, arrangement="merged", implementation=implementation
+            )
+
+        pattern = united(*factors(kind, 128, 8))  # type: ignore[arg-type]
+        name = f"sparse transformer 12288, {kind}"
+        yield local(name, (12288,), 8, 64, pattern, operator=operator)
+
+    def sharded(*qkv: torch.Tensor, implementation: str | None = None) -> Any:
+        return s2_attention(
+            *qkv, block=128, local_blocks=8, vert_stride=16, implementation=implementation
+        )
+
+    cpu = torch.device("cpu")
+    pattern = shards(32768, 8, 128, 8, 16, 0, 0, True, cpu)
+    yield local("head shards 32768", (32768,), 32, 128, pattern, operator=sharded, kv_heads=8)
+    diagonal = around_diagonal(4096, 4096, 400, 100, False)
+    yield local("diagonal 4096", (4096,), 8, 48, diagonal, batch=4, **lists)
+    chunks = fv.Partition(40, before=5, after=5)
+    yield local("chunks 2000", (2000,), 10, 32, chunks, batch=32)
 
 
-def warm(path: Path, write: Writer, seconds: float, first: int = 0) -> int:
-    """Runs every case once, each in its own process; returns how many failed."""
-    count = len(list(cases())) if seconds else 0
+def _grids() -> Iterator[Local]:
+    lists: dict[str, Any] = {"implementations": ("triton",)}
+    yield local("union of both axes 96x96", (96, 96), 4, 64, fv.Axial(0) | fv.Axial(1), **lists)
+    yield local("one axis 256x256", (256, 256), 8, 64, fv.Axial(0))
+    yield local(
+        "shifted windows 56x56 table", (56, 56), 3, 32, fv.Partition((7, 7), (3, 3)), batch=64,
+        score=_table(3, 13, 13), **lists,
+    )  # fmt: skip
+    yield local(
+        "2-D 96x96 window 7 table", (96, 96), 4, 32, fv.Neighborhood((7, 7)), batch=8,
+        score=_table(4, 13, 13), **lists,
+    )  # fmt: skip
+    yield local("volume groups 16x56x56", (16, 56, 56), 3, 32, fv.Partition((2, 7, 7)), batch=4)
+
+    def finer(*qkv: torch.Tensor, implementation: str | None = None) -> Any:
+        return attend_finer(*qkv, fv.Neighborhood((9, 9)), implementation=implementation)
+
+    yield local(
+        "queries 256x256 on keys 128x128, window 9", (256, 256), 8, 64, fv.Dense(),
+        operator=finer, k_grid=(128, 128), visible=_finer_window,
+    )  # fmt: skip
+    source = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(12 * 192 * 192, generator=source)[:40000].sort().values
+    places = torch.stack([chosen * 0, *torch.unravel_index(chosen, (12, 192, 192))], dim=1)
+
+    def boxed(*qkv: torch.Tensor, implementation: str | None = None) -> Any:
+        return attend_boxes(*qkv, places.cuda(), 6, implementation)
+
+    def same_box(rows: torch.Tensor) -> torch.Tensor:
+        return (places[rows, None] // 6 == places[None] // 6).all(-1)
+
+    yield local(
+        "boxes of 6 among 40000 voxels", (40000,), 4, 32, fv.Dense(),
+        operator=boxed, visible=same_box,
+    )  # fmt: skip
+
+
+def _table(*shape: int) -> Callable[[], fv.Score]:
+    def score() -> fv.Score:
+        source = torch.Generator("cuda").manual_seed(1)
+        table = torch.randn(shape, generator=source, device="cuda")
+        return fv.Softmax() + fv.RelativeBias(table)
+
+    return score
+
+
+def _finer_window(rows: torch.Tensor) -> torch.Tensor:
+    cell = torch.div(rows, 256, rounding_mode="floor") // 2 * 128 + rows % 256 // 2
+    extent = Extent((128, 128), (128, 128))
+    return fv.Neighborhood((9, 9)).allows(cell[:, None], extent.k_positions()[None], extent)
+
+
+def warm(
+    path: Path, write: Writer, seconds: float, first: int = 0, names: tuple[str, ...] = ()
+) -> int:
+    """Checks every case once, each in its own process; returns how many failed."""
+    numbers = [
+        number
+        for number, each in enumerate(cases())
+        if number >= first and (not names or each.name in names)
+    ]
     end = time.monotonic() + seconds
     running = []
-    for number in range(first, count):
-        command = [sys.executable, str(Path(__file__)), str(number), str(path)]
+    for number in numbers if seconds else ():
+        command = [sys.executable, str(Path(__file__)), "--number", str(number), "--out", str(path)]
         with (path / f"locality-warm-{number}.log").open("w", encoding="utf-8") as log:
-            running.append(subprocess.Popen(command, stdout=log, stderr=log))
+            running.append((number, subprocess.Popen(command, stdout=log, stderr=log)))
     failed = 0
-    for number, process in enumerate(running, first):
+    for number, process in running:
         try:
             code: int | None = process.wait(max(end - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
@@ -134,7 +265,14 @@ def warm(path: Path, write: Writer, seconds: float, first: int = 0) -> int:
     return failed
 
 
-def run(seconds: float, write: Writer, first: int = 0) -> None:
+def run(
+    seconds: float,
+    write: Writer,
+    first: int = 0,
+    names: tuple[str, ...] = (),
+    samples: int = _SAMPLES,
+    command: str = "python scripts/gpu.py locality",
+) -> None:
     """Times every case while there is time."""
     if not seconds:
         return
@@ -143,29 +281,41 @@ def run(seconds: float, write: Writer, first: int = 0) -> None:
         {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "command": "python scripts/gpu.py locality",
+            "command": command,
         }
     )
-    for kind in (_host, *list(cases())[first:], _block):
-        name = getattr(kind, "name", getattr(kind, "__name__", ""))
+    chosen: list[Local | Callable[[Writer], None]] = [_host, *list(cases())[first:], _block]
+    for each in chosen:
+        name = _name(each)
+        if names and name not in names:
+            continue
         if time.monotonic() > end:
             write({"case": name, "skipped": "the time was over"})
             continue
         try:
-            if isinstance(kind, Local):
-                _time(kind, end, write)
+            if isinstance(each, Local):
+                _time(each, end, write, samples)
             else:
-                kind(write)
+                each(write)
         except Exception as error:
             write({"case": name, "error": f"{type(error).__name__}: {error}"[:1500]})
             print(f"{name}: {type(error).__name__}: {error}"[:300], flush=True)
         torch.cuda.empty_cache()
 
 
-def _inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _name(each: Local | Callable[[Writer], None]) -> str:
+    return each.name if isinstance(each, Local) else each.__name__.removeprefix("_")
+
+
+def _inputs(local: Local) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    case = local.case
     source = torch.Generator("cuda").manual_seed(0)
-    shape = case.batch, *case.grid, case.heads, case.dim
-    q, k, v = (torch.randn(shape, generator=source, device="cuda").bfloat16() for _ in range(3))
+    kv_heads = case.kv_heads or case.heads
+    grids = ((case.grid, case.heads), *(((local.k_grid or case.grid), kv_heads),) * 2)
+    q, k, v = (
+        torch.randn(case.batch, *grid, heads, case.dim, generator=source, device="cuda").bfloat16()
+        for grid, heads in grids
+    )
     return q, k, v
 
 
@@ -173,32 +323,54 @@ def _runner(local: Local, implementation: str, inputs: tuple[torch.Tensor, ...])
     score = local.score()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if local.operator is not None:
+            o: torch.Tensor = local.operator(q, k, v, implementation=implementation)
+            return o
         return fv.attend(q, k, v, local.case.pattern, score, implementation=implementation)
 
     return Runner(implementation, attend, inputs, lambda x: x)
 
 
+def _visible(local: Local, rows: torch.Tensor) -> torch.Tensor:
+    """Which keys these queries of the first head see.  bool [rows, keys]"""
+    if local.visible is not None:
+        return local.visible(rows)
+    extent = local.extent
+    seen = local.case.pattern.allows(rows[:, None], extent.k_positions()[None], extent)
+    return seen.flatten(0, -3)[0] if seen.dim() > 2 else seen
+
+
 def _error(local: Local, out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Relative distance of some rows from their definition in float64."""
+    """Relative distance of some rows of the first head from their definition in float64."""
     case = local.case
     q, k, v = (x.flatten(1, -3)[0, :, 0].double() for x in inputs)
     rows = torch.linspace(0, case.tokens - 1, 32).long()
-    extent = Extent(case.grid, case.grid)
-    k_pos = torch.arange(case.tokens)
-    visible = case.pattern.allows(rows[:, None], k_pos[None], extent)
     scores = q[rows.cuda()] @ k.T * case.dim**-0.5
     for member in getattr(local.score(), "members", ()):
         if isinstance(member, fv.KeyBias):
             scores = scores + member.tensor[0, 0].double()
-    exact = scores.masked_fill(~visible.cuda(), -torch.inf).softmax(-1) @ v
+        if isinstance(member, fv.RelativeBias):
+            scores = scores + _entries(local, member.table, rows).double()
+    exact = scores.masked_fill(~_visible(local, rows).cuda(), -torch.inf).softmax(-1) @ v
     got = out.flatten(1, -3)[0, rows.cuda(), 0].double()
     return float((got - exact).norm() / exact.norm())
+
+
+def _entries(local: Local, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The entry of the table of the first head for each pair.  [rows, keys]"""
+    extent = local.extent
+    steps = local.case.pattern.offsets(rows[:, None], extent.k_positions()[None], extent)
+    index = [
+        (step + side // 2).clamp(0, side - 1).cuda()
+        for step, side in zip(steps, table.shape[1:], strict=True)
+    ]
+    return table[0][tuple(index)]
 
 
 def _once(local: Local) -> list[str]:
     """Forward and backward of every implementation; a sentence for each."""
     said = []
-    inputs = _inputs(local.case)
+    inputs = _inputs(local)
     for name in local.implementations:
         try:
             began = time.perf_counter()
@@ -217,8 +389,8 @@ def _once(local: Local) -> list[str]:
     return said
 
 
-def _time(local: Local, end: float, write: Writer) -> None:
-    inputs = _inputs(local.case)
+def _time(local: Local, end: float, write: Writer, samples: int) -> None:
+    inputs = _inputs(local)
     runners = []
     for name in local.implementations:
         try:
@@ -231,7 +403,7 @@ def _time(local: Local, end: float, write: Writer) -> None:
         except fv.errors.RefusedError as refusal:
             write({"case": local.name, "runner": name, "refused": refusal.reason})
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    for _ in range(_SAMPLES):
+    for _ in range(samples):
         for runner in runners:
             gpu_timings._sample(runner, "forward", runner.forward, flush)
             if runner.graph is not None:
@@ -245,7 +417,7 @@ def _time(local: Local, end: float, write: Writer) -> None:
 def _report(local: Local, runner: Runner, write: Writer) -> None:
     case = local.case
     text = f"{local.name}: {runner.name}"
-    pairs = _pairs(case)
+    pairs = _pairs(local)
     for part, samples in runner.samples.items():
         milliseconds = statistics.median(samples)
         backward = part == "backward"
@@ -264,29 +436,30 @@ def _report(local: Local, runner: Runner, write: Writer) -> None:
             "host_milliseconds": statistics.median(runner.host[part]),
             "samples": samples,
         }
-        for what, pair in (("natten", local.natten), ("goal", local.goal)):
-            if pair is not None:
-                record[what] = pair[backward]
-        if not backward:
+        for what, pair in local.others.items():
+            record[what] = pair[backward]
+        if local.goal is not None:
+            record["goal"] = local.goal[backward]
+        if not backward and local.operator is None:
             record["predicted"] = _predicted(case, runner.name)
         write(record)
-        against = f", {pair[backward] / milliseconds:.2f}x" if (pair := local.natten) else ""
+        against = "".join(
+            f", {pair[backward] / milliseconds:.2f}x {what}" for what, pair in local.others.items()
+        )
         text += f"  {part} {milliseconds:.3f} ms ({work / milliseconds / 1e9:.0f} TFLOP/s{against})"
     print(text, flush=True)
 
 
-def _pairs(case: Case) -> int:
+def _pairs(local: Local) -> int:
     """Visible pairs per head; from every 97th row where there are no intervals to count by."""
-    extent = Extent(case.grid, case.grid)
-    bounds = case.pattern.bounds(extent)
+    extent = local.extent
+    known = local.visible is None and not local.case.pattern.depends_on_data
+    bounds = local.case.pattern.bounds(extent) if known else None
     if bounds is not None:
         return bounds.pairs
-    rows = torch.arange(0, case.tokens, 97)
-    keys = torch.arange(case.tokens)
-    seen = sum(
-        int(case.pattern.allows(r[:, None], keys[None], extent).sum()) for r in rows.split(64)
-    )
-    return round(seen * case.tokens / len(rows))
+    rows = torch.arange(0, local.case.tokens, 97)
+    seen = sum(int(_visible(local, r).sum()) for r in rows.split(64))
+    return round(seen * local.case.tokens / len(rows))
 
 
 def _predicted(case: Case, implementation: str) -> float | None:
@@ -294,44 +467,59 @@ def _predicted(case: Case, implementation: str) -> float | None:
     if case.pattern.bounds(Extent(case.grid, case.grid)) is None:
         return None
     on = machine("h100" if implementation == "hopper" else "h100-triton")
-    tiles = best_tiles(case.pattern, case.grid, on.queries, on.keys, start=on.start)
+    tiles = on.tiles(case.pattern, case.grid, case.dim)
     return 1e3 * predict(tiles, on, case.heads, case.dim, batch=case.batch)
 
 
 def _block(write: Writer) -> None:
-    """A FLUX block of 24 heads of 128 with its own attention and with neighborhoods, end to end."""
+    """FLUX blocks of 24 heads of 128, with their own attention and with neighborhoods, end to end."""
     from examples.diffusion.block import GridAttention, flux_block
 
-    block = flux_block("double").to("cuda", torch.bfloat16)
-    own = block.attn.processor
-    for side, window, stride in ((64, 24, 8), (128, 40, 8)):
+    for kind, side, window, stride in (
+        ("double", 64, 24, 8),
+        ("double", 128, 40, 8),
+        ("single", 128, 40, 8),
+        ("double", 256, 80, 16),
+    ):
+        block = flux_block(kind).to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+        pattern = fv.Neighborhood((window, window), stride=stride)
+        processors = {"own": block.attn.processor, "gna": GridAttention((side, side), pattern)}
         image, text = (
             torch.randn(1, count, 3072, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for count in (side * side, 512)
         )
         condition = torch.randn(1, 3072, device="cuda", dtype=torch.bfloat16)
-        pattern = fv.Neighborhood((window, window), stride=stride)
-        for name, processor in (("own", own), ("gna", GridAttention((side, side), pattern))):
-            block.attn.set_processor(processor)
-            samples = []
-            for _ in range(6):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                words, pixels = block(image, text, condition)
-                (words.float().mean() + pixels.float().mean()).backward()
-                stop.record()
-                stop.synchronize()
-                samples.append(start.elapsed_time(stop))
+        samples: dict[tuple[str, str], list[float]] = {}
+        for turn in range(3 if side > 128 else 7):
+            for name, processor in processors.items():
+                block.attn.set_processor(processor)  # type: ignore[union-attr, operator]
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+                torch.cuda._sleep(3_000_000)
+                marks[0].record()
+                outputs = block(image, text, condition)
+                loss = sum(x.float().mean() for x in outputs)
+                marks[1].record()
+                loss.backward()
+                marks[2].record()
+                marks[2].synchronize()
+                for number, part in enumerate(("forward", "backward")):
+                    taken = marks[number].elapsed_time(marks[number + 1])
+                    if turn > 0:
+                        samples.setdefault((name, part), []).append(taken)
+        for (name, part), taken_all in samples.items():
+            milliseconds = statistics.median(taken_all)
             write(
                 {
-                    "case": f"FLUX block {side}x{side}",
+                    "case": f"FLUX {kind} block {side}x{side}, {pattern.key}",
                     "runner": name,
-                    "pattern": pattern.key,
-                    "milliseconds": statistics.median(samples[2:]),
-                    "samples": samples,
+                    "pass": part,
+                    "milliseconds": milliseconds,
+                    "samples": taken_all,
                 }
             )
-            print(f"FLUX block {side}x{side} {name}: {statistics.median(samples[2:]):.2f} ms")
+            print(
+                f"FLUX {kind} block {side}x{side} {name} {part}: {milliseconds:.2f} ms", flush=True
+            )
 
 
 def _host(write: Writer) -> None:
@@ -365,6 +553,35 @@ def _host(write: Writer) -> None:
         print(f"host: {name} {best}", flush=True)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", default="", help="names, ';' between them; default: all")
+    parser.add_argument("--samples", type=int, default=_SAMPLES)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.number is not None:
+        for sentence in _once(list(cases())[options.number]):
+            print(sentence, flush=True)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = tuple(name for name in options.cases.split(";") if name)
+
+    def write(record: dict[str, object]) -> None:
+        with (options.out / "locality.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+    if options.samples == 0:
+        return warm(options.out, write, options.seconds, names=names)
+    command = "python scripts/gpu_locality.py"
+    if names:
+        command += f' --cases "{options.cases}"'
+    run(options.seconds, write, names=names, samples=options.samples, command=command)
+    return 0
+
+
 if __name__ == "__main__":
-    for sentence in _once(list(cases())[int(sys.argv[1])]):
-        print(sentence, flush=True)
+    sys.exit(main())

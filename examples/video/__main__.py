@@ -17,10 +17,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--height", type=int, default=96)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     clean = moving_picture(options.frames, options.height, options.width)
     source = torch.Generator().manual_seed(0)
     noisy = clean + SIGMA * torch.randn(clean.shape, generator=source)
+    clean, noisy = clean.to(options.device), noisy.to(options.device)
     print(f"noisy                    {psnr(noisy, clean):6.2f} dB")
     for name, window, causal in (
         ("one frame, 11 x 11", (1, 11, 11), False),

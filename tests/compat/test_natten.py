@@ -349,3 +349,18 @@ def test_ranks_are_checked(source: torch.Generator) -> None:
         natten.na3d_qk(q, q, 3)
     with pytest.raises(fv.errors.ShapeError, match="weights"):
         natten.na2d_av(torch.randn(1, 2, 6, 6, 8), q.movedim(-2, 1), 3)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_names_of_old_versions(axes: int, source: torch.Generator) -> None:
+    from foveal.compat.natten import functional
+
+    grid = (9, 8, 7)[:axes]
+    q, k, v = (torch.randn(2, 3, *grid, 4, generator=source) for _ in range(3))
+    rpb = torch.randn(3, *(5,) * axes, generator=source)
+    qk, qkrpb, av = (getattr(functional, f"natten{axes}d{name}") for name in ("qk", "qkrpb", "av"))
+    bare, biased = qk(q, k, 3, 2), qkrpb(q, k, rpb, 3, 2)
+    assert torch.equal(bare, natten.na_qk(q, k, 3, 2))
+    assert torch.equal(biased, natten.na_qk(q, k, 3, 2, rpb=rpb))
+    assert torch.equal(qkrpb(q, k, None, 3, 2), bare)
+    assert torch.equal(av(biased, v, 3, 2), natten.na_av(biased, v, 3, 2))

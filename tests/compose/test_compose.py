@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
 import foveal as fv
-from foveal.compose import attend_finer, attend_with_context, merge, padding_bias
+from foveal.compose import (
+    attend_finer,
+    attend_weighted,
+    attend_with_context,
+    merge,
+    padding_bias,
+)
+from foveal.testing.bounds import check, error
+from tests.compose import interpreted
 
 double = torch.float64
 
@@ -214,3 +225,55 @@ def test_every_feature_at_once_has_its_gradients(border: str, source: torch.Gene
         for implementation in ("cpu", "reference")
     ]
     assert_same(sides[0], sides[1], q, k, v, ck, cv, sink, table)
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("dtype", [double, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_keys_in_columns(
+    dtype: torch.dtype, square: bool, source: torch.Generator
+) -> None:
+    shapes = ((2, 4, 5, 4, 12), (2, 3, 7, 2, 12), (2, 3, 7, 2, 6))
+    drawn = [torch.randn(shape, generator=source).to(dtype) for shape in shapes]
+    log_w = -20 * torch.rand(21, generator=source)
+    log_w[3] = -torch.inf
+    score = fv.Softmax() + fv.KeyBias(log_w.to(double)[None, None])
+
+    def results(kind: torch.dtype, weighted: bool) -> list[Tensor]:
+        q, k, v = (x.to(kind).requires_grad_() for x in drawn)
+        if weighted:
+            o, lse = attend_weighted(q, k, v, log_w, square=square, return_lse=True)
+        else:
+            o, lse = fv.attend(
+                q, k, v, fv.Dense(), score, return_lse=True, implementation="reference"
+            )
+        total = (o.double() * torch.linspace(-1, 2, o.numel()).view_as(o)).sum() + lse.sum()
+        return [o.detach(), lse.detach(), *torch.autograd.grad(total, (q, k, v))]
+
+    exact, plain = results(double, False), results(dtype, False)
+    for name, got, near, right in zip(
+        ("o", "lse", "dq", "dk", "dv"), results(dtype, True), plain, exact, strict=True
+    ):
+        verdict = check(name, got, 2 * error(near, right), right)
+        assert verdict.ok, str(verdict)
+
+
+def test_weights_of_keys_survive_autocast(source: torch.Generator) -> None:
+    q, k, v = (torch.randn(1, 9, 2, 8, generator=source) for _ in range(3))
+    log_w = -20 * torch.rand(9, generator=source)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = attend_weighted(q, k, v, log_w, return_lse=True)
+    low = (x.bfloat16() for x in (q, k, v))
+    _, expected = attend_weighted(*low, log_w, return_lse=True)
+    torch.testing.assert_close(lse, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_one_kernel_merges_two_branches(source: torch.Generator) -> None:
+    seeds = torch.randint(2**31, (3,), generator=source).tolist()
+    shapes = ((2, 7, 3, 5), (1, 40, 2, 64), (1, 6, 2, 48))
+    context = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found = list(pool.map(interpreted.merged, shapes, seeds))
+    assert found == [[], [], []]

@@ -171,6 +171,29 @@ def test_predictions_follow_tiles_and_bytes() -> None:
         machine("h10")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "grid", "heads", "head_dim", "measured"),
+    [
+        (fv.Dense(), (16384,), 16, 128, 3.157),
+        (fv.Causal(), (16384,), 16, 128, 1.600),
+        (fv.Dense(), (16384,), 32, 64, 3.824),
+        (fv.Sliding(1023), (32768,), 16, 128, 0.550),
+        (fv.Neighborhood((25, 25)), (128, 128), 16, 128, 0.302),
+        (fv.Neighborhood((13, 13)), FLUX, 8, 64, 0.302),
+        (IMAGE, FLUX, 24, 128, 9.59),
+        (VIDEO, HUNYUAN, 24, 128, 41.8),
+        (fv.Neighborhood(2048), (32768,), 16, 128, 0.949),
+    ],
+)
+def test_predictions_are_near_measured_times(
+    pattern: fv.Pattern, grid: tuple[int, ...], heads: int, head_dim: int, measured: float
+) -> None:
+    """Milliseconds of forward passes on one H100, benchmarks/tile_h100.jsonl and locality_h100.jsonl."""
+    h100 = machine("h100")
+    seconds = predict(h100.tiles(pattern, grid, head_dim), h100, heads, head_dim)
+    assert 1e3 * seconds == pytest.approx(measured, rel=0.15)
+
+
 @pytest.mark.parametrize("on", MACHINES, ids=lambda m: m.name)
 def test_the_report_says_it_in_words(on: object) -> None:
     text = report(IMAGE, FLUX, heads=24, on=on)  # type: ignore[arg-type]
@@ -189,3 +212,15 @@ def test_explain_gives_the_advice(capsys: pytest.CaptureFixture[str]) -> None:
     assert "removes all masking" in " ".join(capsys.readouterr().out.split())
     assert main([*call, "--json"]) == 0
     assert "removes all masking" in json.loads(capsys.readouterr().out)["advice"][0]
+
+
+def test_explain_simulates_a_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["explain", "Neighborhood((80, 80))", "--grid", "256x256", "--heads", "24", "--no-bound"]
+    assert main([*call, "--head-dim", "128", "--machine", "h100"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("best tiles of h100", "masked", "by FLOPs", "ms forward predicted"):
+        assert part in text
+    assert main([*call, "--machine", "h100", "--json"]) == 0
+    assert "best tiles" in json.loads(capsys.readouterr().out)["simulated"][0]
+    assert main([*call, "--machine", "h10"]) == 2
+    assert "h100" in capsys.readouterr().err

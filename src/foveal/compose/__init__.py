@@ -4,5 +4,6 @@ from foveal.compose.context import attend_with_context
 from foveal.compose.finer import attend_finer
 from foveal.compose.merge import merge
 from foveal.compose.padding import padding_bias
+from foveal.compose.weighted import attend_weighted
 
-__all__ = ["attend_finer", "attend_with_context", "merge", "padding_bias"]
+__all__ = ["attend_finer", "attend_weighted", "attend_with_context", "merge", "padding_bias"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,24 @@ if TYPE_CHECKING:
     from foveal.patterns.combine import Intersection, Union
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def kept(maxsize: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Keeps results for arguments seen before; tensors among them serve training even when first made
+    under torch.inference_mode."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.lru_cache(maxsize=maxsize)
+        @functools.wraps(function)
+        def outside(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            with torch.inference_mode(False):
+                return function(*args, **kwargs)
+
+        return outside  # type: ignore[return-value]
+
+    return decorate
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""A pattern on a grid whose tokens stand box after box, so that flat tiles are boxes of the grid."""
+"""Patterns whose tokens stand in another order, in which flat tiles see less: box after box of a grid."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,23 +10,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.patterns.base import FULL, PARTIAL, Extent, Part, Pattern, TokenBoxes
+from foveal.patterns.base import FULL, PARTIAL, Extent, Part, Pattern, TokenBoxes, kept
 
 # Tokens of a box: those of the tiles in which flat orders are walked.
 _VOLUME = 64
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Blocked(Pattern):
-    """`inner` on the grid of `grid`, tokens in the order of boxes of `sides`, raster inside each."""
+class Reordered(Pattern):
+    """`inner` on a grid, its tokens in another order."""
 
     inner: Pattern
     grid: tuple[int, ...]
-    sides: tuple[int, ...]
+
+    @property
+    def order(self) -> Tensor:
+        """Raster positions of the tokens, in the order in which they stand.  int64 [L]"""
+        raise NotImplementedError
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        order = box_order(self.grid, self.sides)
+        order = self.order
         return self.inner.allows(order[q_pos], order[k_pos], Extent(self.grid, self.grid))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Blocked(Reordered):
+    """Tokens in the order of boxes of `sides`, raster inside each."""
+
+    sides: tuple[int, ...]
+
+    @property
+    def order(self) -> Tensor:
+        return box_order(self.grid, self.sides)
 
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         q_owner, q_boxes = pieces(self.grid, self.sides, q_tile)
@@ -63,13 +77,13 @@ def box_sides(grid: tuple[int, ...], volume: int = _VOLUME) -> tuple[int, ...]:
     return tuple(sides)
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def box_order(grid: tuple[int, ...], sides: tuple[int, ...]) -> Tensor:
     """Raster positions of the tokens, box after box.  int64 [L]"""
     return _numbered_order(grid, sides)[0]
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def _numbered_order(grid: tuple[int, ...], sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The order, and the number of the box of each of its tokens."""
     index = torch.arange(math.prod(grid)).view(grid)
@@ -95,7 +109,7 @@ def _boxes(grid: tuple[int, ...], sides: tuple[int, ...]) -> Iterator[tuple[slic
         yield from itertools.product(*cuts)
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def pieces(grid: tuple[int, ...], sides: tuple[int, ...], tile: int) -> tuple[Tensor, TokenBoxes]:
     """Tiles cut where a box of the grid ends: the tile of each piece, and the box around its tokens."""
     order, box = _numbered_order(grid, sides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,12 +78,20 @@ class _Combination(Pattern):
 
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         maps = (p.tile_map(extent, q_tile, kv_tile) for p in self.members)
-        return functools.reduce(self._join, maps)
+        return functools.reduce(self._join, _together(maps))
 
     @staticmethod
     def _join(a: Tensor, b: Tensor) -> Tensor:
         """The state of a tile from those that two members give it."""
         raise NotImplementedError
+
+
+def _together(results: Iterable[Tensor]) -> list[Tensor]:
+    """What members answer, on one device: lists may lie on a GPU, and static patterns answer where they
+    are asked."""
+    found = list(results)
+    device = next((x.device for x in found if x.device.type != "cpu"), None)
+    return found if device is None else [x.to(device) for x in found]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -93,7 +102,7 @@ class Intersection(_Combination):
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows(q_pos, k_pos, extent) for p in self.members)
-        return functools.reduce(torch.logical_and, visible)
+        return functools.reduce(torch.logical_and, _together(visible))
 
     def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows_listed(q_pos, k_pos, extent) for p in self.members)
@@ -140,7 +149,7 @@ class Union(_Combination):
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows(q_pos, k_pos, extent) for p in self.members)
-        return functools.reduce(torch.logical_or, visible)
+        return functools.reduce(torch.logical_or, _together(visible))
 
     def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows_listed(q_pos, k_pos, extent) for p in self.members)

@@ -19,7 +19,7 @@ class Rows(Pattern):
     Shapes: lower, upper int64 [Lq], ends on 0 ... Lk; kept as copies and compared by content.
     Equals: lower 0 and upper i + 1 is Causal().  Cost: sum(upper - lower) / (Lq Lk) of dense.
     Limits: a sequence (grids are read in raster order); intervals whose ends never decrease run as
-    intervals, others by a tile map.
+    intervals, others by a tile map, which is made from the ends alone.
     """
 
     lower: Tensor
@@ -66,3 +66,25 @@ class Rows(Pattern):
         if any(bool((ends.diff() < 0).any()) for ends in (self.lower, self.upper)):
             return None
         return Bounds(extent.flat(), (self.lower,), (self.upper,))
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        if self.bounds(extent) is not None:
+            return Pattern.tile_map(self, extent, q_tile, kv_tile)
+        tiles = -(-extent.Lk // kv_tile)
+        stop = torch.where(self.upper == extent.Lk, tiles, self.upper // kv_tile)
+        begin = torch.div(self.lower + kv_tile - 1, kv_tile, rounding_mode="floor")
+        touched = self._counted(self.lower // kv_tile, -(-self.upper // kv_tile), tiles, q_tile)
+        covered = self._counted(begin, stop, tiles, q_tile)
+        rows = torch.full((len(touched), 1), q_tile)
+        rows[-1] = len(self.lower) - q_tile * (len(touched) - 1)
+        return (touched > 0).to(torch.uint8) + (covered == rows).to(torch.uint8)
+
+    def _counted(self, first: Tensor, stop: Tensor, tiles: int, q_tile: int) -> Tensor:
+        """How many rows of each query tile have tile t with first <= t < stop.  [q tiles, tiles]"""
+        some = (self.upper > self.lower) & (stop > first)
+        owner = (torch.arange(len(first)) // q_tile)[some]
+        change = torch.zeros(-(-len(first) // q_tile), tiles + 1, dtype=torch.int64)
+        one = torch.ones(len(owner), dtype=torch.int64)
+        change.index_put_((owner, first[some]), one, accumulate=True)
+        change.index_put_((owner, stop[some]), -one, accumulate=True)
+        return change.cumsum(1)[:, :-1]

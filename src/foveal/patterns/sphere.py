@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import PatternError
-from foveal.patterns.base import Extent, Part, Pattern, TokenBoxes
+from foveal.patterns.base import Extent, Part, Pattern, TokenBoxes, kept
 from foveal.patterns.blocked import blocked_parts, joined, pieces
 from foveal.patterns.dense import Dense
 
@@ -22,7 +21,7 @@ _SLACK = 1 + 1e-3
 _AT_A_POLE = 1e-12
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def colatitudes(count: int, latitudes: Latitudes = "equiangular") -> Tensor:
     """Angles from the north pole of the rows of a grid, ascending, in radians.  float64 [count]
 
@@ -119,7 +118,7 @@ class Sphere(Pattern):
         return seen.to(torch.uint8) + whole.to(torch.uint8)
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def half_widths(pattern: Sphere, extent: Extent) -> Tensor:
     """Columns seen on either side of the own one, per row of queries and of keys; -1: none.
 

@@ -13,6 +13,9 @@ from foveal.patterns.base import Extent, Part, Pattern
 from foveal.patterns.dense import Causal, Dense
 from foveal.patterns.partition import Partition
 
+# Queries whose keys are listed together; each has some 2 sqrt(2 Lk).
+_QUERIES_AT_ONCE = 1024
+
 
 def _at_least_one(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -153,6 +156,35 @@ class Triangular(Pattern):
         offset = (k_pos - whole).abs()
         before = (k_pos == 0) & (part > 0)
         return _is_triangular(offset) | (before & _is_triangular(whole + 1))
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        """Counted from the pairs themselves, of which a query has few."""
+        q_tiles, kv_tiles = -(-extent.Lq // q_tile), -(-extent.Lk // kv_tile)
+        counts = torch.zeros(q_tiles * kv_tiles, dtype=torch.int64)
+        furthest = max(extent.Lk, math.ceil(extent.Lq * self.step)) + 1
+        t = torch.arange(math.isqrt(2 * furthest) + 2)
+        steps = t * (t + 1) // 2
+        offsets = torch.cat([-steps[1:].flip(0), steps])
+        for queries in torch.arange(extent.Lq).split(_QUERIES_AT_ONCE):
+            centre = queries.double() * self.step
+            whole = centre.floor().to(torch.int64)
+            key = whole[:, None] + offsets
+            owner = (queries // q_tile * kv_tiles)[:, None] + key // kv_tile
+            inside = (key >= 0) & (key < extent.Lk)
+            counts += torch.bincount(owner[inside], minlength=len(counts))
+            # The key 0 by truncation, where no whole offset leads there.
+            cut = (centre > whole) & _is_triangular(whole + 1) & ~_is_triangular(whole)
+            counts += torch.bincount(queries[cut] // q_tile * kv_tiles, minlength=len(counts))
+        q_sizes, k_sizes = (
+            torch.full((tiles,), tile).index_fill(0, torch.tensor(tiles - 1), last)
+            for tiles, tile, last in (
+                (q_tiles, q_tile, extent.Lq - q_tile * (q_tiles - 1)),
+                (kv_tiles, kv_tile, extent.Lk - kv_tile * (kv_tiles - 1)),
+            )
+        )
+        found = counts.view(q_tiles, kv_tiles)
+        full = found == q_sizes[:, None] * k_sizes
+        return (found > 0).to(torch.uint8) + full.to(torch.uint8)
 
 
 def _is_triangular(n: Tensor) -> Tensor:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from foveal._errors import PatternError
-from foveal.patterns.base import Extent, Pattern
+from foveal.patterns.base import Extent, Part, Pattern, kept
+from foveal.patterns.blocked import Reordered
+
+# Tokens of the tiles by which an order is judged, and the share of tiles below which it pays its copies.
+_TILE = 64
+_WORTHWHILE = 0.8
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -22,7 +28,8 @@ class Tree(Pattern):
     as a copy and compared by content.
     Limits: queries and keys are the same L tokens; a token on no level sees nothing (o = 0).
     Equals: one level with one group is Dense(); one level numbered by document is Documents().
-    Cost: pairs of the levels together over L^2; tiles are skipped by the groups that they hold.
+    Cost: pairs of the levels together over L^2; tiles are skipped by the groups that they hold, tokens
+    being brought together first where that skips more.
     Paper: HDT: Hierarchical Document Transformer (2407.08330).
     """
 
@@ -66,6 +73,13 @@ class Tree(Pattern):
             visible |= (own == level[k_pos]) & (own >= 0)
         return visible
 
+    def parts(self, extent: Extent) -> tuple[Part, ...] | None:
+        order = _best_order(self)
+        if order is None:
+            return None
+        line, tokens = (extent.Lk,), order[None]
+        return (Part(Gathered(self, extent.kv_grid), Extent(line, line), tokens, tokens),)
+
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         q_tiles, kv_tiles = -(-extent.Lq // q_tile), -(-extent.Lk // kv_tile)
         seen = torch.zeros(q_tiles, kv_tiles, dtype=torch.bool)
@@ -77,6 +91,44 @@ class Tree(Pattern):
             q_only, k_only = (_only_group(level, tile) for tile in (q_tile, kv_tile))
             full |= (q_only[:, None] == k_only) & (q_only[:, None] >= 0)
         return seen.to(torch.uint8) + full.to(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Gathered(Reordered):
+    """A tree with the tokens that see each other brought together."""
+
+    inner: Tree
+
+    @property
+    def order(self) -> Tensor:
+        order = _best_order(self.inner)
+        assert order is not None, "only trees that gain by an order stand in one"
+        return order
+
+    def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
+        return Tree(self.inner.groups[:, self.order]).tile_map(extent, q_tile, kv_tile)
+
+
+@kept(32)
+def _best_order(tree: Tree) -> Tensor | None:
+    """The order in which fewest tiles are visited; None: the one at hand, or nearly."""
+    extent = Extent(*((tree.groups.shape[1],),) * 2)
+
+    def visited(groups: Tensor) -> int:
+        return int((Tree(groups).tile_map(extent, _TILE, _TILE) > 0).sum())
+
+    now = visited(tree.groups)
+    counted = ((visited(tree.groups[:, order]), order) for order in _orders(tree.groups))
+    least, best = min(counted, key=lambda pair: pair[0], default=(now, None))
+    return best if least < _WORTHWHILE * now else None
+
+
+def _orders(groups: Tensor) -> Iterator[Tensor]:
+    """By the groups of one level; and the members of the higher levels first, by the groups of all."""
+    for number, level in enumerate(groups):
+        yield torch.argsort(level, stable=True)
+        above = (groups[number:] >= 0).any(0)
+        yield torch.argsort(above.logical_not().to(torch.int8), stable=True)
 
 
 def _members(level: Tensor, compact: Tensor, groups: int, tile: int) -> Tensor:

@@ -22,7 +22,8 @@ class Simulation:
     """Tiles of one head of a problem.
 
     q_tile and kv_tile are in tokens per axis; `full` tiles hold visible pairs only, `partial` ones
-    need a mask, `dense` is the number that dense attention visits; `pairs` of Lq x Lk are visible.
+    need a mask, `dense` is the number that dense attention visits; `pairs` of Lq x Lk are visible;
+    q_tiles is the number of query tiles, each of which a program works on.
     """
 
     q_tile: tuple[int, ...]
@@ -33,6 +34,7 @@ class Simulation:
     dense: int
     pairs: int
     tokens: tuple[int, int]
+    q_tiles: int
 
     @property
     def visited(self) -> int:
@@ -101,14 +103,17 @@ def best_tiles(
     keys: int = 128,
     *,
     start: Start = "window",
+    stack: int = 1,
 ) -> Simulation:
     """The simulation with the boxes of so many tokens, powers of two per axis, that cost least.
 
-    A masked tile counts as 1.25 tiles.  A pattern that is walked by lists has one shape only.
+    A masked tile counts as 1.15 tiles.  A pattern that is walked by lists has one shape only.
+    Options: stack, boxes of queries one behind the other on the first axis, which make one tile.
     """
     extent = _extent(grid)
     pattern.validate(extent)
-    shapes = itertools.product(_boxes(queries, extent.q_grid), _boxes(keys, extent.kv_grid))
+    stacked = ((first * stack, *rest) for first, *rest in _boxes(queries, extent.q_grid))
+    shapes = itertools.product(stacked, _boxes(keys, extent.kv_grid))
     if not any(inner is not None for _, _, inner in _pieces(pattern, extent)):
         shapes = itertools.islice(shapes, 1)  # type: ignore[assignment]
     found = (_simulate(pattern, extent, *pair, start) for pair in shapes)
@@ -145,7 +150,8 @@ class Machine:
 
     rates: FLOP/s of dense attention forward, by head_dim up to that number; masked: the time of a
     masked tile over that of a full one, minus 1; bytes_per_second of a copy; launch: seconds of the
-    shortest call; tile: queries and keys of a tile of its kernel, and where key tiles start.
+    shortest call; opening: seconds of a program beside its tiles; processors: programs at once.
+    Tiles of its kernel: queries of a box and boxes in a stack (by head_dim), keys, where key tiles start.
     """
 
     name: str
@@ -153,17 +159,34 @@ class Machine:
     masked: float
     bytes_per_second: float
     launch: float
+    opening: float = 0.0
+    processors: int = 1
     queries: int = 128
+    stacks: tuple[tuple[int, int], ...] = ((256, 1),)
     keys: int = 128
     start: Start = "window"
 
     def rate(self, head_dim: int) -> float:
         """FLOP/s at a head_dim; past the largest measured one, as there."""
-        return next((rate for dim, rate in self.rates if head_dim <= dim), self.rates[-1][1])
+        return _up_to(head_dim, self.rates)
+
+    def tiles(
+        self, pattern: Pattern, grid: Extent | tuple[int, ...] | int, head_dim: int
+    ) -> Simulation:
+        """The best tiles that its kernel has for a pattern."""
+        stack = _up_to(head_dim, self.stacks)
+        return best_tiles(
+            pattern, grid, self.queries, self.keys, start=self.start, stack=int(stack)
+        )
+
+
+def _up_to(head_dim: int, values: tuple[tuple[int, float], ...]) -> float:
+    """The value of the first entry that reaches so far, else of the last."""
+    return next((value for dim, value in values if head_dim <= dim), values[-1][1])
 
 
 # Dense and local forward passes in bfloat16 at 16,384 tokens and more: benchmarks/tile_h100.jsonl.
-_MASKED = 0.25
+_MASKED = 0.15
 MACHINES = (
     Machine(
         "h100",
@@ -171,11 +194,15 @@ MACHINES = (
         masked=_MASKED,
         bytes_per_second=3.0e12,
         launch=12e-6,
+        opening=3e-6,
+        processors=132,
+        queries=64,
+        stacks=((64, 3), (256, 2)),
     ),
     Machine(
         "h100-triton",
         ((64, 375e12), (128, 436e12)),
-        masked=_MASKED,
+        masked=0.25,
         bytes_per_second=3.0e12,
         launch=15e-6,
     ),
@@ -202,14 +229,19 @@ def predict(
 ) -> float:
     """Seconds of a forward pass: the larger of the time of its tiles and that of its bytes, + launch.
 
-    A tile takes 2 (D + Dv) FLOPs per pair, masked ones (1 + masked) times as long.
+    A tile takes 2 (D + Dv) FLOPs per pair, masked ones (1 + masked) times as long.  Programs run in
+    waves, one on each processor, the last of which takes as long as the others.
     """
     value_dim = head_dim if value_dim is None else value_dim
     weighted = simulation.visited + on.masked * simulation.partial
     per_tile = math.prod(simulation.q_tile) * math.prod(simulation.kv_tile)
     flops = 2 * (head_dim + value_dim) * per_tile * weighted * heads * batch
     moved = sum(simulation.tokens) * (head_dim + value_dim) * heads * batch * element_bytes
-    return max(flops / on.rate(max(head_dim, value_dim)), moved / on.bytes_per_second) + on.launch
+    waves = simulation.q_tiles * heads * batch / on.processors
+    computing = flops / on.rate(max(head_dim, value_dim))
+    if waves:
+        computing = math.ceil(waves) * (computing / waves + on.opening)
+    return max(computing, moved / on.bytes_per_second) + on.launch
 
 
 def report(
@@ -222,7 +254,7 @@ def report(
     on: Machine = MACHINES[0],
 ) -> str:
     """The best tiles of a machine for a pattern, their cost, and advice; lines of text."""
-    best = best_tiles(pattern, grid, on.queries, on.keys, start=on.start)
+    best = on.tiles(pattern, grid, head_dim)
     seconds = predict(best, on, heads, head_dim, batch=batch)
     lines = [
         f"best tiles of {on.name}: {_sides(best.q_tile)} queries on {_sides(best.kv_tile)} keys",
@@ -244,13 +276,13 @@ def advice(
 
     They name other patterns, not other ways to compute the same one: whether a model bears them is
     not known here.  Empty where nothing is to be gained.
-    Options: now, the tiles of today, default the best ones of the machine.
+    Options: now, the tiles of today, default the best ones of 128 queries and 128 keys.
     """
     extent = _extent(grid)
     if not isinstance(pattern, Neighborhood) or extent.q_grid != extent.kv_grid:
         return ()
     if now is None:
-        now = best_tiles(pattern, extent, on.queries, on.keys, start=on.start)
+        now = best_tiles(pattern, extent, start=on.start)
     found = (_whole_stride(pattern, extent, now), _free_window(pattern, extent, now))
     sentences = [sentence for sentence in found if sentence is not None]
     if now.tile_speedup < 1.1:
@@ -360,7 +392,7 @@ def _simulate(
     kv_tile: tuple[int, ...],
     start: Start,
 ) -> Simulation:
-    full = partial = pairs = 0
+    full = partial = pairs = programs = 0
     for count, piece, inner in _pieces(pattern, extent):
         tiles = _in_boxes(inner, q_tile, kv_tile, start) if isinstance(inner, Bounds) else None
         if tiles is None:
@@ -368,10 +400,19 @@ def _simulate(
         full += count * tiles[0]
         partial += count * (tiles[1] - tiles[0])
         pairs += count * tiles[2]
+        programs += count * _query_tiles(piece[1], q_tile)
     dense = math.prod(
         -(-length // side) for length, side in zip(extent.q_grid, q_tile, strict=True)
     ) * math.prod(-(-length // side) for length, side in zip(extent.kv_grid, kv_tile, strict=True))
-    return Simulation(q_tile, kv_tile, start, full, partial, dense, pairs, (extent.Lq, extent.Lk))
+    tokens = (extent.Lq, extent.Lk)
+    return Simulation(q_tile, kv_tile, start, full, partial, dense, pairs, tokens, programs)
+
+
+def _query_tiles(extent: Extent, q_tile: tuple[int, ...]) -> int:
+    """Of a sub-problem, in boxes where it has the axes for them."""
+    if len(extent.q_grid) != len(q_tile):
+        return -(-extent.Lq // math.prod(q_tile))
+    return math.prod(-(-n // side) for n, side in zip(extent.q_grid, q_tile, strict=True))
 
 
 def _pieces(

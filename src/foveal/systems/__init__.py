@@ -9,7 +9,7 @@ from foveal.systems.base import Identity, System
 
 __all__ = ["Identity", "System", "system", "systems"]
 
-_FAMILIES = ("locality", "state")
+_FAMILIES = ("locality", "state", "convolution")
 
 
 def system(name: str) -> System:

@@ -93,7 +93,8 @@ class System:
     options; `layer` an nn.Module where the paper has one; `compose` the pattern and score behind
     `op` where it is a composition of the two.  `kind` is "operator" or "model" (a whole network
     whose distinctive layer is offered); `engine` the machine that runs it, "tile" or "torch" (plain
-    products).  `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"}, and "options"
+    products).  `operands` gives the shapes of the tensors of `op` for a reference shape where they are not
+    q, k and v.  `reference_shapes` are dicts {"grid", "heads", "kv_heads", "head_dim"}, and "options"
     where the paper's shape goes with options of its own.
     """
 
@@ -110,6 +111,9 @@ class System:
     layer: type[nn.Module] | None = field(default=None, repr=False)
     family: str = "locality"
     engine: str = "tile"
+    operands: Callable[[Mapping[str, Any]], tuple[tuple[int, ...], ...]] | None = field(
+        default=None, repr=False
+    )
 
     @property
     def defaults(self) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ default is answered by an `IgnoredArgumentWarning` that says so.  Beyond NATTEN:
 float64, gradients through the lse, and the unfused pair with relative position biases, which it dropped.
 """
 
-from foveal.compat.natten.functional import attention, merge_attentions, na1d, na2d, na3d
+from foveal.compat.natten.fused import attention, merge_attentions, na1d, na2d, na3d
 from foveal.compat.natten.ignored import IgnoredArgumentWarning
 from foveal.compat.natten.modules import (
     NeighborhoodAttention1D,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
-from foveal.compat.natten.functional import Flags, Sizes, neighborhood
+from foveal.compat.natten.fused import Flags, Sizes, neighborhood
 from foveal.layers.neighborhood import relative_table
 from foveal.patterns.base import per_axis
 from foveal.scores import RelativeBias, Softmax

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveal._errors import ShapeError
-from foveal.compat.natten.functional import Flags, Sizes, neighborhood
+from foveal.compat.natten.fused import Flags, Sizes, neighborhood
 from foveal.patterns import Neighborhood
-from foveal.patterns.base import Extent
+from foveal.patterns.base import Extent, kept
 
 # Elements of gathered keys that are held at once.
 _CHUNK = 1 << 24
@@ -106,7 +105,7 @@ def _window(
     return index.to(device), exists.to(device)
 
 
-@functools.lru_cache(maxsize=8)
+@kept(8)
 def _kept_window(window: Neighborhood, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return window.keys(grid)
 
@@ -185,7 +184,9 @@ class _Mixture(torch.autograd.Function):
         return _dot(d, v, index), _scatter(weights, d, index, v), None
 
 
-def _ranked(operator: Callable[..., Tensor], axes: int, name: str) -> Callable[..., Tensor]:
+def _ranked(
+    operator: Callable[..., Tensor], axes: int, name: str, before: str | None = None
+) -> Callable[..., Tensor]:
     """The operator for grids of `axes` axes, under the name that NATTEN gave it."""
 
     def ranked(first: Tensor, second: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -194,7 +195,10 @@ def _ranked(operator: Callable[..., Tensor], axes: int, name: str) -> Callable[.
         return operator(first, second, *args, **options)
 
     ranked.__name__ = ranked.__qualname__ = name
-    ranked.__doc__ = f"`{operator.__name__}` on a grid of {axes} axes."
+    says = (
+        f"`{operator.__name__}`" if before is None else f"`{before}` with its arguments until 0.14,"
+    )
+    ranked.__doc__ = f"{says} on a grid of {axes} axes."
     return ranked
 
 
@@ -204,3 +208,28 @@ na3d_qk = _ranked(na_qk, 3, "na3d_qk")
 na1d_av = _ranked(na_av, 1, "na1d_av")
 na2d_av = _ranked(na_av, 2, "na2d_av")
 na3d_av = _ranked(na_av, 3, "na3d_av")
+
+
+def _qk(query: Tensor, key: Tensor, kernel_size: Sizes, dilation: Sizes) -> Tensor:
+    return na_qk(query, key, kernel_size, dilation)
+
+
+def _qkrpb(
+    query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Sizes, dilation: Sizes
+) -> Tensor:
+    return na_qk(query, key, kernel_size, dilation, rpb=rpb)
+
+
+def _av(attn: Tensor, value: Tensor, kernel_size: Sizes, dilation: Sizes) -> Tensor:
+    return na_av(attn, value, kernel_size, dilation)
+
+
+natten1dqk = _ranked(_qk, 1, "natten1dqk", "na_qk")
+natten2dqk = _ranked(_qk, 2, "natten2dqk", "na_qk")
+natten3dqk = _ranked(_qk, 3, "natten3dqk", "na_qk")
+natten1dqkrpb = _ranked(_qkrpb, 1, "natten1dqkrpb", "na_qk")
+natten2dqkrpb = _ranked(_qkrpb, 2, "natten2dqkrpb", "na_qk")
+natten3dqkrpb = _ranked(_qkrpb, 3, "natten3dqkrpb", "na_qk")
+natten1dav = _ranked(_av, 1, "natten1dav", "na_av")
+natten2dav = _ranked(_av, 2, "natten2dav", "na_av")
+natten3dav = _ranked(_av, 3, "natten3dav", "na_av")

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveal._attend import attend
 from foveal._errors import PatternError
 from foveal.layers.cross_axis import CrossAxisAttention, attend_lines
+from foveal.layers.diagonal import DiagonalAttention, around_diagonal
 from foveal.layers.factorised_axes import FactorisedAxesAttention, Form, mix_axes
 from foveal.layers.sequence import (
     Arrangement,
@@ -19,8 +20,8 @@ from foveal.layers.sequence import (
     factors,
     united,
 )
-from foveal.patterns import Blocks, BlockSelection, Causal, Neighborhood, Pattern, Rows, Sliding
-from foveal.patterns.strided import Triangular
+from foveal.layers.shards import ShardedAttention, shards
+from foveal.patterns import Causal, Neighborhood, Pattern, Sliding
 from foveal.scores import Score, Softmax
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.locality.neighborhoods import by_residue
@@ -36,6 +37,7 @@ def sparse_transformer(
     summary: int = 8,
     arrangement: Arrangement = "split",
     depth: int = 0,
+    implementation: str | None = None,
 ) -> Tensor:
     """Causal attention in two sparse factors.
 
@@ -46,8 +48,10 @@ def sparse_transformer(
     Options: arrangement "split" gives each factor half of the heads, "interleaved" the factor of
     this layer by the parity of `depth`, "merged" the union.
     """
-    near, far = factors(kind, stride, summary)
-    return factorised(q, k, v, near, far, arrangement, depth)
+    return factorised(
+        q, k, v, kind=kind, stride=stride, summary=summary,
+        arrangement=arrangement, depth=depth, implementation=implementation,
+    )  # fmt: skip
 
 
 def _sparse_transformer(
@@ -130,46 +134,6 @@ SPARSE_TRANSFORMER = System(
 )
 
 
-def head_shards(
-    blocks: int,
-    heads: int,
-    local_blocks: int,
-    vert_stride: int,
-    offset: int = 0,
-    dense_heads: int = 0,
-    causal: bool = True,
-) -> Tensor:
-    """Which key blocks each query block of each key head visits.  bool [1, heads, blocks, blocks]
-
-    Key block c of query block r and head h: r - c < local_blocks, or (c + h step + offset) a
-    multiple of vert_stride, with step = max(1, vert_stride // heads); the last dense_heads see all;
-    c <= r when causal. Not causal: the stride is counted from the edge of the local window and is
-    the same for all heads.
-    """
-    row, column = torch.arange(blocks)[:, None], torch.arange(blocks)
-    head = torch.arange(heads)[:, None, None]
-    if causal:
-        step = max(1, vert_stride // heads)
-        near = row - column < local_blocks
-        far = (column + head * step + offset) % vert_stride == 0
-    else:
-        beyond = ((row - column).abs() - local_blocks + 1).clamp(min=0)
-        near = beyond == 0
-        far = beyond.expand(heads, -1, -1) % vert_stride == 0
-    chosen = near | far | (head >= heads - dense_heads)
-    return (chosen & (column <= row) if causal else chosen)[None]
-
-
-def coverage(mask: Tensor) -> float:
-    """Share of the causal blocks that at least one head visits.  mask [1, heads, blocks, blocks]
-
-    Heads together should see everything (1.0), which two heads with a stride of eight do not.
-    """
-    blocks = mask.shape[-1]
-    below = torch.ones(blocks, blocks, dtype=torch.bool).tril()
-    return float((mask[0].any(0) & below).sum() / below.sum())
-
-
 def _shards(
     grid: tuple[int, ...],
     *,
@@ -181,12 +145,10 @@ def _shards(
     dense_heads: int = 0,
     causal: bool = True,
 ) -> tuple[Pattern, Score]:
-    if len(grid) != 1 or min(block, local_blocks, vert_stride) < 1:
-        raise PatternError("s2_attention", grid, "one axis and sizes of at least 1 are needed")
-    blocks = -(-grid[0] // block)
-    mask = head_shards(blocks, kv_heads, local_blocks, vert_stride, offset, dense_heads, causal)
-    chosen: Pattern = Blocks(BlockSelection.from_block_mask(mask, block, block))
-    return (chosen & Causal() if causal else chosen), Softmax()
+    if len(grid) != 1:
+        raise PatternError("s2_attention", grid, "one axis is needed")
+    sizes = block, local_blocks, vert_stride, offset, dense_heads, causal
+    return shards(grid[0], kv_heads, *sizes, torch.device("cpu")), Softmax()
 
 
 def s2_attention(
@@ -207,17 +169,11 @@ def s2_attention(
 
     Shapes: q [B, L, H, D], k and v [B, L, Hkv, D]; the query heads of a group share its shard.
     """
-    pattern, score = _shards(
-        tuple(k.shape[1:-2]),
-        kv_heads=k.shape[-2],
-        block=block,
-        local_blocks=local_blocks,
-        vert_stride=vert_stride,
-        offset=offset,
-        dense_heads=dense_heads,
-        causal=causal,
-    )
-    return attend(q, k, v, pattern, score, implementation=implementation)
+    if k.dim() != 4:
+        raise PatternError("s2_attention", list(k.shape), "one axis is needed")
+    sizes = block, local_blocks, vert_stride, offset, dense_heads, causal
+    pattern = shards(k.shape[1], k.shape[2], *sizes, k.device)
+    return attend(q, k, v, pattern, implementation=implementation)
 
 
 def _every_block(draw: Draw) -> Claim:
@@ -247,6 +203,7 @@ S2_ATTENTION = System(
     "vert_stride; heads together should cover the context.",
     op=s2_attention,
     compose=_shards,
+    layer=ShardedAttention,
     identities=(
         Identity("every_block", "vert_stride = 1 is causal attention.", _every_block),
         Identity("all_local", "Local blocks for the whole sequence: causal attention.", _all_local),
@@ -378,33 +335,8 @@ def ht_demucs(
 
     Shapes: q [B, Lq, H, D], k and v [B, Lk, Hkv, D].
     """
-    pattern = diagonal(q.shape[1], k.shape[1], window, global_tokens, triangular)
-    count = min(int(global_tokens * q.shape[1] / max(k.shape[1], 1)), q.shape[1])
-    whole = Rows(torch.zeros(q.shape[1], dtype=torch.int64), _everything(q, k, count))
-    return attend(q, k, v, pattern | whole, implementation=implementation)
-
-
-def _everything(q: Tensor, k: Tensor, count: int) -> Tensor:
-    """Ends of intervals that show all keys to the first `count` queries and none to the others."""
-    ends = torch.zeros(q.shape[1], dtype=torch.int64)
-    ends[:count] = k.shape[1]
-    return ends
-
-
-def diagonal(
-    queries: int, keys: int, window: int, global_tokens: int = 0, triangular: bool = False
-) -> Pattern:
-    """The columns around the diagonal of a matrix [queries, keys], and the first ones."""
-    if min(window, global_tokens) < 0:
-        raise PatternError("window", (window, global_tokens), "at least 0 tokens are needed")
-    centre = torch.arange(queries, dtype=torch.float64) * (keys / max(queries, 1))
-    last = max(keys - 1, 0)
-    low, high = ((centre + o).trunc().clamp(0, last).to(torch.int64) for o in (-window, window))
-    pattern: Pattern = Rows(low, (high + 1).clamp(max=keys))
-    if global_tokens:
-        zero = torch.zeros(queries, dtype=torch.int64)
-        pattern = pattern | Rows(zero, zero + min(global_tokens, keys))
-    return pattern | Triangular(keys / max(queries, 1)) if triangular else pattern
+    pattern = around_diagonal(q.shape[1], k.shape[1], window, global_tokens, triangular)
+    return attend(q, k, v, pattern, implementation=implementation)
 
 
 def _demucs(
@@ -414,8 +346,7 @@ def _demucs(
     global_tokens: int = 100,
     triangular: bool = False,
 ) -> tuple[Pattern, Score]:
-    """What the queries after the global ones see; those see every key."""
-    return diagonal(grid[0], grid[0], window, global_tokens, triangular), Softmax()
+    return around_diagonal(grid[0], grid[0], window, global_tokens, triangular), Softmax()
 
 
 def _wide_demucs(draw: Draw) -> Claim:
@@ -449,6 +380,7 @@ HT_DEMUCS = System(
     "are not offered: the rule of the closed kernel is not established.",
     op=ht_demucs,
     compose=_demucs,
+    layer=DiagonalAttention,
     identities=(
         Identity("wide", "A window as long as the sequence is dense attention.", _wide_demucs),
         Identity("no_global", "Without global tokens it is a clipped neighborhood.", _no_global),

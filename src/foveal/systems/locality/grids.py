@@ -14,7 +14,7 @@ from torch import Tensor
 from foveal._attend import attend
 from foveal.layers.groups import ScaleAttention
 from foveal.layers.heads import each
-from foveal.layers.sphere import SphereAttention, area_score, within
+from foveal.layers.sphere import SphereAttention, area_score, attend_areas, within
 from foveal.patterns import Neighborhood, Pattern, Scales
 from foveal.patterns.sphere import Latitudes
 from foveal.scores import Score, Softmax
@@ -193,10 +193,7 @@ def sphere_attention(
     Options: latitudes "equiangular" (Clenshaw-Curtis weights) or "gauss-legendre"; radius in radians
     keeps the sums to the keys within that distance of the query, None is global.
     """
-    score = area_score(tuple(k.shape[1:-2]), latitudes, k.device)
-    o, lse = attend(
-        q, k, v, within(radius, latitudes), score, return_lse=True, implementation=implementation
-    )
+    o, lse = attend_areas(q, k, v, within(radius, latitudes), latitudes, implementation)
     return (o, lse) if return_lse else o
 
 
