@@ -60,6 +60,13 @@ PAGES = (
             "ChunkMap",
             "explain_scan",
             "ScanExplanation",
+            "convolve",
+            "local_mix",
+            "fftconv",
+            "explain_convolve",
+            "explain_local_mix",
+            "explain_fftconv",
+            "ConvolutionExplanation",
             "tiles",
             "Tiles",
             "TileCounts",
@@ -107,7 +114,7 @@ PAGES = (
         "Rules",
         "How a state changes with each token.",
         "foveal.rules",
-        ("Rule", "Additive", "Delta", "MLSTM"),
+        ("Rule", "Additive", "Delta", "MLSTM", "TwoState"),
     ),
     Page(
         "features",
@@ -423,7 +430,9 @@ def _systems_index(entries: tuple[System, ...]) -> str:
 def _call(entry: System) -> str:
     """A call with the defaults written out, as the formatter would break it."""
     options = (f"{name}={_value(value)}" for name, value in entry.defaults.items())
-    arguments = ["q", "k", "v", *options]
+    parameters = inspect.signature(entry.op).parameters.values()
+    tensors = [p.name for p in parameters if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
+    arguments = [*tensors, *options]
     line = f'o = fv.system("{entry.name}").op({", ".join(arguments)})'
     if len(line) <= 100:
         return line

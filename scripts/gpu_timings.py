@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,16 +148,33 @@ class Runner:
         return torch.autograd.grad(self.graph[0], self.inputs, self.graph[1], retain_graph=True)
 
 
-def run(implementations: list[str], seconds: float, write: Writer) -> None:
-    """Every case while there is time."""
+def run(
+    implementations: list[str],
+    seconds: float,
+    write: Writer,
+    names: Sequence[str],
+    samples: int,
+    command: list[str],
+) -> None:
+    """The cases of these names, or all, while there is time; `samples` of each pass, 0 only compiles."""
     end = time.monotonic() + seconds
-    write({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": _triton()})
+    write(
+        {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": _triton(),
+            "command": command,
+        }
+    )
     for case in cases():
+        if names and case.name not in names:
+            continue
         if time.monotonic() > end:
             write({"case": case.name, "skipped": "the time was over"})
+            print(f"{case.name}: skipped, the time was over", flush=True)
             continue
         try:
-            _time_case(case, implementations, end, write)
+            _time_case(case, implementations, end, write, samples)
         except Exception as error:
             write({"case": case.name, "error": f"{type(error).__name__}: {error}"[:2000]})
             print(f"{case.name}: {type(error).__name__}: {error}"[:300], flush=True)
@@ -170,7 +187,9 @@ def _triton() -> str:
     return str(triton.__version__)
 
 
-def _time_case(case: Case, implementations: list[str], end: float, write: Writer) -> None:
+def _time_case(
+    case: Case, implementations: list[str], end: float, write: Writer, samples: int
+) -> None:
     source = torch.Generator("cuda").manual_seed(0)
     kv_heads = case.kv_heads or case.heads
     q, k, v = (
@@ -178,12 +197,12 @@ def _time_case(case: Case, implementations: list[str], end: float, write: Writer
         for h in (case.heads, kv_heads, kv_heads)
     )
     runners = [_ours(case, name, (q, k, v)) for name in implementations]
-    runners += _peers(case, (q, k, v), flex=end - time.monotonic() > 45)
+    runners += _peers(case, (q, k, v))
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     exact = _exact_rows(case, q, k, v)
     for runner in runners:
         _warm_up(runner, case, exact, write)
-    for _ in range(9):
+    for _ in range(samples):
         for runner in runners:
             if runner.error is None:
                 _sample(runner, "forward", runner.forward, flush)
@@ -290,7 +309,7 @@ def _ours(case: Case, implementation: str, inputs: tuple[torch.Tensor, ...]) -> 
     return Runner(implementation, attend, inputs, lambda x: x)
 
 
-def _peers(case: Case, inputs: tuple[torch.Tensor, ...], flex: bool) -> list[Runner]:
+def _peers(case: Case, inputs: tuple[torch.Tensor, ...]) -> list[Runner]:
     first = tuple(x.flatten(1, -3).transpose(1, 2).contiguous() for x in inputs)
     grouped = case.kv_heads is not None
     back = lambda x: x.transpose(1, 2)  # noqa: E731
@@ -310,7 +329,7 @@ def _peers(case: Case, inputs: tuple[torch.Tensor, ...], flex: bool) -> list[Run
                     )
 
             found.append(Runner(name, attend, first, back))
-    elif case.mask is not None and flex:
+    elif case.mask is not None:
         try:
             found.append(Runner("flex", _flex(case), first, back))
         except Exception as error:
@@ -319,14 +338,17 @@ def _peers(case: Case, inputs: tuple[torch.Tensor, ...], flex: bool) -> list[Run
 
 
 def _flex(case: Case) -> Attend:
+    """FlexAttention with blocks of 128, its lists made as its users make them."""
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._functorch.config.donated_buffer = False
     torch.compiler.reset()
     heads = case.heads if isinstance(case.pattern, fv.Blocks) else None
-    make = torch.compile(create_block_mask) if case.tokens > 20000 else create_block_mask
-    mask = make(case.mask, None, heads, case.tokens, case.tokens, device="cuda", BLOCK_SIZE=128)
+    sizes = case.tokens, case.tokens
+    mask = create_block_mask(
+        case.mask, None, heads, *sizes, device="cuda", BLOCK_SIZE=128, _compile=True
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=case.kv_heads is not None)
 

@@ -28,7 +28,10 @@ CHART = ROOT / "benchmarks" / "cpu.svg"
 RECORDS = ROOT / "benchmarks" / "cpu.jsonl"
 RESULTS = ROOT / "benchmarks" / "README.md"
 MASKS = ROOT / "benchmarks" / "masks_h100.jsonl"
-TIMINGS = {name: ROOT / "benchmarks" / f"{name}_h100.jsonl" for name in ("tile", "locality")}
+TIMINGS = {
+    name: ROOT / "benchmarks" / f"{name}_h100.jsonl" for name in ("tile", "locality", "state")
+}
+FUZZ = ROOT / "benchmarks" / "fuzz_h100.jsonl"
 OURS = "foveal"
 PASSES = ("forward", "forward+backward")
 SHOWN = {
@@ -48,6 +51,7 @@ def main() -> int:
     results = _between(RESULTS.read_text(encoding="utf-8"), "masks", _masks())
     for name, path in TIMINGS.items():
         results = _between(results, name, _timings(path))
+    results = _between(results, "fuzz", _fuzz())
     stale = []
     for path, content in ((README, text), (CHART, _chart(records)), (RESULTS, results)):
         if path.exists() and path.read_text(encoding="utf-8") == content:
@@ -128,14 +132,17 @@ def _masks() -> str:
 
 
 def _timings(path: Path) -> str:
-    """Milliseconds forward / backward of every runner; of several runs the newest counts."""
+    """Milliseconds forward / backward of every runner; of several runs of a case the newest counts."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     found: dict[str, dict[str, dict[str, float]]] = {}
+    run, newest = 0, {}
     for line in lines:
+        run += "device" in line
         if "milliseconds" in line:
-            found.setdefault(line["case"], {}).setdefault(line["runner"], {})[line["pass"]] = line[
-                "milliseconds"
-            ]
+            if newest.get(line["case"]) != run:
+                newest[line["case"]], found[line["case"]] = run, {}
+            own = found[line["case"]].setdefault(line["runner"], {})
+            own[line["pass"]] = line["milliseconds"]
     runners = list(dict.fromkeys(runner for case in found.values() for runner in case))
     table = [
         f"| ms forward / backward | {' | '.join(runners)} |",
@@ -156,6 +163,27 @@ def _timings(path: Path) -> str:
     return "\n".join(
         [*table, "", f"{facts['device']}, bfloat16, PyTorch {facts['torch']}, Triton 3.6."]
     )
+
+
+def _fuzz() -> str:
+    """Random problems per implementation: how many agreed, and of which kinds."""
+    lines = [
+        "| implementation | agreed | failed | largest error, of what is allowed | data types |",
+        "|---|---|---|---|---|",
+    ]
+    notes = []
+    for line in FUZZ.read_text(encoding="utf-8").splitlines():
+        count = json.loads(line)
+        name, dtypes = count["implementation"], count["dtype"]
+        types = ", ".join(f"{dtype} {number}" for dtype, number in dtypes.items())
+        worst = f"{count['worst_error_of_allowed']:.2f}"
+        lines.append(f"| `{name}` | {count['agreed']} | {count['failed']} | {worst} | {types} |")
+        dims = sorted(int(dim) for dim in count["head_dim"])
+        notes.append(
+            f"`{name}`: {len(count['pattern'])} kinds of patterns, {len(count['score'])} of scores, "
+            f"head_dim {', '.join(map(str, dims))}."
+        )
+    return "\n".join([*lines, "", *notes])
 
 
 _ABSENT = "absent"

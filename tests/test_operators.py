@@ -134,23 +134,10 @@ def test_patterns_made_inside_the_compiled_function(source: torch.Generator) -> 
 @pytest.mark.parametrize("name", ["grid, everything", "documents", "block lists"])
 def test_operator_keeps_its_contract(name: str, source: torch.Generator) -> None:
     problem = Problem(CASES[name], source)
-    tensors: list[Tensor] = []
-    integers: list[int] = []
-    floats: list[float] = []
     implementation = problem.options.get("implementation")
-    call = (problem.pattern, problem.score, True, implementation)
-    text = _operators._spell(call, tensors, integers, floats)
-    torch.library.opcheck(
-        torch.ops.foveal.attend.default,
-        (
-            *problem.tensors,
-            problem.options.get("cu_seqlens"),
-            tensors,
-            text,
-            integers or None,
-            floats or None,
-        ),
-    )
+    value = (problem.pattern, problem.score, True, implementation)
+    call = _operators._spelled(value, problem.options.get("cu_seqlens"))
+    torch.library.opcheck(torch.ops.foveal.attend.default, (*problem.tensors, *call))
 
 
 @pytest.mark.parametrize(("pattern", "grids"), PATTERNS, ids=str)
@@ -162,9 +149,7 @@ def test_patterns_and_scores_are_rebuilt_from_what_they_were_taken_apart_into(
         if not fits(name, grids):
             continue
         score = maker(sizes, pattern, source)
-        apart: tuple[list[Tensor], list[int], list[float]] = ([], [], [])
-        text = _operators._spell((pattern, score), *apart)
-        again, same_score = _operators._built(text, *apart)
+        again, same_score = _operators._built(_operators._spelled((pattern, score), None))
         assert again == pattern
         assert same_score.key == score.key
 

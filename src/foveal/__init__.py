@@ -29,23 +29,41 @@ from foveal.scores import Alibi, Bias, KeyBias, RelativeBias, Score, Softmax
 from foveal.systems import System, system, systems
 
 if _typing.TYPE_CHECKING:
+    from foveal._convolve import convolve
+    from foveal._convolve_explain import (
+        ConvolutionExplanation,
+        explain_convolve,
+        explain_fftconv,
+        explain_local_mix,
+    )
     from foveal._explain import Explanation, explain
+    from foveal._fftconv import fftconv
+    from foveal._local_mix import local_mix
     from foveal._scan import scan, scan_step
     from foveal._scan_explain import ScanExplanation, explain_scan
     from foveal._scan_map import ChunkMap, scan_map
     from foveal._tiles import TileCounts, TileList, Tiles, tiles
-    from foveal.rules import MLSTM, Additive, Delta, Rule
+    from foveal.rules import MLSTM, Additive, Delta, Rule, TwoState
 
 __version__ = "0.1.0"
 
 # Found on first use: importing foveal is to take a third of a second at most.
 _LATER = {
+    "foveal._convolve": ("convolve",),
+    "foveal._convolve_explain": (
+        "ConvolutionExplanation",
+        "explain_convolve",
+        "explain_fftconv",
+        "explain_local_mix",
+    ),
     "foveal._explain": ("Explanation", "explain"),
+    "foveal._fftconv": ("fftconv",),
+    "foveal._local_mix": ("local_mix",),
     "foveal._scan": ("scan", "scan_step"),
     "foveal._scan_explain": ("ScanExplanation", "explain_scan"),
     "foveal._scan_map": ("ChunkMap", "scan_map"),
     "foveal._tiles": ("TileCounts", "TileList", "Tiles", "tiles"),
-    "foveal.rules": ("MLSTM", "Additive", "Delta", "Rule"),
+    "foveal.rules": ("MLSTM", "Additive", "Delta", "Rule", "TwoState"),
 }
 
 __all__ = [
@@ -58,6 +76,7 @@ __all__ = [
     "Blocks",
     "Causal",
     "ChunkMap",
+    "ConvolutionExplanation",
     "Delta",
     "Dense",
     "Documents",
@@ -84,10 +103,17 @@ __all__ = [
     "TileList",
     "Tiles",
     "Tree",
+    "TwoState",
     "attend",
+    "convolve",
     "errors",
     "explain",
+    "explain_convolve",
+    "explain_fftconv",
+    "explain_local_mix",
     "explain_scan",
+    "fftconv",
+    "local_mix",
     "scan",
     "scan_map",
     "scan_step",

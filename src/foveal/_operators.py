@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,20 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    f"attend_backward(Tensor do, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_CALL}, "
-    "bool[] needed) -> Tensor[]",
+    "attend_backward(Tensor do, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"bool[] needed, {_CALL}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+class _Call(NamedTuple):
+    """A call but for q, k and v, in the order in which the operators take it."""
+
+    cu_seqlens: Tensor | None
+    tensors: Sequence[Tensor]
+    text: str
+    integers: Sequence[int] | None
+    floats: Sequence[float] | None
 
 
 def attend(
@@ -46,15 +56,18 @@ def attend(
     implementation: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fv.attend` as one operator in the graph."""
+    call = _spelled((pattern, score, return_lse, implementation), cu_seqlens)
+    o, lse = torch.ops.foveal.attend(q, k, v, *call)
+    return (o, lse.transpose(1, 2).unflatten(1, q.shape[1:-2])) if return_lse else o
+
+
+def _spelled(value: Any, cu_seqlens: Tensor | None) -> _Call:
     tensors: list[Tensor] = []
     integers: list[int] = []
     floats: list[float] = []
-    call = (pattern, score, return_lse, implementation)
-    text = _spell(call, tensors, integers, floats)
+    text = _spell(value, tensors, integers, floats)
     # PyTorch takes an empty list for a list of tensors.
-    numbers = integers or None, floats or None
-    o, lse = torch.ops.foveal.attend(q, k, v, cu_seqlens, tensors, text, *numbers)
-    return (o, lse.transpose(1, 2).unflatten(1, q.shape[1:-2])) if return_lse else o
+    return _Call(cu_seqlens, tensors, text, integers or None, floats or None)
 
 
 def _spell(value: Any, tensors: list[Tensor], integers: list[int], floats: list[float]) -> str:
@@ -85,15 +98,10 @@ def _spell(value: Any, tensors: list[Tensor], integers: list[int], floats: list[
     return kind.__name__ + "(" + inside + ")"
 
 
-def _built(
-    text: str,
-    tensors: Sequence[Tensor],
-    integers: Sequence[int] | None,
-    floats: Sequence[float] | None,
-) -> Any:
+def _built(call: _Call) -> Any:
     """What `_spell` took apart."""
-    supply = {"t": iter(tensors), "i": iter(integers or ()), "f": iter(floats or ())}
-    return _build(_parsed(text), supply)
+    supply = {"t": iter(call.tensors), "i": iter(call.integers or ()), "f": iter(call.floats or ())}
+    return _build(_parsed(call.text), supply)
 
 
 @functools.lru_cache(maxsize=256)
@@ -155,32 +163,14 @@ def _blocks(selection: BlockSelection) -> Blocks:
     return Blocks(selection)
 
 
-def _prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    integers: Sequence[int] | None,
-    floats: Sequence[float] | None,
-) -> tuple[Prepared, Score]:
-    pattern, score, return_lse, implementation = _built(text, tensors, integers, floats)
-    return prepare(q, k, v, pattern, score, cu_seqlens, return_lse, implementation), score
+def _prepared(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Prepared, Score]:
+    pattern, score, return_lse, implementation = _built(call)
+    return prepare(q, k, v, pattern, score, call.cu_seqlens, return_lse, implementation), score
 
 
 @torch.library.impl(_LIBRARY, "attend", "CompositeExplicitAutograd")
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    integers: Sequence[int] | None,
-    floats: Sequence[float] | None,
-) -> tuple[Tensor, Tensor]:
-    prepared, score = _prepared(q, k, v, cu_seqlens, tensors, text, integers, floats)
+def _attend(q: Tensor, k: Tensor, v: Tensor, *spelled: Any) -> tuple[Tensor, Tensor]:
+    prepared, score = _prepared(q, k, v, _Call(*spelled))
     form = prepared.form(score)
     run = prepared.run(form)
     o, statistic = run.forward((q, k, v, *form.parameters))
@@ -197,18 +187,15 @@ def _attend_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    integers: Sequence[int] | None,
-    floats: Sequence[float] | None,
     needed: Sequence[bool],
+    *spelled: Any,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and of `tensors`; an empty tensor where none is needed."""
-    prepared, score = _prepared(q, k, v, cu_seqlens, tensors, text, integers, floats)
+    """Gradients of q, k, v and of the call's tensors; an empty tensor where none is needed."""
+    call = _Call(*spelled)
+    prepared, score = _prepared(q, k, v, call)
     form = prepared.form(score)
     run = prepared.run(form)
-    places = [3 + _place(tensors, parameter) for parameter in form.parameters]
+    places = [3 + _place(call.tensors, parameter) for parameter in form.parameters]
     found = run.backward(
         (q, k, v, *form.parameters),
         (o.flatten(1, -3), lse / run.lse_unit),
@@ -219,9 +206,10 @@ def _attend_backward(
     for place, gradient in zip((0, 1, 2, *places), found, strict=True):
         before = totals[place]
         totals[place] = gradient if before is None or gradient is None else before + gradient
+    inputs = (q, k, v, *call.tensors)
     return [
         (torch.zeros_like(x) if total is None else total.contiguous()) if wanted else x.new_empty(0)
-        for x, total, wanted in zip((q, k, v, *tensors), totals, needed, strict=True)
+        for x, total, wanted in zip(inputs, totals, needed, strict=True)
     ]
 
 
@@ -233,16 +221,7 @@ def _place(tensors: Sequence[Tensor], parameter: Tensor) -> int:
 _LIBRARY.impl("attend_backward", torch.library.fallthrough_kernel, "Autograd")
 
 
-def _attend_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    integers: Sequence[int] | None,
-    floats: Sequence[float] | None,
-) -> tuple[Tensor, Tensor]:
+def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, *spelled: Any) -> tuple[Tensor, Tensor]:
     problem = describe(q, k, v, return_lse=True)
     rows = (problem.batch, problem.q_heads, problem.extent.Lq)
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(rows, dtype=problem.lse_dtype)
@@ -256,19 +235,15 @@ def _gradient_shapes(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
-    tensors: Sequence[Tensor],
-    text: str,
-    integers: Sequence[int] | None,
-    floats: Sequence[float] | None,
     needed: Sequence[bool],
+    *spelled: Any,
 ) -> list[Tensor]:
-    inputs = (q, k, v, *tensors)
+    inputs = (q, k, v, *_Call(*spelled).tensors)
     return [x.new_empty(x.shape if wanted else 0) for x, wanted in zip(inputs, needed, strict=True)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, tensors, *ctx.spelled = inputs
+    q, k, v, cu_seqlens, tensors, *ctx.rest = inputs
     ctx.packed = cu_seqlens is not None
     ctx.save_for_backward(q, k, v, *output, *([cu_seqlens] if ctx.packed else []), *tensors)
 
@@ -277,9 +252,8 @@ def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, o, lse, *tensors = ctx.saved_tensors
     cu_seqlens = tensors.pop(0) if ctx.packed else None
     needed = [x.requires_grad for x in (q, k, v, *tensors)]
-    found = torch.ops.foveal.attend_backward(
-        do, dlse, q, k, v, o, lse, cu_seqlens, tensors, *ctx.spelled, needed
-    )
+    call = _Call(cu_seqlens, tensors, *ctx.rest)
+    found = torch.ops.foveal.attend_backward(do, dlse, q, k, v, o, lse, needed, *call)
     dq, dk, dv, *rest = (d if n else None for d, n in zip(found, needed, strict=True))
     return dq, dk, dv, None, rest, None, None, None
 

@@ -186,7 +186,8 @@ def _prepare(
     plan, form, geometry = decide(problem, q.device, pattern, score, cu_seqlens, implementation)
     division = None
     if plan.implementation in KERNELS:
-        division = divide(plan.pattern, problem.extent, q.device)
+        with torch.inference_mode(False):  # it is kept, and may serve a training call next
+            division = divide(plan.pattern, problem.extent, q.device)
     return Prepared(problem, plan, geometry, None if form.parameters else form, division)
 
 

@@ -13,6 +13,7 @@ from foveal.bench import cases as cases_module
 from foveal.bench.baselines import Competitor, baselines
 from foveal.bench.cases import SUITES, Case, suite, system_suite
 from foveal.bench.measure import BOTH, FORWARD, Budget
+from foveal.bench.ours import Foveal
 from foveal.bench.record import (
     ABSENT,
     FAILED,
@@ -326,10 +327,10 @@ def test_a_reference_shape_is_timed_with_its_options() -> None:
 
 def test_scores_are_moved_to_the_device_of_the_run() -> None:
     bias = RelativeBias(torch.zeros(2, 5))
-    moved = cases_module._on(Softmax() + bias, torch.device("meta"))
+    moved = cases_module.score_on(Softmax() + bias, torch.device("meta"))
     assert moved.members[1].table.device.type == "meta"
     plain = Softmax()
-    assert cases_module._on(plain, torch.device("meta")) is plain
+    assert cases_module.score_on(plain, torch.device("meta")) is plain
 
 
 class Exhausted(Competitor):
@@ -337,6 +338,13 @@ class Exhausted(Competitor):
 
     def prepare(self, case, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+
+
+def test_a_score_with_tensors_is_planned_without_any() -> None:
+    case = system_suite(system("sphere_attention"), CPU).cases[0]
+    assert isinstance(case, Case)
+    assert "KeyBias" in case.score.key
+    assert Foveal().refuses(case, CPU) is None
 
 
 def test_named_implementations_are_measured_or_say_why_not(tmp_path: Path) -> None:

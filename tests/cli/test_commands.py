@@ -129,7 +129,7 @@ def test_explain_knows_packed_documents_and_scores(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["show", "gnaa"], "did you mean gna?"),
+        (["show", "gnaa"], "did you mean gna"),
         (["show", "gna", "--svg", "no/such/folder.svg"], "No such file"),
         (["show", "gna", "--window", "7", "--grid", "4x4"], "window"),
         (["show", "gna", "--set", "windw=7"], "did you mean window?"),

@@ -269,7 +269,7 @@ def _system_case(
         f"{system.name} on {'x'.join(str(n) for n in grid)}, {share} heads{said}",
         system.pattern(grid, **options),
         grid,
-        score=_on(system.score(grid, **options), device),
+        score=score_on(system.score(grid, **options), device),
         q_heads=timed,
         kv_heads=groups,
         head_dim=head_dim,
@@ -277,10 +277,10 @@ def _system_case(
     )
 
 
-def _on(score: Score, device: torch.device) -> Score:
+def score_on(score: Score, device: torch.device) -> Score:
     """The score with its tensors on the device."""
     if isinstance(score, Composed):
-        return Composed(tuple(_on(member, device) for member in score.members))
+        return Composed(tuple(score_on(member, device) for member in score.members))
     if not is_dataclass(score):
         return score
     held = {entry.name: getattr(score, entry.name) for entry in fields(score)}

@@ -116,8 +116,12 @@ def _case(system: System, shape: Mapping[str, Any], most: int | None) -> OpCase:
     tokens = (1, *grid, timed, dim)
     share = f"{timed} of its {heads}" if timed < heads else f"{heads}"
     name = f"{system.name} on {'x'.join(str(n) for n in grid)}, {share} heads"
+    if system.operands is not None:
+        own = system.operands({**shape, "heads": timed})
+        return OpCase(name, system, own, lambda *tensors: system.op(*tensors, **options))
     if system.name not in _PER_AXIS:
-        return OpCase(name, system, (tokens,) * 3, lambda q, k, v: system.op(q, k, v, **options))
+        shapes = (tokens,) * _INPUTS.get(system.name, 3)
+        return OpCase(name, system, shapes, lambda *tensors: system.op(*tensors, **options))
     axes = tuple((1, n, timed, dim) for n in grid)
 
     def call(*tensors: Tensor) -> Tensor:
@@ -130,3 +134,6 @@ def _case(system: System, shape: Mapping[str, Any], most: int | None) -> OpCase:
 
 _PER_AXIS = ("ifactformer",)
 """Operators that take a query and a key per axis of the grid."""
+
+_INPUTS = {"soft": 2, "ponet": 5}
+"""How many tensors an operator takes where these are not q, k and v."""

@@ -11,6 +11,7 @@ from torch import Tensor
 import foveal as fv
 from foveal._errors import RefusedError
 from foveal.bench.baselines.base import Competitor, Inputs, Prepared
+from foveal.bench.cases import score_on
 from foveal.bench.requirements import OURS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Foveal(Competitor):
             k,
             v,
             case.pattern,
-            case.score,
+            score_on(case.score, torch.device("meta")),
             implementation=self.implementation,
             device=device.type,
         )

@@ -65,6 +65,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--no-bound", action="store_true", help="do not measure this device for the bound"
     )
+    parser.add_argument(
+        "--machine",
+        metavar="M",
+        help="also the best tiles and the time on a device that need not be here: h100, h100-triton",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
 
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     import foveal
     from foveal.patterns.base import Extent
     from foveal.probe.ceilings import ceilings
-    from foveal.probe.tiles import advice
+    from foveal.probe.tiles import advice, machine, report
 
     options = chosen_options(args)
     if arguments.reads_as_pattern(args.what):
@@ -131,14 +136,23 @@ def run(args: argparse.Namespace) -> int:
         implementation=args.implementation,
         ceilings=None if args.no_bound else ceilings(args.device, q.dtype),
     )
-    sentences = advice(pattern, Extent(shape.q_grid, shape.kv_grid))
+    extent = Extent(shape.q_grid, shape.kv_grid)
+    sentences = advice(pattern, extent)
+    simulated: list[str] = []
+    if args.machine:
+        sizes = {"heads": q.shape[-2], "head_dim": q.shape[-1], "batch": q.shape[0]}
+        lines = report(pattern, extent, **sizes, on=machine(args.machine)).splitlines()
+        simulated = [line for line in lines if line not in sentences]
     if args.json:
         about = {"problem": shape.as_dict()} | explanation.as_dict()
-        print(json.dumps(about | {"advice": list(sentences)}, indent=2))
+        told = {"advice": list(sentences)} | ({"simulated": simulated} if simulated else {})
+        print(json.dumps(about | told, indent=2))
         return 0
     print(field("problem", str(shape)))
     for line in str(explanation).splitlines():
         print(field(line[:10].rstrip(), line[11:]))
+    for line in simulated:
+        print(field("simulated", line))
     for sentence in sentences:
         print(field("advice", f"on GPU tiles of 128 x 128, {sentence}"))
     return 0

@@ -107,7 +107,8 @@ class Alibi(Additive):
     def values(self, parameter: Tensor, q_tokens: Tensor, k_tokens: Tensor, at: Geometry) -> Tensor:
         q_pos = q_tokens + (at.extent.Lk - at.extent.Lq)
         distance = (q_pos[:, :, None] - k_tokens[:, None, :]).abs()
-        return (-parameter[:, None, None] * distance[:, None].to(parameter.dtype))[None]
+        # Tokens may be named on the CPU where the slopes are on a GPU.
+        return (-parameter[:, None, None] * distance[:, None].to(parameter))[None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

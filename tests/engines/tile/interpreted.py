@@ -175,6 +175,28 @@ def agree(name: str, seed: int) -> list[str]:
     return [str(verdict) for verdict in verdicts]
 
 
+def moved(seed: int) -> bool:
+    """Whether tokens are taken out and put back as PyTorch's own operations do it."""
+    from foveal.engines.tile import gather
+
+    source = torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(150, generator=source)[:140].view(2, 70)
+    x = torch.randn(2, 3, 150, 5, generator=source).transpose(1, 2)
+    columns = torch.randn(3, 150, generator=source).expand(2, 3, 150)
+    own, own_columns = gather.take((x, columns), tokens)
+    back, back_columns = torch.zeros(2, 150, 3, 5), torch.zeros(2, 3, 150)
+    gather.put((back, back_columns), tokens, (own, own_columns))
+    named = tokens.flatten()
+    expected, expected_columns = torch.zeros_like(back), torch.zeros_like(back_columns)
+    expected[:, named], expected_columns[:, :, named] = x[:, named], columns[:, :, named]
+    return (
+        torch.equal(own, x[:, tokens].flatten(0, 1))
+        and torch.equal(own_columns, columns[:, :, tokens].transpose(1, 2).flatten(0, 1))
+        and torch.equal(back, expected)
+        and torch.equal(back_columns, expected_columns)
+    )
+
+
 def repeated(seed: int) -> bool:
     """Whether outputs and gradients are the same bits in two runs."""
     source = torch.Generator().manual_seed(seed)

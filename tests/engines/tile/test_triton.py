@@ -50,6 +50,11 @@ def test_agrees_with_the_definition(name: str, interpreter: Run, source: torch.G
 
 
 @needs_triton
+def test_tokens_are_taken_out_and_put_back(interpreter: Run, source: torch.Generator) -> None:
+    assert interpreter(interpreted.moved, seed(source))
+
+
+@needs_triton
 def test_gradients_repeat_bit_by_bit(interpreter: Run, source: torch.Generator) -> None:
     assert interpreter(interpreted.repeated, seed(source))
 

@@ -50,7 +50,8 @@ CASES: dict[str, tuple[fv.Pattern, tuple[int, ...], int, torch.dtype, fv.Score]]
     "grid 64": (fv.Neighborhood((9, 9)), (32, 32), 64, torch.float16, fv.Softmax()),
     "space 128": (fv.Neighborhood((5, 9, 9)), (8, 16, 16), 128, torch.float16, fv.Softmax()),
     "lists 80": (_lists() & fv.Causal(), (512,), 80, torch.float16, fv.Softmax()),
-    "bits, bias": (fv.Sliding(99, 0, sink_tokens=4), (512,), 64, torch.float16, _terms("bias")),
+    "spans": (fv.Sliding(99, 0, sink_tokens=4), (512,), 128, torch.float16, fv.Softmax()),
+    "bits, bias": (fv.Sliding(99) | fv.Strided(37), (512,), 64, torch.float16, _terms("bias")),
     "one channel": (fv.Causal(), (11, 7), 1, torch.float16, fv.Softmax()),
     "float32, table": (fv.Causal(), (512,), 64, torch.float32, _terms("table")),
 }

@@ -20,12 +20,14 @@ from foveal.engines.tile.forward import load_values, scores
 
 @triton.jit
 def tile_attend_backward_shift(
-    p_o, p_do, p_lse, p_dlse, p_shift, o_strides, do_strides, dlse_strides, heads, Lq,
+    p_o, p_do, p_lse, p_dlse, p_levels, plane, o_strides, do_strides, dlse_strides, heads, Lq,
     DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """shift = sum(o do) - dlse of ROWS queries: what dP is measured against in dS = P (dP - shift).
+    """levels: what weights P and dS = P (dP - shift) of ROWS queries are measured against.
 
-    o, do [N, Lq, heads, DV] by strides (batch, token, head); base-2 lse, shift float32 [N, heads, Lq].
+    First the lse, or inf, which makes all weights 0, for -inf; then shift = sum(o do) - dlse.
+    o, do [N, Lq, heads, DV] by strides (batch, token, head); base-2 lse float32 [N, heads, Lq], levels
+    [2, N, heads, Lq], `plane` apart.
     """
     tiles = tl.cdiv(Lq, ROWS)
     program = tl.program_id(0)
@@ -43,14 +45,16 @@ def tile_attend_backward_shift(
     p_rows = p_dlse + n * dlse_strides[0] + h * dlse_strides[1] + row * dlse_strides[2]
     dlse = tl.load(p_rows, mask=inside, other=0.0)
     lse = tl.load(p_lse + place, mask=inside, other=0.0)
-    tl.store(p_shift + place, shift - tl.where(lse == float("-inf"), 0.0, dlse), mask=inside)
+    nothing = lse == float("-inf")
+    tl.store(p_levels + place, tl.where(nothing, float("inf"), lse), mask=inside)
+    tl.store(p_levels + plane + place, shift - tl.where(nothing, 0.0, dlse), mask=inside)
 
 
 @triton.jit
-def row_lse(p_lse, i_q, inside):
-    """Base-2 lse of queries; inf, which makes all weights 0, where there is none or it is -inf."""
-    lse = tl.load(p_lse + i_q, mask=inside, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def own_levels(p_levels, plane, i_q, inside):
+    """lse and shift of queries; inf and 0 where there is none."""
+    lse = tl.load(p_levels + i_q, mask=inside, other=float("inf"))
+    return lse, tl.load(p_levels + plane + i_q, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -118,12 +122,12 @@ def _key_box(
 
 @triton.jit
 def tile_attend_backward_q(
-    p_q, p_do, p_dq, p_lse, p_shift, p_share, p_suspect, q_strides, do_strides, dq_strides, q_lengths,
+    p_q, p_do, p_dq, p_levels, plane, p_share, p_suspect, q_strides, do_strides, dq_strides, q_lengths,
     keys, heads, groups, product_scale, scoring, records, first_program, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries; arguments as of the forward.
 
-    p_share float32 like lse, or None: what each query adds to the gradient of its head's slope.
+    p_share float32 [N, heads, Lq], or None: what each query adds to the gradient of its head's slope.
     records: per term (float32 [matrices, Lq, entries] or None, entries), counted from first_program.
     """
     K_TILE: tl.constexpr = SPEC.k_tile
@@ -148,8 +152,7 @@ def tile_attend_backward_q(
     p_rows = p_do + matrix_start(n, h, do_strides) + box_rows(own, do_strides, Q_TILE, RANK)
     do = load_rows(p_rows, in_grid, SPEC.value_dim, SPEC.value_pad, True)
     first_query = matrix.to(tl.int64) * q_lengths[0] * q_lengths[1] * q_lengths[2]
-    lse = row_lse(p_lse + first_query, i_q, in_grid)
-    shift = tl.load(p_shift + first_query + i_q, mask=in_grid, other=0.0)
+    lse, shift = own_levels(p_levels + first_query, plane, i_q, in_grid)
     queries = (n, h, i_q, in_grid)
     first_row = (matrix - first_program // tiles) * q_lengths[0] * q_lengths[1] * q_lengths[2]
     rows = (records[0], records[1], records[2], records[3], first_row)
@@ -188,15 +191,15 @@ def query_pairs(k, v, keys, queries, scoring, first, stops, SPEC: tl.constexpr):
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     n, h, i_k, in_grid = keys
-    p_q, q_strides, p_do, do_strides, p_lse, p_shift, q_lengths = queries
+    p_q, q_strides, p_do, do_strides, p_levels, plane, q_lengths = queries
     scale, cap, first_term, second_term = scoring
     places, i_q, inside = box_tokens(first, stops, q_lengths, Q_TILE, RANK)
     p_rows = p_q + box_rows(first, q_strides, Q_TILE, RANK)
     q = load_rows(p_rows, inside, SPEC.head_dim, SPEC.head_pad, True)
     p_rows = p_do + box_rows(first, do_strides, Q_TILE, RANK)
     do = load_rows(p_rows, inside, SPEC.value_dim, SPEC.value_pad, True)
-    lse = row_lse(p_lse, i_q, inside)
-    shift = tl.load(p_shift + i_q, mask=inside, other=0.0)
+    # A query that is not there has q = do = 0, and so lse = shift = 0: its weights add nothing.
+    lse, shift = SPEC.route.levels(p_levels, plane, i_q, inside)
 
     bare = SPEC.shape.value(tl.dot(k, tl.trans(q), input_precision=SPEC.precision), scale, cap)
     here = in_grid[:, None] & inside[None, :]
@@ -210,9 +213,9 @@ def query_pairs(k, v, keys, queries, scoring, first, stops, SPEC: tl.constexpr):
 @triton.jit
 def _query_box(
     k, v, keys, queries, scoring, box, stops, limits, route, dk, dv, share,
-    SPEC: tl.constexpr, MASKED: tl.constexpr,
+    SPEC: tl.constexpr, MASKED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and share with the queries of one more box; scores and weights stand keys first."""
+    """dk, dv and, if SHARED, share with the queries of one more box; weights stand keys first."""
     p, ds, _, places, bare, q, do = query_pairs(k, v, keys, queries, scoring, box[0], stops, SPEC)
     if MASKED:
         K_TILE: tl.constexpr = SPEC.k_tile
@@ -221,14 +224,15 @@ def _query_box(
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=SPEC.precision)
-    share += tl.sum(ds, 1)
+    if SHARED:
+        share += tl.sum(ds, 1)
     ds = ds * SPEC.shape.slope(bare, scoring[1])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=SPEC.precision), dv, share
 
 
 @triton.jit
 def tile_attend_backward_kv(
-    p_q, p_do, p_lse, p_shift, p_dk, p_dv, p_share, p_suspect,
+    p_q, p_do, p_levels, plane, p_dk, p_dv, p_share, p_suspect,
     q_strides, do_strides, dk_strides, dv_strides,
     q_lengths, keys, heads, groups, product_scale, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -242,6 +246,7 @@ def tile_attend_backward_kv(
     ROWS: tl.constexpr = K_TILE[0] * K_TILE[1] * K_TILE[2]
     HEAD_PAD: tl.constexpr = SPEC.head_pad
     VALUE_PAD: tl.constexpr = SPEC.value_pad
+    SHARED: tl.constexpr = p_share is not None
     k_lengths = keys[4]
     tiles = tile_count(k_lengths, K_TILE)
     program = tl.program_id(0)
@@ -267,7 +272,7 @@ def tile_attend_backward_kv(
         queries = (
             p_q + matrix_start(n, h, q_strides), q_strides,
             p_do + matrix_start(n, h, do_strides), do_strides,
-            p_lse + first_query, p_shift + first_query, q_lengths,
+            p_levels + first_query, plane, q_lengths,
         )  # fmt: skip
         own_keys = (n, h, i_k, in_grid)
         share = tl.zeros([ROWS], tl.float32)
@@ -275,14 +280,14 @@ def tile_attend_backward_kv(
             box = SPEC.route.partial(route, state, i, Q_TILE, RANK)
             dk, dv, share = _query_box(
                 k, v, own_keys, queries, scoring, box, state[2], limits, route, dk, dv, share,
-                SPEC, True,
+                SPEC, True, SHARED,
             )  # fmt: skip
         if RANK == 1:
             for i in range(state[1]):
                 box = (SPEC.route.full(route, state, i, Q_TILE), True, i)
                 dk, dv, share = _query_box(
                     k, v, own_keys, queries, scoring, box, state[2], limits, route, dk, dv, share,
-                    SPEC, False,
+                    SPEC, False, SHARED,
                 )  # fmt: skip
         if p_share is not None:
             p_sums = p_share + matrix * k_lengths[0] * k_lengths[1] * k_lengths[2]

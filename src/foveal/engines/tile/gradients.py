@@ -27,15 +27,20 @@ _RECORD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward reads: the forward's tensors [N, L, H, .], base-2 lse and shift float32
-    [N, Hq, Lq]."""
+    """What the backward reads: the forward's tensors [N, L, H, .], levels float32 [2, N, Hq, Lq].
+
+    levels are lse and shift of every query, as `tile_attend_backward_shift` says.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     do: Tensor
-    lse: Tensor
-    shift: Tensor
+    levels: Tensor
+
+    @property
+    def plane(self) -> int:
+        return self.levels.stride(0)
 
     @property
     def heads(self) -> int:
@@ -62,7 +67,7 @@ def gradients(
     """
     q, k, v, o, lse = tensors
     do = do if do.stride(-1) == 1 else do.contiguous()
-    saved = Saved(q, k, v, do, lse, torch.empty_like(lse))
+    saved = Saved(q, k, v, do, lse.new_empty(2, *lse.shape))
     heads = q.shape[2]
     score = scoring(task, terms, heads)
     parts: list[_QueryPart | _KeyPart] = []
@@ -74,7 +79,7 @@ def gradients(
     ):
         second = stage(BACKWARD_KV, task, terms, sizes, heads)
         parts.append(_KeyPart(second, task, saved, terms, score, needed[4:]))
-    shift = _shift(saved, o, dlse)
+    shift = _shift(saved, o, lse, dlse)
     launches = [shift, *(launch for part in parts for launch in part.launches())]
     chosen = tuple((part.chosen.spec, part.chosen.config) for part in parts)
     compile_together(launches, chosen, q)
@@ -88,17 +93,17 @@ def gradients(
         else:
             dk, dv = part.dk, part.dv
     if sink is not None and needed[3]:
-        share = torch.exp2(sink.float()[:, None] * LOG2E - lse) * saved.shift
+        share = torch.exp2(sink.float()[:, None] * LOG2E - lse) * saved.levels[1]
         share = share.masked_fill(lse == -torch.inf, 0.0)
         d_sink = -share.sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, d_sink, *d_terms
 
 
-def _shift(saved: Saved, o: Tensor, dlse: Tensor) -> Launch:
+def _shift(saved: Saved, o: Tensor, lse: Tensor, dlse: Tensor) -> Launch:
     N, Lq, heads, value_dim = o.shape
     rows = 32
     arguments = (
-        o, saved.do, saved.lse, dlse, saved.shift,
+        o, saved.do, lse, dlse, saved.levels, lse.numel(),
         o.stride()[:3], saved.do.stride()[:3], dlse.stride(), heads, Lq,
     )  # fmt: skip
     pad = max(16, 1 << max(value_dim - 1, 0).bit_length())
@@ -125,7 +130,7 @@ class _QueryPart:
         self.slopes = wanted.get(BY_DISTANCE)
         self.recorded = [i for kind, i in wanted.items() if kind in (PER_PAIR, FROM_TABLE)]
         self.dq = torch.empty_like(saved.q)
-        self.share = None if self.slopes is None else torch.empty_like(saved.lse)
+        self.share = None if self.slopes is None else saved.levels.new_empty(saved.levels.shape[1:])
         layout, k, v = chosen.layout, saved.k, saved.v
         programs = self.matrices * layout.q_tiles
         self.suspect = self.dq.new_empty(programs, dtype=torch.int32)
@@ -141,7 +146,7 @@ class _QueryPart:
         """One of each kernel."""
         records: list[Any] = [None, 1, None, 1]
         for i in self.recorded:
-            records[2 * i] = self.saved.lse
+            records[2 * i] = self.saved.levels
             records[2 * i + 1] = _entries(self.terms[i], self.saved)
         first = self._launch(tuple(records), 0, min(1, self.matrices))
         return [first] if self.repair is None else [first, self.repair]
@@ -155,7 +160,7 @@ class _QueryPart:
             matrices = min(step, self.matrices - matrix)
             records: list[Any] = [None, 1, None, 1]
             for i, total in totals.items():
-                records[2 * i] = self.saved.lse.new_zeros(matrices, self.Lq, total.entries)
+                records[2 * i] = self.saved.levels.new_zeros(matrices, self.Lq, total.entries)
                 records[2 * i + 1] = total.entries
             self._launch(tuple(records), matrix, matrices)()
             for i, total in totals.items():
@@ -172,7 +177,7 @@ class _QueryPart:
         saved, chosen = self.saved, self.chosen
         tiles = chosen.layout.q_tiles
         arguments = (
-            saved.q, saved.do, self.dq, saved.lse, saved.shift, self.share, self.suspect,
+            saved.q, saved.do, self.dq, saved.levels, saved.plane, self.share, self.suspect,
             *self.strides, *self.rest, records, matrix * tiles, chosen.layout.arguments,
         )  # fmt: skip
         settings = {"SPEC": chosen.spec, **chosen.options}
@@ -181,7 +186,7 @@ class _QueryPart:
     def _repair(self, programs: int) -> Launch:
         saved, chosen = self.saved, self.chosen
         arguments = (
-            saved.q, saved.do, self.dq, saved.lse, saved.shift, self.suspect,
+            saved.q, saved.do, self.dq, saved.levels, saved.plane, self.suspect,
             *self.strides, *self.rest, chosen.layout.arguments,
         )  # fmt: skip
         settings = {"SPEC": chosen.spec, **options(4, 1)}
@@ -206,11 +211,11 @@ class _KeyPart:
         N, Lk, kv_heads, _ = k.shape
         kinds = [i for i, t in enumerate(terms) if needed[i] and t.kind == PER_KEY]
         self.per_key = kinds[0] if kinds else None
-        self.share = saved.lse.new_empty(N, saved.heads, Lk) if kinds else None
+        self.share = saved.levels.new_empty(N, saved.heads, Lk) if kinds else None
         programs = N * kv_heads * layout.k_tiles
         suspect = self.dk.new_empty(programs, dtype=torch.int32)
         keys = (k, layout.k_strides(k), v, layout.k_strides(v), layout.k_grid)
-        inputs = (saved.q, saved.do, saved.lse, saved.shift)
+        inputs = (saved.q, saved.do, saved.levels, saved.plane)
         rest = (
             layout.q_strides(saved.q), layout.q_strides(saved.do),
             layout.k_strides(self.dk), layout.k_strides(self.dv), layout.q_grid,

@@ -13,6 +13,7 @@ from torch import Tensor
 from foveal.engines.tile import routes
 from foveal.engines.tile.lists import boxes, inverse, tile_states
 from foveal.engines.tile.parts import Task
+from foveal.engines.tile.spans import spans
 from foveal.engines.tile.spec import Spec, Tile
 from foveal.engines.tile.terms import BY_DISTANCE, FROM_TABLE, PER_KEY, PER_PAIR, LocalTerm
 from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern
@@ -334,14 +335,15 @@ def _list_layout(
     kind: str, pattern: Pattern, extent: Extent, config: Config, device: torch.device, heads: int
 ) -> Layout:
     q_tile, k_tile = list_tiles(pattern, config)
+    by_key = kind == BACKWARD_KV
     if pattern.depends_on_data:
         states = tile_states(pattern, extent, q_tile, k_tile, device)
-        lists = _lists(states, extent.Lk % k_tile > 0, kind == BACKWARD_KV, heads)
+        lists = _lists(states, extent.Lk % k_tile > 0, by_key, heads)
     else:
-        lists = _static_lists(pattern, extent, q_tile, k_tile, device, kind == BACKWARD_KV)
+        lists = _static_lists(pattern, extent, q_tile, k_tile, device, by_key)
     static = static_part(pattern)
     assert static is not None
-    route, marks, limits = _tests(static, extent, q_tile, k_tile, device, kind == BACKWARD_KV)
+    route, marks, limits = _tests(static, extent, q_tile, k_tile, device, by_key)
     grids = in_three(extent.flat().q_grid), in_three(extent.flat().kv_grid)
     arguments = (*lists, *marks, *limits)
     return Layout(1, (1, 1, q_tile), (1, 1, k_tile), *grids, route, arguments)
@@ -407,35 +409,39 @@ def _tests(
         ends = inverse(bounds) if by_key else (bounds.lower, bounds.upper)
         limits = tuple(axes[0].to(device=device, dtype=torch.int32) for axes in ends)
         return routes.LISTS, (limits[0], 0), limits
-    words, marks = bits(static, extent, q_tile, k_tile)
-    marks = marks.T.contiguous() if by_key else marks
-    words, marks = words.to(device), marks.to(device)
-    route = routes.BITS_OF_KEYS if by_key else routes.BITS_OF_QUERIES
-    return route, (marks, marks.shape[1]), (words, words)
+    two = spans(static, extent, by_key)
+    if two is not None:
+        limits = tuple(x.to(device) for x in two)
+        return routes.SPANS, (limits[0], 0), limits
+    words, marks = (x.to(device) for x in bits(static, extent, q_tile, k_tile, by_key))
+    return routes.BITS, (marks, marks.shape[1]), (words, words)
 
 
-def bits(static: Pattern, extent: Extent, q_tile: int, k_tile: int) -> tuple[Tensor, Tensor]:
+def bits(
+    static: Pattern, extent: Extent, q_tile: int, k_tile: int, by_key: bool = False
+) -> tuple[Tensor, Tensor]:
     """Visible pairs of the partial tiles as words [tiles, q_tile, ceil(k_tile / 32)] and which words
-    each tile has, int32 [q_tiles, k_tiles]."""
+    each tile has, int32 [q_tiles, k_tiles]; keys and queries change places `by_key`."""
     states = static.tile_map(extent, q_tile, k_tile).clone()
     if extent.Lk % k_tile:
         states[:, -1] = states[:, -1].clamp(max=PARTIAL)
     marks = torch.zeros(states.shape, dtype=torch.int32)
     partial = torch.nonzero(states == PARTIAL)
     marks[partial[:, 0], partial[:, 1]] = torch.arange(len(partial), dtype=torch.int32)
-    width = -(-k_tile // 32)
-    words = torch.zeros(max(len(partial), 1), q_tile, width, dtype=torch.int32)
+    own, other = (k_tile, q_tile) if by_key else (q_tile, k_tile)
+    width = -(-other // 32)
+    words = torch.zeros(max(len(partial), 1), own, width, dtype=torch.int32)
     weight = torch.ones(32, dtype=torch.int64) << torch.arange(32)
-    within_q, within_k = torch.arange(q_tile), torch.arange(width * 32)
-    at_once = max(1, _PAIRS_AT_ONCE // (q_tile * width * 32))
+    within_q, within_k = torch.arange(q_tile), torch.arange(k_tile)
+    at_once = max(1, _PAIRS_AT_ONCE // (own * width * 32))
     for numbers in torch.arange(len(partial)).split(at_once):
         q = partial[numbers, 0, None] * q_tile + within_q  # [tiles, q_tile]
         k = partial[numbers, 1, None] * k_tile + within_k
-        inside_k = (within_k < k_tile) & (k < extent.Lk)
         q_pos = q.clamp(max=extent.Lq - 1) + (extent.Lk - extent.Lq)
         k_pos = k.clamp(max=extent.Lk - 1)
         seen = static.allows(q_pos[:, :, None], k_pos[:, None], extent)
-        seen = seen & (q < extent.Lq)[:, :, None] & inside_k[:, None]
+        seen = seen & (q < extent.Lq)[:, :, None] & (k < extent.Lk)[:, None]
+        seen = torch.nn.functional.pad(seen.mT if by_key else seen, (0, width * 32 - other))
         packed = (seen.unflatten(-1, (width, 32)) * weight).sum(-1)
         words[numbers] = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-    return words, marks
+    return words, marks.T.contiguous() if by_key else marks

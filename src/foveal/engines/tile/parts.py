@@ -7,7 +7,7 @@ batch axis and handed to an implementation that knows nothing of where they came
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -189,10 +189,9 @@ def run_forward(
     o = q.new_empty(*q.shape[:3], v.shape[3])
     statistic = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     for task in tasks:
-        k_own, v_own = (_take(x, task.k_tokens) for x in (k, v))
-        o_own, own = kernels.forward(task, _take(q, task.q_tokens), k_own, v_own)
-        _put(o, task.q_tokens, o_own)
-        _put(statistic.transpose(1, 2), task.q_tokens, own.transpose(1, 2))
+        (q_own,) = _take((q,), task.q_tokens)
+        k_own, v_own = _take((k, v), task.k_tokens)
+        _put((o, statistic), task.q_tokens, kernels.forward(task, q_own, k_own, v_own))
     return o, statistic
 
 
@@ -214,38 +213,66 @@ def run_backward(
         found[0] = torch.empty_like(q, memory_format=torch.contiguous_format)
     for index, x in ((1, k), (2, v)):
         if needed[index]:
-            found[index] = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            make = torch.empty_like if keys_once else torch.zeros_like
+            found[index] = make(x, memory_format=torch.contiguous_format)
     for task in tasks:
-        q_own, do_own, o_own = (_take(x, task.q_tokens) for x in (q, do, o))
-        k_own, v_own = (_take(x, task.k_tokens) for x in (k, v))
-        own, d_own = (
-            _take(x.transpose(1, 2), task.q_tokens).transpose(1, 2).contiguous()
-            for x in (statistic, d_statistic)
-        )
+        q_own, do_own, o_own, own, d_own = _take((q, do, o, statistic, d_statistic), task.q_tokens)
+        k_own, v_own = _take((k, v), task.k_tokens)
         parts = kernels.backward(task, (q_own, k_own, v_own, o_own, own), do_own, d_own, needed)
-        for index, part in enumerate(parts):
-            total = found[index]
-            if part is None:
-                continue
-            if index > 2:
-                found[index] = part if total is None else total + part
-            elif total is not None:
-                if index == 0 or keys_once:
-                    _put(total, task.k_tokens if index else task.q_tokens, part)
-                else:
-                    _add(total, task.k_tokens, part)
+        _keep_own(found, parts, task, keys_once)
     return tuple(found)
 
 
-def _take(x: Tensor, tokens: Tensor) -> Tensor:
+def _keep_own(
+    found: list[Tensor | None], parts: tuple[Tensor | None, ...], task: Task, keys_once: bool
+) -> None:
+    """Puts the gradients of a task in their places; those of parameters are summed."""
+    if found[0] is not None and parts[0] is not None:
+        _put((found[0],), task.q_tokens, (parts[0],))
+    pairs = zip(found[1:3], parts[1:3], strict=True)
+    keys = [(total, part) for total, part in pairs if total is not None and part is not None]
+    if keys and keys_once:
+        _put([total for total, _ in keys], task.k_tokens, [part for _, part in keys])
+    elif keys:
+        for total, part in keys:
+            _add(total, task.k_tokens, part)
+    for index, gradient in enumerate(parts[3:], start=3):
+        before = found[index]
+        if gradient is not None:
+            found[index] = gradient if before is None else before + gradient
+
+
+def _take(tensors: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
+    """Of each x [B, tokens, H, D], [B P, L, H, D] at tokens [P, L]; of x [B, H, tokens], [B P, H, L]."""
+    if tensors[0].is_cuda:
+        from foveal.engines.tile import gather
+
+        return gather.take(tensors, tokens)
+    return [
+        _taken(x, tokens)
+        if x.dim() == 4
+        else _taken(x.transpose(1, 2), tokens).transpose(1, 2).contiguous()
+        for x in tensors
+    ]
+
+
+def _taken(x: Tensor, tokens: Tensor) -> Tensor:
     """[B P, L, ...] of x [B, tokens, ...] at tokens [P, L]"""
     taken: Tensor = x.index_select(1, tokens.flatten()).unflatten(1, tokens.shape)
     return taken.flatten(0, 1)
 
 
-def _put(total: Tensor, tokens: Tensor, own: Tensor) -> None:
-    """total[:, tokens] = own [B P, L, ...]"""
-    total.index_copy_(1, tokens.flatten(), own.unflatten(0, (-1, len(tokens))).flatten(1, 2))
+def _put(wholes: Sequence[Tensor], tokens: Tensor, own: Sequence[Tensor]) -> None:
+    """The reverse of `_take`: writes tensors `own` to the tokens of `wholes`."""
+    if own[0].is_cuda:
+        from foveal.engines.tile import gather
+
+        gather.put(wholes, tokens, own)
+        return
+    for whole, part in zip(wholes, own, strict=True):
+        if part.dim() == 3:
+            whole, part = whole.transpose(1, 2), part.transpose(1, 2)
+        whole.index_copy_(1, tokens.flatten(), part.unflatten(0, (-1, len(tokens))).flatten(1, 2))
 
 
 def _add(total: Tensor, tokens: Tensor, own: Tensor) -> None:

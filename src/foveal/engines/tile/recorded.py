@@ -113,20 +113,22 @@ class KernelRun:
         if device.type != "cuda" or tuning.measuring():
             return compute()
         with _on(device):
-            if self._gathers or self._makes_lists(tensors[0]):
+            if self._computes or self._makes_lists(tensors[0]):
                 return compute()
             return replayed(self.division.replays, kind, tensors, compute)
 
     @property
-    def _gathers(self) -> bool:
-        return not self.division.shares[0].whole
+    def _computes(self) -> bool:
+        """Whether there is more to do than launches: sums over what several shares see, parameters."""
+        gathers = not self.division.shares[0].whole
+        return gathers and (not self.division.keys_once or bool(self.form.parameters))
 
     def _makes_lists(self, x: Tensor) -> bool:
         """Whether a graph under capture makes lists of its own, from data that may change."""
         return self.geometry.pattern.depends_on_data and capturing(x)
 
     def _kernels(self, x: Tensor) -> Kernels:
-        repeats = x.device.type == "cuda" and self._gathers and not tuning.measuring()
+        repeats = x.device.type == "cuda" and self._computes and not tuning.measuring()
         if not repeats or self._makes_lists(x):
             return self.kernels
         return _Repeating(self.kernels, self.division.replays)
@@ -160,7 +162,7 @@ class KernelRun:
 
 @dataclass(frozen=True)
 class _Repeating:
-    """Kernels whose launches on gathered tokens are repeated; the tokens of a task tell it from others."""
+    """Kernels whose own launches are repeated; the tokens of a task tell it from others."""
 
     kernels: Kernels
     replays: Recent[Replay | int]
@@ -291,6 +293,10 @@ class Recorded(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         return None, *_backward(ctx, do, d_statistic)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        raise _no_forward_mode(ctx)
+
 
 class Transformed(torch.autograd.Function):
     """The same for torch.func; a plain call would pay for what it asks."""
@@ -308,6 +314,10 @@ class Transformed(torch.autograd.Function):
         ctx: Any, do: Tensor | None, d_statistic: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         return None, *_backward(ctx, do, d_statistic)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        raise _no_forward_mode(ctx)
 
     @staticmethod
     def vmap(
@@ -370,6 +380,12 @@ def _backward(ctx: Any, do: Tensor | None, d_statistic: Tensor | None) -> tuple[
     else:
         found = ctx.run.backward(tensors, (o, statistic), (do, d_statistic), needed)
     return tuple(d if n else None for d, n in zip(found, needed, strict=True))
+
+
+def _no_forward_mode(ctx: Any) -> RefusedError:
+    return RefusedError(
+        ctx.run.name, "it has no forward-mode derivative; 'reference' has, outside torch.func"
+    )
 
 
 def _zero(like: Tensor) -> Tensor:

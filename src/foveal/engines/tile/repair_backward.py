@@ -19,7 +19,7 @@ from foveal.engines.common.tiles import (
     tile_rows,
     tile_tokens,
 )
-from foveal.engines.tile.backward import key_pairs, query_pairs, row_lse
+from foveal.engines.tile.backward import key_pairs, own_levels, query_pairs
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _visit(route, state, i, OTHER: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def tile_attend_repair_q(
-    p_q, p_do, p_dq, p_lse, p_shift, p_suspect, q_strides, do_strides, dq_strides, q_lengths,
+    p_q, p_do, p_dq, p_levels, plane, p_suspect, q_strides, do_strides, dq_strides, q_lengths,
     keys, heads, groups, product_scale, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of the tiles that are suspect; arguments as of the backward."""
@@ -73,8 +73,7 @@ def tile_attend_repair_q(
         p_rows += tile_rows(index, own, do_strides, Q_TILE, RANK)
         do = load_rows(p_rows, in_grid, SPEC.value_dim, SPEC.value_pad, True)
         limits = SPEC.route.rows(route, places, in_grid, RANK)
-        lse = row_lse(p_lse + first_query, i_q, in_grid)
-        shift = tl.load(p_shift + first_query + i_q, mask=in_grid, other=0.0)
+        lse, shift = own_levels(p_levels + first_query, plane, i_q, in_grid)
         queries = (n, h, i_q, in_grid)
         dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
         for i in tl.range(0, state[0] + state[1], num_stages=1):
@@ -93,7 +92,7 @@ def tile_attend_repair_q(
 
 @triton.jit
 def tile_attend_repair_kv(
-    p_q, p_do, p_lse, p_shift, p_dk, p_dv, p_suspect,
+    p_q, p_do, p_levels, plane, p_dk, p_dv, p_suspect,
     q_strides, do_strides, dk_strides, dv_strides,
     q_lengths, keys, heads, groups, product_scale, scoring, route, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +133,7 @@ def tile_attend_repair_kv(
             queries = (
                 p_q + matrix_start(n, h, q_strides), q_strides,
                 p_do + matrix_start(n, h, do_strides), do_strides,
-                p_lse + first_query, p_shift + first_query, q_lengths,
+                p_levels + first_query, plane, q_lengths,
             )  # fmt: skip
             own_keys = (n, h, i_k, in_grid)
             for i in tl.range(0, state[0] + state[1], num_stages=1):

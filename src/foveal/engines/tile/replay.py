@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveal._capture import capturing
 from foveal._recent import Recent
+from foveal.engines.tile.compiling import Call, compile_side_by_side
 
 Results = tuple[Tensor | None, ...]
 Pointers = Sequence[int]
@@ -37,11 +38,12 @@ _recording = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """kernel[grid](*arguments, **options), seen by a recording of this thread."""
-    compiled = kernel[grid](*arguments, **options)
+    """kernel[grid](*arguments, **options), by a recording of this thread if there is one."""
     recorder: _Recorder | None = getattr(_recording, "recorder", None)
-    if recorder is not None:
-        recorder.add(kernel, compiled, grid, arguments, options)
+    if recorder is None:
+        kernel[grid](*arguments, **options)
+    else:
+        recorder.launch(kernel, grid, arguments, options)
 
 
 def replayed(
@@ -180,10 +182,18 @@ class Replay:
         return tuple(None if result is None else result(made) for result in self.results)
 
 
+def _only_looks(func: Any) -> bool:
+    """Whether an operation of PyTorch reads and writes no memory: its result is a view."""
+    schema = func._schema
+    aliases = [r.alias_info for r in schema.returns]
+    return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+
+
 class _Recorder(TorchDispatchMode):
     """Watches a call: where its tensors come from, and what it launches.
 
-    Sound as long as the call only allocates, views and launches.
+    Sound as long as the call only allocates, views and launches.  Launches wait until something is
+    computed or the call ends: the kernels of those that wait are compiled side by side.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -194,7 +204,14 @@ class _Recorder(TorchDispatchMode):
         self._views: list[Tensor] = []  # kept, so that no address of an object is used twice
         self._constants: list[Tensor] = []
         self._launches: list[_Launch] = []
+        self._waiting: list[Call] = []
         self._sound = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler, which takes seconds, to tell it that this is not to be traced;
+        where it traces, a call is one operator."""
+        return False
 
     def __enter__(self) -> _Recorder:
         _recording.recorder = self
@@ -204,10 +221,14 @@ class _Recorder(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _recording.recorder = None
+        if error[0] is None:
+            self._start()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func not in _ALLOCATIONS and not _only_looks(func):
+            self._start()
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self._sources[id(out)] = len(self._bases)
@@ -228,7 +249,23 @@ class _Recorder(TorchDispatchMode):
             return False
         return out.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
 
-    def add(
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
+        self._waiting.append((kernel, grid, arguments, options))
+
+    def _start(self) -> None:
+        """Launches what waits, in its order."""
+        waiting, self._waiting = self._waiting, []
+        compile_side_by_side(waiting, self._bases[0].device)
+        for kernel, grid, arguments, options in waiting:
+            self._add(kernel, kernel[grid](*arguments, **options), grid, arguments, options)
+
+    def _add(
         self,
         kernel: Any,
         compiled: Any,

@@ -20,7 +20,8 @@ from foveal.engines.common.tiles import tile_place
 @dataclass(frozen=True)
 class Route(Hooks):
     """open: state of an own tile, (partial tiles, full tiles, stops, ...); partial and full: the i-th of
-    either as its first token (x, y, z), `whole` and a mark; rows: limits of own tokens; sees: the test.
+    either as its first token (x, y, z), `whole` and a mark; rows: limits of own tokens; sees: the test;
+    levels: two numbers of every visited token, `plane` apart, 0 outside.
     """
 
     open: Any
@@ -28,6 +29,7 @@ class Route(Hooks):
     full: Any
     rows: Any
     sees: Any
+    levels: Any
 
 
 @triton.jit
@@ -173,34 +175,61 @@ def _bit_rows(route, places, inside, RANK: tl.constexpr):
 
 
 @triton.jit
-def _bits_of_queries(
+def _bits_see(
     route, rows, mark, places, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
 ):
-    """Own tokens are queries; mark names the tile's words [query, key // 32] at route[9]."""
-    Q: tl.constexpr = OWN[2]
-    K: tl.constexpr = OTHER[2]
-    WORDS: tl.constexpr = (K + 31) // 32
-    query = (rows[2] % Q)[:, None]
-    key = (places[2] % K)[None, :]
-    p_words = route[9] + tl.cast(mark, tl.int64) * (Q * WORDS)
-    return ((tl.load(p_words + query * WORDS + key // 32) >> (key % 32)) & 1) == 1
+    """mark names the tile's words [own, other // 32] at route[9]; a row loads its words once."""
+    OWNS: tl.constexpr = OWN[2]
+    OTHERS: tl.constexpr = OTHER[2]
+    WORDS: tl.constexpr = (OTHERS + 31) // 32
+    p_rows = route[9] + tl.cast(mark, tl.int64) * (OWNS * WORDS) + rows[2] % OWNS * WORDS
+    other = (places[2] % OTHERS)[None, :]
+    words = tl.load(p_rows)[:, None]
+    for i in tl.static_range(1, WORDS):
+        words = tl.where(other >= i * 32, tl.load(p_rows + i)[:, None], words)
+    return ((words >> (other % 32)) & 1) == 1
 
 
 @triton.jit
-def _bits_of_keys(
+def _span_rows(route, places, inside, RANK: tl.constexpr):
+    """Start and stop of two intervals per own token."""
+    z = places[2]
+    first = tl.load(route[9] + z, mask=inside, other=0)
+    first_stop = tl.load(route[10] + z, mask=inside, other=0)
+    second = tl.load(route[11] + z, mask=inside, other=0)
+    return first, first_stop, second, tl.load(route[12] + z, mask=inside, other=0)
+
+
+@triton.jit
+def _spans_see(
     route, rows, mark, places, OWN: tl.constexpr, OTHER: tl.constexpr, RANK: tl.constexpr
 ):
-    """Own tokens are keys."""
-    K: tl.constexpr = OWN[2]
-    Q: tl.constexpr = OTHER[2]
-    WORDS: tl.constexpr = (K + 31) // 32
-    key = (rows[2] % K)[:, None]
-    query = (places[2] % Q)[None, :]
-    p_words = route[9] + tl.cast(mark, tl.int64) * (Q * WORDS)
-    return ((tl.load(p_words + query * WORDS + key // 32) >> (key % 32)) & 1) == 1
+    z = places[2][None, :]
+    seen = (z >= rows[0][:, None]) & (z < rows[1][:, None])
+    return seen | ((z >= rows[2][:, None]) & (z < rows[3][:, None]))
 
 
-BOXES = Route(_box_open, _box_partial, _box_full, _box_rows, _box_sees)
-LISTS = Route(_list_open, _list_partial, _list_full, _list_rows, _box_sees)
-BITS_OF_QUERIES = Route(_list_open, _bit_partial, _list_full, _bit_rows, _bits_of_queries)
-BITS_OF_KEYS = Route(_list_open, _bit_partial, _list_full, _bit_rows, _bits_of_keys)
+@triton.jit
+def _box_levels(p_levels, plane, i, inside):
+    """As a matrix that holds every number twice.
+
+    Of a vector this short each thread loads all that it reads itself; from a box, which starts
+    anywhere, one by one, and that took more registers than there are.
+    """
+    column = tl.arange(0, 4)[None, :]
+    p = (p_levels + i)[:, None] + (column // 2).to(tl.int64) * plane
+    both = tl.load(p, mask=inside[:, None], other=0.0)
+    first = tl.sum(tl.where(column == 0, both, 0.0), 1)
+    return first, tl.sum(tl.where(column == 2, both, 0.0), 1)
+
+
+@triton.jit
+def _list_levels(p_levels, plane, i, inside):
+    first = tl.load(p_levels + i, mask=inside, other=0.0)
+    return first, tl.load(p_levels + plane + i, mask=inside, other=0.0)
+
+
+BOXES = Route(_box_open, _box_partial, _box_full, _box_rows, _box_sees, _box_levels)
+LISTS = Route(_list_open, _list_partial, _list_full, _list_rows, _box_sees, _list_levels)
+SPANS = Route(_list_open, _list_partial, _list_full, _span_rows, _spans_see, _list_levels)
+BITS = Route(_list_open, _bit_partial, _list_full, _bit_rows, _bits_see, _list_levels)

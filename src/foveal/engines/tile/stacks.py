@@ -31,7 +31,8 @@ class Stack:
     def queries(self, x: Tensor) -> Tensor:
         """View [tiles, M, G, rows, D] of x [M, G, R, D]."""
         start, stop = self.tiles[0].rows.start, self.tiles[-1].rows.stop
-        return x[:, :, start:stop].unflatten(2, (-1, self.tiles[0].height)).permute(2, 0, 1, 3, 4)
+        rows: Tensor = x[:, :, start:stop].unflatten(2, (-1, self.tiles[0].height))
+        return rows.permute(2, 0, 1, 3, 4)
 
     def of_queries(self, x: Tensor) -> tuple[Tensor, ...]:
         """Per tile [M, G rows, D] of x [M, G, R, D]; views if G is 1."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveal.engines.tile.parts import Task
 from foveal.patterns.base import Bounds, Extent, Pattern
-from foveal.patterns.blocked import Blocked, box_order
+from foveal.patterns.blocked import Reordered
 from foveal.scores.base import Additive, Geometry
 from foveal.scores.bias import Alibi, Bias, KeyBias, RelativeBias
 from foveal.scores.normal import NormalForm
@@ -138,7 +138,7 @@ def _codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[T
     Within a sub-problem the offset of a pair is linear in the difference of its local places, so two
     visible pairs per axis tell the factor of that axis.
     """
-    if isinstance(at.pattern, Blocked):
+    if isinstance(at.pattern, Reordered):
         return _ordered_codes(sizes, at, at.pattern, device)
     grids = (at.extent.q_grid, at.extent.kv_grid)
     bounds = at.pattern.bounds(at.extent)
@@ -158,10 +158,10 @@ def _codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[T
 
 
 def _ordered_codes(
-    sizes: tuple[int, ...], at: _Places, pattern: Blocked, device: torch.device
+    sizes: tuple[int, ...], at: _Places, pattern: Reordered, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The codes on the grid, then in the order in which the pattern has the tokens of the grid."""
-    order = box_order(pattern.grid, pattern.sides)
+    order = pattern.order
     assert at.tokens is not None, "the whole is in raster order"
     back = order.argsort().to(at.tokens[0].device)
     tokens = at.tokens[0][:, back], at.tokens[1][:, back]
