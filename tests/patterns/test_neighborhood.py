@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from foveal import Extent, Neighborhood
-from foveal.errors import PatternError
 from foveal.testing import check_pattern
 from tests import pattern_rules as rules
 
@@ -106,8 +105,3 @@ def test_a_wide_axis_far_beyond_int32() -> None:
     keys = torch.tensor([query - 13, query - 12, query - 11, query, query + 12, query + 14])
     seen = Neighborhood(13, dilation=2).allows(torch.tensor([query])[:, None], keys[None], extent)
     assert seen.tolist() == [[False, True, False, True, True, False]]
-
-
-def test_lists_in_place_of_tuples_are_named() -> None:
-    with pytest.raises(PatternError, match="tuples"):
-        Neighborhood([3, 3])  # type: ignore[arg-type]

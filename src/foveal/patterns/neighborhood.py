@@ -53,13 +53,9 @@ class Neighborhood(Pattern):
     border: Border | tuple[Border, ...] = "shift"
 
     def __post_init__(self) -> None:
-        try:
-            _check(self)
-        except TypeError as error:
-            options = self.window, self.stride, self.dilation, self.causal, self.border
-            raise PatternError(
-                "Neighborhood", options, "numbers, bools, names, or tuples of them are needed"
-            ) from error
+        common_rank(self, ("window", "stride", "dilation", "causal", "border"))
+        for axis, rule in enumerate(self._axes(self.rank or 1)):
+            rule.check(axis)
 
     @property
     def rank(self) -> int | None:
@@ -301,13 +297,6 @@ def _class_groups(rule: _Axis, length: int) -> list[_ClassGroup]:
             _ClassGroup(classes + rule.dilation * places, classes + rule.dilation * k_places)
         )
     return groups
-
-
-@functools.lru_cache(maxsize=256)
-def _check(pattern: Neighborhood) -> None:
-    """Raises PatternError for options that no grid could bear; once per kind: calls often make it anew."""
-    for axis, rule in enumerate(pattern._axes(pattern.rank or 1)):
-        rule.check(axis)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
