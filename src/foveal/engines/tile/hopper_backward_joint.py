@@ -215,9 +215,12 @@ def accumulate(
     ds_s, ds_ready, ds_free, dq_s, item_done, dk_desc, dv_desc, dq_desc, p_bounds, p_spoilt, lists,
     X, Y, Z, heads, groups, shared, total, scale_log2, scale,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    DEPTH: gl.constexpr, HIDES: gl.constexpr, APART: gl.constexpr,
+    DEPTH: gl.constexpr, HIDES: gl.constexpr, APART: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """A consumer: dK and dV of its box of keys, and unless apart its columns of dQ.
+
+    Late, dQ of a box is computed beside dK of the next one, else beside its S: then one consumer waits
+    for the other sooner.
 
     S and dP are computed transposed, so that P and dS feed the next products from registers.
     """
@@ -233,6 +236,7 @@ def accumulate(
     )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     OTHER: gl.constexpr = 1 - WHICH
+    EARLY: gl.constexpr = not (APART or LATE)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     k = k_s.index(WHICH).reshape([M, D])
     v = v_s.index(WHICH).reshape([M, D])
@@ -288,8 +292,7 @@ def accumulate(
                 phase = (g // STAGES) & 1
                 q = q_s.index(stage).reshape([N, D])
                 do = do_s.index(stage).reshape([N, D])
-                if not APART:
-                    # dQ of a box is computed beside S of the next one.
+                if EARLY:
                     slot = (g + DEPTH - 1) % DEPTH
                     mbarrier.wait(
                         ds_ready.index(OTHER * DEPTH + slot), ((g - 1) // DEPTH) & 1, pred=j > 0
@@ -297,7 +300,7 @@ def accumulate(
                     dq_run = part_of_dq(ds_s, k_s, slot, WHICH * H, H, DEPTH)
                 mbarrier.wait(q_ready.index(stage), phase)
                 s_run = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                if not APART:
+                if EARLY:
                     put(warpgroup_mma_wait(1, deps=(dq_run,)), buffer)
                     if j > 0:
                         add_rows(dq_desc, line, xb, yb, zb, WHICH * H, buffer, AXES)
@@ -319,16 +322,29 @@ def accumulate(
                 dv_run = warpgroup_mma(weights, do, dv, is_async=True)
                 delta = delta_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
                 ds = (p * (dp - delta[None, :])).to(q_s.dtype)
-                # Not apart, the slot is free: since it was read, the other consumer passed here once.
+                # Not apart, the slot is free: since it was read, the other consumer passed here.
                 slot = g % DEPTH
                 if APART:
                     mbarrier.wait(ds_free.index(slot), ((g // DEPTH) & 1) ^ 1)
                 ds_s.index(WHICH * DEPTH + slot).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(ds_ready.index(WHICH * DEPTH + slot), count=1)
+                if LATE:
+                    slot = (g + DEPTH - 1) % DEPTH
+                    mbarrier.wait(
+                        ds_ready.index(OTHER * DEPTH + slot), ((g - 1) // DEPTH) & 1, pred=j > 0
+                    )
+                    dq_run = part_of_dq(ds_s, k_s, slot, WHICH * H, H, DEPTH)
                 dk_run = warpgroup_mma(gl.convert_layout(ds, A), q, dk, is_async=True)
-                dv = warpgroup_mma_wait(1, deps=(dv_run,))
-                mbarrier.arrive(do_free.index(stage), count=1)
+                if LATE:
+                    dv, dq = warpgroup_mma_wait(1, deps=(dv_run, dq_run))
+                    mbarrier.arrive(do_free.index(stage), count=1)
+                    put(dq, buffer)
+                    if j > 0:
+                        add_rows(dq_desc, line, xb, yb, zb, WHICH * H, buffer, AXES)
+                else:
+                    dv = warpgroup_mma_wait(1, deps=(dv_run,))
+                    mbarrier.arrive(do_free.index(stage), count=1)
                 dk = warpgroup_mma_wait(0, deps=(dk_run,))
                 mbarrier.arrive(q_free.index(stage), count=1)
                 xb, yb, zb = x, y, z
@@ -410,7 +426,10 @@ def tile_attend_backward_joint(
     """
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    DEPTH: gl.constexpr = 2
+    # On a GPU late is checked and faster on these walks; it is not yet checked on others.
+    LATE: gl.constexpr = not (APART or len(lists) > 0 or (HIDES and AXES < 3))
+    # Late, a consumer may be two boxes ahead of what the other one still reads.
+    DEPTH: gl.constexpr = 4 if LATE else 2
     k_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
@@ -446,6 +465,7 @@ def tile_attend_backward_joint(
             do_ready, q_free, do_free, ds_s, ds_ready, ds_free, dq_s, item_done,
             dk_desc, dv_desc, dq_desc, p_bounds, p_spoilt, lists, X, Y, Z,
             heads, groups, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, DEPTH, HIDES, APART,
+            LATE,
         ),
         sum_dq,
         (
