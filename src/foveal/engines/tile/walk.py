@@ -223,10 +223,10 @@ class _Tiles(Iterable[Tile]):
 
 
 # What a tile costs, in elements of its score matrices: its elements, more the fewer rows share the
-# keys they read (a product of 16 rows runs at half the speed of a tall one), and its calls (of the
-# chain of the backward, at D = 64 on two AVX-512 cores).
+# keys they read (products of 18 rows run at half speed, of 64 at nearly full speed), and its calls (of
+# the chain of the backward, at D = 64 on two AVX-512 cores).
 _CALLS = 5_000
-_HALF_SPEED_ROWS = 16
+_HALF_SPEED_ROWS = 18
 # Queries of one sweep: with their keys they are copied out of the caller's layout once.
 _SWEEP_QUERIES = 2048
 _SIDES = {1: (16, 32, 64, 96, 128, 256, 512), 2: (4, 8, 12, 16, 32), 3: (2, 4, 8)}
@@ -247,7 +247,7 @@ def choose_tile(bounds: Bounds, heads: int) -> tuple[int, ...]:
         rows = math.prod(side for side, _, _ in choice)
         elements = math.prod(elements for _, elements, _ in choice)
         tiles = math.prod(tiles for _, _, tiles in choice)
-        return heads * elements * (1 + _HALF_SPEED_ROWS / rows) + _CALLS * tiles
+        return heads * elements * (1 + (_HALF_SPEED_ROWS / rows) ** 2) + _CALLS * tiles
 
     return tuple(side for side, _, _ in min(itertools.product(*options), key=cost))
 
