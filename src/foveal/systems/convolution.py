@@ -503,7 +503,7 @@ SYSTEMS: tuple[System, ...] = (
         layer=FrequencyFilter,
     ),
     _entry(
-        "fourier_mixer_3d", "Frequency domain learning in 3-D vessel segmentation", 2024, "arXiv number not established",
+        "fourier_mixer_3d", "Frequency domain learning in 3-D vessel segmentation", 2024, "arXiv not known",
         "A learned weight for every frequency of a volume.",
         fourier_mixer, _mixer_shapes, _shape((32, 32, 32), 1, 16),
         Identity("flat_spectrum", "weights of 1 leave x", _flat_spectrum),
