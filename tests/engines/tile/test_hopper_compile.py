@@ -26,6 +26,7 @@ FORWARD = [
     (SQUARE, (4, 32, 1), 2, 128, 2, 2, True),
 ]
 WIDE = (LINE, LINE, 1, 256, 2, 2, False)
+SPILLING = ("sink, cap and bias", "bias", "alibi")
 BACKWARD = [
     (LINE, LINE, 1, 128, 3, 2, False),
     (SQUARE, SQUARE, 2, 128, 3, 2, True),
@@ -55,7 +56,7 @@ def compiled(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any]) 
     from triton.experimental.gluon._runtime import GluonASTSource
 
     # As at run time, where a grid of one axis passes Y = Z = 1.
-    absent = ["Z", "Y"][: 3 - constants["AXES"]]
+    absent = ["Z", "Y"][: 3 - constants.get("AXES", 3)]
     absent += [f"{axis.lower()}_pitch" for axis in absent if f"{axis.lower()}_pitch" in signature]
     constants |= dict.fromkeys(absent, 1)
     signature |= {name: "constexpr" for name in constants if isinstance(name, str)}
@@ -107,9 +108,13 @@ def shape_constants(case: tuple[Any, ...]) -> dict[str, Any]:
     ("case", "hides", "lists", "score"),
     [
         (FORWARD[0], False, None, None),
+        (FORWARD[0], False, None, "cut"),
+        (FORWARD[0], True, None, "cut"),
+        (FORWARD[2], True, None, "bias"),
         *((case, True, None, None) for case in FORWARD),
         (FORWARD[0], False, "listed", None),
         (FORWARD[0], True, "tested by intervals", "sink, cap and bias"),
+        (FORWARD[0], True, None, "alibi"),
         (FORWARD[0], True, "tested by bits", None),
         (WIDE, False, None, None),
     ],
@@ -119,22 +124,33 @@ def test_forward(case: tuple[Any, ...], hides: bool, lists: str | None, score: s
 
     rows, columns, axes, head_dim = case[:4]
     q, kv = box_type(rows, axes, head_dim), box_type(columns, axes, head_dim)
+    biased = score is not None and "bias" in score
     signature: dict[str, Any] = {"q_desc": q, "k_desc": kv, "v_desc": kv, "o_desc": q}
-    signature |= {"p_lse": "*fp32", "p_spoilt": "*i8", "p_bounds": "*i32"}
+    signature["bias_desc"] = numbers_type(columns, axes) if biased else "constexpr"
+    signature |= {"p_lse": "*fp32", "p_spoilt": "*i8", "p_flags": "*i8", "p_bounds": "*i32"}
     signature["lists"] = ("*i32", *("i32",) * 5) if lists else ()
     if lists == "tested by bits":
         signature["lists"] += ("*i32", "*i32", "i32")
-    signature["scoring"] = ("*bf16" if score else "constexpr", "fp32")
-    signature["terms"] = ("fp32", "*fp32", "i32", "i32", "i32") if score else ()
+    capped = score == "sink, cap and bias"
+    signature["scoring"] = ("*bf16" if capped else "constexpr", "fp32")
+    signature["biasing"] = ("i32", "i32") if biased else ()
+    signature["terms"] = (
+        ("fp32", "*fp32", "*i32", "*i32", *("i32",) * 3) if score == "alibi" else ()
+    )
     signature |= dict.fromkeys(INTS, "i32") | {"scale_log2": "fp32"}
+    signature["parts"] = ("*fp32", "*fp32") if score == "cut" else ()
+    signature["split"] = ("i32",) * 3 if score == "cut" else ()
     constants = shape_constants(case)
-    constants |= {"HIDES": hides, "CAPPED": score is not None}
-    if score is None:
+    constants |= {"HIDES": hides, "CAPPED": capped}
+    if not capped:
         constants[list(signature).index("scoring"), 0] = None
-    if not hides:
-        constants["p_spoilt"] = None
+    if not biased:
+        constants["bias_desc"] = None
+    if not hides or score == "cut":
+        constants |= dict.fromkeys(["p_spoilt", "p_flags"])
     stack, products, sass = resources(compiled(tile_attend_forward, signature, constants))
-    assert stack <= (200 if (case[5] == 3 and hides) or score else 0)
+    spills = (case[5] == 3 and hides) or score in SPILLING or (score == "cut" and hides)
+    assert stack <= (200 if spills else 0)
     assert pipelined(sass, products)
 
 
@@ -144,7 +160,8 @@ def test_forward(case: tuple[Any, ...], hides: bool, lists: str | None, score: s
 def test_repair(axes: int, lists: tuple[str, ...]) -> None:
     from foveal.engines.tile.hopper_repair import tile_attend_repair
 
-    signature: dict[str, Any] = dict.fromkeys(["p_q", "p_k", "p_v", "p_o"], "*bf16")
+    signature: dict[str, Any] = {"p_flags": "*i8", "boxes": "i32"}
+    signature |= dict.fromkeys(["p_q", "p_k", "p_v", "p_o"], "*bf16")
     for name in "qkvo":
         signature[f"{name}_strides"] = ("i32",) * (axes + 2 if axes < 3 else 4)
     signature |= {"p_lse": "*fp32", "p_spoilt": "*i8", "p_bounds": "*i32", "lists": lists}
@@ -152,7 +169,7 @@ def test_repair(axes: int, lists: tuple[str, ...]) -> None:
     signature |= dict.fromkeys(INTS[:-1], "i32") | {"scale_log2": "fp32"}
     columns = (128, 1, 1) if axes == 1 else (4, 4, 8)
     constants = {"W": 2, "R": LINE if axes == 1 else (4, 4, 4), "C": columns, "AXES": axes}
-    constants |= {"CAPPED": False, "HEAD_DIM": 96, "VALUE_DIM": 64, "D": 128, "DV": 64}
+    constants |= {"CAPPED": False, "HEAD_DIM": 96, "VALUE_DIM": 64, "D": 128, "DV": 64, "MANY": 512}
     assert resources(compiled(tile_attend_repair, signature, constants))[0] == 0
 
 
@@ -196,6 +213,7 @@ def test_backward_of_keys(case: tuple[Any, ...], hides: bool) -> None:
     ("sides", "axes", "head_dim", "hides", "lists"),
     [
         (LINE, 1, 128, False, False),
+        (LINE, 1, 64, False, False),
         (LINE, 1, 128, True, False),
         (LINE, 1, 128, True, True),
         (SQUARE, 2, 128, True, False),
@@ -219,9 +237,26 @@ def test_backward_in_one_kernel(
     signature |= {"p_bounds": "*i32", "p_spoilt": "*i8"}
     signature["lists"] = ("*i32", *("i32",) * 5) if lists else ()
     signature |= dict.fromkeys(INTS, "i32") | {"scale_log2": "fp32", "scale": "fp32"}
-    constants = {"W": 2, "R": sides, "C": sides, "AXES": axes, "STAGES": 2, "HIDES": hides}
+    # Of items that are cut no pair is hidden.
+    signature["parts"] = () if hides else ("*fp32", "*fp32")
+    signature["split"] = () if hides else ("i32",) * 3
+    constants = {"W": 2, "R": sides, "C": sides, "AXES": axes, "HIDES": hides}
+    constants["STAGES"] = 2 if apart else 3
     result = compiled(tile_attend_backward_joint, signature, constants | {"APART": apart})
     stack, products, sass = resources(result)
     assert stack <= 280
     assert pipelined(sass, products)
     assert len(re.findall(r"UTMAREDG", sass)) > 0
+
+
+@pytest.mark.parametrize("kernel", ["tile_attend_merge", "tile_attend_backward_merge"])
+def test_merge(kernel: str) -> None:
+    from foveal.engines.tile import hopper_merge
+
+    outs = ["p_o", "p_lse"] if kernel == "tile_attend_merge" else ["p_dk", "p_dv"]
+    signature: dict[str, Any] = dict.fromkeys(outs, "*bf16")
+    signature |= {"p_lse": "*fp32"} if "p_lse" in signature else {}
+    signature |= {"parts": ("*fp32", "*fp32"), "split": ("i32",) * 3}
+    signature |= dict.fromkeys(["X", "heads", "shared", "total"], "i32")
+    constants = {"W": 2, "R": LINE, "DIM": 96, "PAD": 128, "ROWS": 16}
+    assert resources(compiled(getattr(hopper_merge, kernel), signature, constants))[0] == 0

@@ -31,10 +31,13 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
 def caveat(score: NormalForm) -> str | None:
     """Why it runs only when named, or None."""
     if score.terms:
-        return (
-            "it adds biases, but slower than the portable edition (three times on a global sphere of "
-            "64,800 tokens), so it does so only when it is named"
-        )
+        from foveal.engines.tile.terms import BY_DISTANCE, term_kinds
+
+        if BY_DISTANCE in term_kinds(score):
+            return (
+                "its slopes by distance were not measured to be faster than those of the portable "
+                "edition, so it adds them only when it is named"
+            )
     return None
 
 

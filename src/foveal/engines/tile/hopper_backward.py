@@ -32,13 +32,16 @@ from foveal.engines.tile.hopper_compat import store_wait
 from foveal.engines.tile.hopper_forward import row_places, store_rows
 from foveal.engines.tile.hopper_launch import (
     descriptor,
+    head_pad,
     list_arguments,
     on_grid,
     packed_bounds,
     programs,
+    split_boxes,
     statistics_descriptor,
     sums_descriptor,
 )
+from foveal.engines.tile.hopper_merge import launch_merge, tile_attend_backward_merge
 from foveal.engines.tile.hopper_plan import (
     JOINT_KEYS,
     JOINT_QUERIES,
@@ -52,13 +55,14 @@ from foveal.engines.tile.hopper_plan import (
 from foveal.engines.tile.hopper_walk import (
     alone,
     barriers,
-    ends,
+    boxes,
     following,
     load_boxes,
     numbered,
+    own_boxes,
     place,
-    reach,
-    row_bounds,
+    seen_by_rows,
+    seen_whole,
     skip_boxes,
     specialised,
     visible,
@@ -146,27 +150,18 @@ def accumulate_dq(
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
-        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 1)
-        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 1)
-        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 1)
+        starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 1)
+        bx, by, bz = starts
+        nx, ny, nz = counts
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
-        x_low, x_last, x_first, x_up = ends(p_bounds, 0, X, x0, R[0])
-        _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y0, R[1])
-        _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z0, R[2])
-        last_low = (x_last, y_last, z_last)
-        first_up = (x_first, y_first, z_first)
-        lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
-        ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
-        lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
-        low = (lx, ly, lz)
-        width = (wx, wy, wz)
+        last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
+        low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
         first = 0
         stop = nx
         if SKIPS:
-            first = gl.minimum((x_low - bx) // C[0], nx - 1)
-            stop = gl.maximum(gl.minimum(gl.cdiv(x_up - bx, C[0]), nx), first + 1)
+            first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
         count = (stop - first) * ny * nz
         x = bx + first * C[0]
         y = by
@@ -255,27 +250,18 @@ def accumulate_dk_dv(
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
         n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
-        bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 4 if AXES == 1 else 1)
-        by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 4 if AXES == 2 else 1)
-        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 4 if AXES == 3 else 1)
+        starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 4)
+        bx, by, bz = starts
+        nx, ny, nz = counts
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         x0 += WHICH * R[0]
-        x_low, x_last, x_first, x_up = ends(p_bounds, 0, X, x0, R[0])
-        _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y0, R[1])
-        _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z0, R[2])
-        last_low = (x_last, y_last, z_last)
-        first_up = (x_first, y_first, z_first)
-        lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
-        ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
-        lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
-        low = (lx, ly, lz)
-        width = (wx, wy, wz)
+        last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
+        low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
         first = 0
         stop = nx
         if SKIPS:
-            first = gl.minimum((x_low - bx) // C[0], nx - 1)
-            stop = gl.maximum(gl.minimum(gl.cdiv(x_up - bx, C[0]), nx), first + 1)
+            first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
         count = (stop - first) * ny * nz
         dk = gl.zeros([M, D], gl.float32, O)
         dv = gl.zeros([M, D], gl.float32, O)
@@ -363,7 +349,7 @@ def tile_attend_backward_queries(
         (
             (q_desc, do_desc), (q_s, do_s), (q_ready, do_ready), (q_free, do_free),
             (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
-            p_bounds, X, Y, Z, heads, shared, total, groups, 1, W, R, C, AXES, STAGES,
+            p_bounds, X, Y, Z, heads, shared, total, groups, 1, (), (), W, R, C, AXES, STAGES,
         ),
         W,
     )  # fmt: skip
@@ -428,7 +414,7 @@ def tile_attend_backward_keys(
             (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
             (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
             (q_ready, do_ready), (q_free, do_free),
-            p_bounds, X, Y, Z, heads, shared, total, 1, groups, W, R, C, AXES, STAGES,
+            p_bounds, X, Y, Z, heads, shared, total, 1, groups, (), (), W, R, C, AXES, STAGES,
         ),
         W,
     )  # fmt: skip
@@ -555,37 +541,64 @@ def _one_kernel(
         same_order = lists[1].heads_per_list % groups == 0
         of_keys = list_arguments(lists[1] if same_order else in_tile_order(lists[1]))
         hides = not isinstance(pattern, Dense) or length % JOINT_QUERIES > 0
-        walk = joint_list_walk(hides)
+        walk = joint_list_walk(hides, head_dim)
     (dq, dk, dv), marks = _outputs(sides, walk.hides)
     for part in sides.launches:
         items, running = programs(walk, sides.kv_lengths, k[part])
-        launch(
-            tile_attend_backward_joint,
-            (running,),
+        rounds: list[tuple[int, int, tuple[Tensor, ...], tuple[int, ...]]] = [
+            (running, items, (), ())
+        ]
+        split: tuple[int, ...] = ()
+        if lists is None and isinstance(pattern, Dense) and not walk.hides:
+            split = split_boxes(walk, length, items, q.device)
+        if split:
+            sharing, rest = split[1], items % split[1]
+            tile = 2 * sharing, walk.consumers * walk.rows[0], head_pad(head_dim)
+            parts = (sums.new_empty(tile), sums.new_empty(tile))
+            whole = items - rest
+            rounds = [(sharing, items, parts, split)]
+            if not walk.persistent:
+                rounds = [(whole, whole, (), ()), (sharing, rest, parts, (*split[:2], whole))]
+        shared = shared_heads(kv_heads, 1, length * groups, head_dim)
+        statistics = sides.lse2, sides.delta
+        descriptors = [
             *(descriptor(x[part], walk.rows, axes) for x in (k, sides.v)),
             *(descriptor(x[part], walk.columns, axes) for x in (q, sides.do)),
-            *(statistics_descriptor(x[part], walk.columns, sides.grid) for x in (sides.lse2, sides.delta)),
+            *(statistics_descriptor(x[part], walk.columns, sides.grid) for x in statistics),
             *(descriptor(x[part], walk.rows, axes) for x in (dk, dv)),
             sums_descriptor(sums[part], walk.columns, apart),
-            sides.kv_bounds,
-            None if marks is None else marks[1][part],
-            of_keys,
-            *sides.kv_lengths,
-            kv_heads,
-            groups,
-            shared_heads(kv_heads, 1, length * groups, head_dim),
-            items,
-            *sides.scales,
-            walk.consumers,
-            walk.rows,
-            walk.columns,
-            axes,
-            walk.stages,
-            walk.hides,
-            apart,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        ]
+        for running, count, parts, cut in rounds:
+            if running == 0:
+                continue
+            launch(
+                tile_attend_backward_joint,
+                (running,),
+                *descriptors,
+                sides.kv_bounds,
+                None if marks is None else marks[1][part],
+                of_keys,
+                *sides.kv_lengths,
+                kv_heads,
+                groups,
+                shared,
+                count,
+                *sides.scales,
+                parts,
+                cut,
+                walk.consumers,
+                walk.rows,
+                walk.columns,
+                axes,
+                walk.stages,
+                walk.hides,
+                apart,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+        if split:
+            sizes = math.prod(sides.kv_lengths), kv_heads, shared, items
+            launch_merge(tile_attend_backward_merge, (dk, dv), parts, split, walk, sizes)
     rows = 64
     launch(
         tile_attend_backward_round, (triton.cdiv(length, rows), batch * heads),

@@ -30,15 +30,19 @@ from foveal.engines.tile.hopper_lists import HEADER
 from foveal.engines.tile.hopper_walk import (
     alone,
     barriers,
+    boxes,
     copy_box,
     copy_statistics,
-    ends,
     following,
     load_boxes,
     numbered,
+    part_slot,
     place,
-    reach,
-    row_bounds,
+    seen_by_rows,
+    seen_whole,
+    store_part,
+    taken,
+    turns,
     visible,
     whole,
 )
@@ -64,7 +68,7 @@ def list_at(lists, n, head, position):
 def load_queries(
     rows, row_s, row_ready, row_free,
     columns, column_s, statistics, statistic_s, column_ready, column_free,
-    p_bounds, lists, X, Y, Z, heads, shared, total, groups,
+    p_bounds, lists, X, Y, Z, heads, shared, total, groups, split,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: K and V of every work item, then Q and dO with their statistics, in order."""
@@ -72,7 +76,7 @@ def load_queries(
         load_boxes(
             rows, row_s, row_ready, row_free,
             columns, column_s, statistics, statistic_s, column_ready, column_free,
-            p_bounds, X, Y, Z, heads, shared, total, 1, groups, W, R, C, AXES, STAGES,
+            p_bounds, X, Y, Z, heads, shared, total, 1, groups, split, (), W, R, C, AXES, STAGES,
         )  # fmt: skip
     else:
         g = 0
@@ -154,28 +158,29 @@ def put(dq, buffer):
 @gluon.jit
 def sum_dq(
     k_s, k_ready, ds_s, ds_ready, ds_free, dq_s, item_done, dq_desc, p_bounds, lists, X, Y, Z,
-    heads, groups, shared, total,
+    heads, groups, shared, total, split,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     """dQ of every box of queries, beside the consumers."""
     H: gl.constexpr = dq_s.shape[-1]
     buffer = dq_s.index(0)
     g = 0
-    turn = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    for turn in range(turns(total, split)):
+        t, first, stop = taken(turn, total, split)
         by, ny, bz, nz = 0, 1, 0, 1
         if len(lists) > 0:
             n, head, position = place_listed(t, lists, heads, shared)
         else:
             n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
-            bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 4 if AXES == 1 else 1)
-            if AXES > 1:
-                by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 4 if AXES == 2 else 1)
-            if AXES > 2:
-                bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 4)
+            starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 4)
+            bx, by, bz = starts
+            nx, ny, nz = counts
             y1 = by + ny * C[1]
             z1 = bz + nz * C[2]
             count = nx * ny * nz
+            if len(split) > 0:
+                bx += first * C[0]
+                count = stop - first
         for w in gl.static_range(W):
             mbarrier.wait(k_ready.index(w), turn & 1)
         for member in range(groups):
@@ -204,7 +209,6 @@ def sum_dq(
                         x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
                 g += 1
         mbarrier.arrive(item_done, count=1)
-        turn += 1
     store_wait(0)
 
 
@@ -213,14 +217,11 @@ def accumulate(
     WHICH: gl.constexpr, k_s, v_s, k_ready, v_ready, k_free, v_free,
     q_s, do_s, lse_s, delta_s, q_ready, do_ready, q_free, do_free,
     ds_s, ds_ready, ds_free, dq_s, item_done, dk_desc, dv_desc, dq_desc, p_bounds, p_spoilt, lists,
-    X, Y, Z, heads, groups, shared, total, scale_log2, scale,
+    X, Y, Z, heads, groups, shared, total, scale_log2, scale, parts, split,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    DEPTH: gl.constexpr, HIDES: gl.constexpr, APART: gl.constexpr, LATE: gl.constexpr,
+    DEPTH: gl.constexpr, HIDES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """A consumer: dK and dV of its box of keys, and unless apart its columns of dQ.
-
-    Late, dQ of a box is computed beside dK of the next one, else beside its S: then one consumer waits
-    for the other sooner.
 
     S and dP are computed transposed, so that P and dS feed the next products from registers.
     """
@@ -236,40 +237,32 @@ def accumulate(
     )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     OTHER: gl.constexpr = 1 - WHICH
-    EARLY: gl.constexpr = not (APART or LATE)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     k = k_s.index(WHICH).reshape([M, D])
     v = v_s.index(WHICH).reshape([M, D])
     buffer = dq_s.index(0 if APART else WHICH)
     g = 0
-    turn = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    for turn in range(turns(total, split)):
+        t, first, stop = taken(turn, total, split)
         by, ny, bz, nz, y0, z0 = 0, 1, 0, 1, 0, 0
         if len(lists) > 0:
             n, head, position = place_listed(t, lists, heads, shared)
             x0 = gl.load(list_at(lists, n, head * groups, position)) * (W * R[0])
         else:
             n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
-            bx, nx = reach(p_bounds, 0, X, x0, W * R[0], C[0], 4 if AXES == 1 else 1)
-            if AXES > 1:
-                by, ny = reach(p_bounds, 2 * X, Y, y0, R[1], C[1], 4 if AXES == 2 else 1)
-            if AXES > 2:
-                bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z0, R[2], C[2], 4)
+            starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 4)
+            bx, by, bz = starts
+            nx, ny, nz = counts
             y1 = by + ny * C[1]
             z1 = bz + nz * C[2]
             count = nx * ny * nz
+            if len(split) > 0:
+                bx += first * C[0]
+                count = stop - first
         x0 += WHICH * R[0]
         if HIDES:
-            _, x_last, x_first, _ = ends(p_bounds, 0, X, x0, R[0])
-            _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y0, R[1])
-            _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z0, R[2])
-            last_low = (x_last, y_last, z_last)
-            first_up = (x_first, y_first, z_first)
-            lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
-            ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
-            lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
-            low = (lx, ly, lz)
-            width = (wx, wy, wz)
+            last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
+            low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
         dk = gl.zeros([M, D], gl.float32, O)
         dv = gl.zeros([M, D], gl.float32, O)
         none = gl.zeros([M, N], gl.float32, S)
@@ -292,18 +285,8 @@ def accumulate(
                 phase = (g // STAGES) & 1
                 q = q_s.index(stage).reshape([N, D])
                 do = do_s.index(stage).reshape([N, D])
-                if EARLY:
-                    slot = (g + DEPTH - 1) % DEPTH
-                    mbarrier.wait(
-                        ds_ready.index(OTHER * DEPTH + slot), ((g - 1) // DEPTH) & 1, pred=j > 0
-                    )
-                    dq_run = part_of_dq(ds_s, k_s, slot, WHICH * H, H, DEPTH)
                 mbarrier.wait(q_ready.index(stage), phase)
                 s_run = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                if EARLY:
-                    put(warpgroup_mma_wait(1, deps=(dq_run,)), buffer)
-                    if j > 0:
-                        add_rows(dq_desc, line, xb, yb, zb, WHICH * H, buffer, AXES)
                 mbarrier.wait(do_ready.index(stage), phase)
                 dp_run = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
                 lse = lse_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
@@ -322,29 +305,29 @@ def accumulate(
                 dv_run = warpgroup_mma(weights, do, dv, is_async=True)
                 delta = delta_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
                 ds = (p * (dp - delta[None, :])).to(q_s.dtype)
-                # Not apart, the slot is free: since it was read, the other consumer passed here.
                 slot = g % DEPTH
-                if APART:
-                    mbarrier.wait(ds_free.index(slot), ((g // DEPTH) & 1) ^ 1)
+                mbarrier.wait(ds_free.index(slot), ((g // DEPTH) & 1) ^ 1)
                 ds_s.index(WHICH * DEPTH + slot).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(ds_ready.index(WHICH * DEPTH + slot), count=1)
-                if LATE:
+                if not APART:
+                    # dQ of the box before: the other consumer may lag behind by one.
                     slot = (g + DEPTH - 1) % DEPTH
                     mbarrier.wait(
                         ds_ready.index(OTHER * DEPTH + slot), ((g - 1) // DEPTH) & 1, pred=j > 0
                     )
                     dq_run = part_of_dq(ds_s, k_s, slot, WHICH * H, H, DEPTH)
                 dk_run = warpgroup_mma(gl.convert_layout(ds, A), q, dk, is_async=True)
-                if LATE:
+                if APART:
+                    dv = warpgroup_mma_wait(1, deps=(dv_run,))
+                    mbarrier.arrive(do_free.index(stage), count=1)
+                else:
                     dv, dq = warpgroup_mma_wait(1, deps=(dv_run, dq_run))
                     mbarrier.arrive(do_free.index(stage), count=1)
+                    mbarrier.arrive(ds_free.index(slot), count=1, pred=j > 0)
                     put(dq, buffer)
                     if j > 0:
                         add_rows(dq_desc, line, xb, yb, zb, WHICH * H, buffer, AXES)
-                else:
-                    dv = warpgroup_mma_wait(1, deps=(dv_run,))
-                    mbarrier.arrive(do_free.index(stage), count=1)
                 dk = warpgroup_mma_wait(0, deps=(dk_run,))
                 mbarrier.arrive(q_free.index(stage), count=1)
                 xb, yb, zb = x, y, z
@@ -361,7 +344,9 @@ def accumulate(
                     ds_ready.index(OTHER * DEPTH + slot), ((g - 1) // DEPTH) & 1, pred=count > 0
                 )
                 dq = part_of_dq(ds_s, k_s, slot, WHICH * H, H, DEPTH)
-                put(warpgroup_mma_wait(0, deps=(dq,)), buffer)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                mbarrier.arrive(ds_free.index(slot), count=1, pred=count > 0)
+                put(dq, buffer)
                 if count > 0:
                     add_rows(dq_desc, line, xb, yb, zb, WHICH * H, buffer, AXES)
         if not APART:
@@ -371,14 +356,19 @@ def accumulate(
             spoilt = (gl.sum(dk * 0.0, 1) + gl.sum(dv * 0.0, 1) != 0.0).to(gl.int8)
             at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + ((rx * Y + ry) * Z + rz)
             gl.store(p_spoilt + at, gl.convert_layout(spoilt, gl.SliceLayout(1, S)), mask=inside)
-        store_rows(dv_desc, n, x0, y0, z0, head, dv, v_s.index(WHICH), AXES)
+        if len(split) == 0 or count == split[0]:
+            store_rows(dv_desc, n, x0, y0, z0, head, dv, v_s.index(WHICH), AXES)
+        else:
+            at = part_slot(turn, total, split) * W + WHICH
+            store_part(parts[1], at, dv)
+            store_part(parts[0], at, dk * scale)
         # K is read for dQ until then.
         mbarrier.wait(item_done, turn & 1)
-        store_rows(dk_desc, n, x0, y0, z0, head, dk * scale, k_s.index(WHICH), AXES)
+        if len(split) == 0 or count == split[0]:
+            store_rows(dk_desc, n, x0, y0, z0, head, dk * scale, k_s.index(WHICH), AXES)
         store_wait(0)
         mbarrier.arrive(k_free.index(WHICH), count=1)
         mbarrier.arrive(v_free.index(WHICH), count=1)
-        turn += 1
 
 
 @gluon.jit
@@ -413,7 +403,7 @@ def run_partitions(
 @gluon.jit
 def tile_attend_backward_joint(
     k_desc, v_desc, q_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, dq_desc,
-    p_bounds, p_spoilt, lists, X, Y, Z, heads, groups, shared, total, scale_log2, scale,
+    p_bounds, p_spoilt, lists, X, Y, Z, heads, groups, shared, total, scale_log2, scale, parts, split,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
@@ -426,10 +416,7 @@ def tile_attend_backward_joint(
     """
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    # On a GPU late is checked and faster on these walks; it is not yet checked on others.
-    LATE: gl.constexpr = not (APART or len(lists) > 0 or (HIDES and AXES < 3))
-    # Late, a consumer may be two boxes ahead of what the other one still reads.
-    DEPTH: gl.constexpr = 4 if LATE else 2
+    DEPTH: gl.constexpr = 2
     k_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [W] + k_desc.block_type.shape, v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
@@ -455,7 +442,7 @@ def tile_attend_backward_joint(
     q_free = barriers(STAGES, W)
     do_free = barriers(STAGES, W)
     ds_ready = barriers(W * DEPTH, 1)
-    ds_free = barriers(DEPTH, 1)
+    ds_free = barriers(DEPTH, 1 if APART else W)
     item_done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(item_done, PARTS)
     run_partitions(
@@ -464,20 +451,20 @@ def tile_attend_backward_joint(
             k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s, lse_s, delta_s, q_ready,
             do_ready, q_free, do_free, ds_s, ds_ready, ds_free, dq_s, item_done,
             dk_desc, dv_desc, dq_desc, p_bounds, p_spoilt, lists, X, Y, Z,
-            heads, groups, shared, total, scale_log2, scale, W, R, C, AXES, STAGES, DEPTH, HIDES, APART,
-            LATE,
+            heads, groups, shared, total, scale_log2, scale, parts, split,
+            W, R, C, AXES, STAGES, DEPTH, HIDES, APART,
         ),
         sum_dq,
         (
             k_s, k_ready, ds_s, ds_ready, ds_free, dq_s, item_done, dq_desc, p_bounds, lists, X, Y, Z,
-            heads, groups, shared, total, W, R, C, AXES, DEPTH,
+            heads, groups, shared, total, split, W, R, C, AXES, DEPTH,
         ),
         load_queries,
         (
             (k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free),
             (q_desc, do_desc), (q_s, do_s), (lse_desc, delta_desc), (lse_s, delta_s),
             (q_ready, do_ready), (q_free, do_free),
-            p_bounds, lists, X, Y, Z, heads, shared, total, groups, W, R, C, AXES, STAGES,
+            p_bounds, lists, X, Y, Z, heads, shared, total, groups, split, W, R, C, AXES, STAGES,
         ),
         APART,
     )  # fmt: skip

@@ -12,11 +12,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from foveal.engines.tile.hopper_plan import Box, Walk
+from foveal.engines.tile.hopper_scores import tile_attend_biases
 from foveal.engines.tile.launch import bits
 from foveal.engines.tile.lists import WalkLists, boxes
+from foveal.engines.tile.replay import launch
 from foveal.engines.tile.terms import PER_KEY, LocalTerm
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
+
+# What writing and merging parts of items costs, in boxes of a program.
+_MERGE_BOXES = 12
 
 _ELEMENT: dict[torch.dtype, Any] = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -60,7 +65,7 @@ def _layout(sides: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -138,4 +143,30 @@ def programs(walk: Walk, lengths: tuple[int, int, int], rows: Tensor) -> tuple[i
     items = tiles * triton.cdiv(lengths[2], z) * len(rows) * rows.shape[-2]
     if not walk.persistent:
         return items, items
-    return items, min(items, _multiprocessors(rows.device))
+    return items, min(items, multiprocessors(rows.device))
+
+
+def split_boxes(walk: Walk, columns: int, items: int, device: torch.device) -> tuple[int, ...]:
+    """`split` of hopper_walk, of a walk over all columns, where cutting the last items pays; else ().
+
+    It does where programs without an item would wait longer than writing and merging parts takes.
+    """
+    sharing = multiprocessors(device)
+    boxes = triton.cdiv(columns, walk.columns[0])
+    rest = items % sharing
+    pays = rest > 0 and (sharing - rest) * boxes > _MERGE_BOXES * sharing
+    return (boxes, sharing, 0) if pays else ()
+
+
+def scaled_biases(values: Tensor, grid: tuple[int, ...], factor: float) -> Tensor:
+    """factor times biases per key [N or 1, heads, Lk], fp32 [N or 1, heads, *grid], last axis padded."""
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    batch, heads, length = values.shape
+    pitch = -(-grid[-1] // 4) * 4
+    scaled = values.new_empty(batch, heads, *grid[:-1], pitch, dtype=torch.float32)
+    launch(
+        tile_attend_biases, (triton.cdiv(length, 1024), batch * heads),
+        values, scaled, heads, length, grid[-1], pitch, scaled[0, 0].numel(), *values.stride()[:2],
+        factor, WIDTH=1024,
+    )  # fmt: skip
+    return scaled

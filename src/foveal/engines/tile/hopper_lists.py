@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from foveal.engines.tile.hopper_walk import copy_box
+from foveal.engines.tile.hopper_walk import copy_box, copy_statistics
 from foveal.engines.tile.lists import WalkLists
 
 HEADER = gl.constexpr(WalkLists.HEADER)
@@ -57,7 +57,7 @@ def listed_bits(lists, tile, own, x, LAYOUT: gl.constexpr, C: gl.constexpr, ROWS
 @gluon.jit
 def load_listed(
     rows, row_s, row_ready, row_free, columns, column_s, column_ready, column_free,
-    lists, heads, shared, total, groups,
+    lists, heads, shared, total, groups, biases,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: the rows of every work item, then the tiles of columns of its list, in order."""
@@ -82,7 +82,13 @@ def load_listed(
             phase = (g // STAGES) & 1
             for i in gl.static_range(len(columns)):
                 mbarrier.wait(column_free[i].index(stage), phase ^ 1)
-                mbarrier.expect(column_ready[i].index(stage), columns[i].block_type.nbytes)
+                if (i == 0) & (len(biases) > 0):
+                    copy_statistics(
+                        biases[0], columns[0], n * biases[2] + head // biases[3], x, 0, 0,
+                        column_ready[0].index(stage), biases[1].index(stage), 1,
+                    )  # fmt: skip
+                else:
+                    mbarrier.expect(column_ready[i].index(stage), columns[i].block_type.nbytes)
                 copy_box(
                     columns[i], n, x, 0, 0, head // groups,
                     column_ready[i].index(stage), column_s[i].index(stage), 1,

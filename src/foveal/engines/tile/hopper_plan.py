@@ -89,7 +89,8 @@ def keys_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
 def joint_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
     """For dQ, dK and dV at once; keys are the rows."""
     rows, columns = JOINT_KEYS // 2, JOINT_QUERIES
-    walk = _best_walk(pattern, extent, rows, columns, 2, consumers=2, of_keys=True)
+    stages = _joint_stages(head_dim)
+    walk = _best_walk(pattern, extent, rows, columns, stages, consumers=2, of_keys=True)
     # Measured: with 128 columns programs that start anew are faster.
     return dataclasses.replace(walk, skips=False, persistent=walk.persistent and head_dim <= 64)
 
@@ -111,9 +112,15 @@ def joint_pays(pattern: Pattern, extent: Extent, head_dim: int) -> bool:
     return seen >= _JOINT_QUERIES_MET and not grid
 
 
-def joint_list_walk(hides: bool) -> Walk:
+def joint_list_walk(hides: bool, head_dim: int) -> Walk:
     """As joint_walk, along lists of tiles of JOINT_KEYS keys and JOINT_QUERIES queries."""
-    return Walk((JOINT_KEYS // 2, 1, 1), (JOINT_QUERIES, 1, 1), 2, hides, False)
+    stages = _joint_stages(head_dim)
+    return Walk((JOINT_KEYS // 2, 1, 1), (JOINT_QUERIES, 1, 1), stages, hides, False)
+
+
+def _joint_stages(head_dim: int) -> int:
+    # Up to 64 columns two programs share a processor.
+    return 2 if head_dim <= 64 else 3
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,13 +2,14 @@
 """Where NaN or inf in keys or values spread to rows that do not see them: those rows once more.
 
 The forward multiplies hidden pairs by 0, and 0 x NaN is NaN.  It marks the rows that hold one though
-their scores are sound; this kernel leaves all boxes of rows without a mark at once.
+their scores are sound, and flags their boxes; this kernel leaves the others at once.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -53,16 +54,14 @@ def sees(x, y, z, low, width, AXES: gl.constexpr):
 
 
 @gluon.jit
-def tile_attend_repair(
+def repair_box(
+    t, part,
     p_q, p_k, p_v, p_o, q_strides, k_strides, v_strides, o_strides, p_lse, p_spoilt,
     p_bounds, lists, squash, terms, key_grid, X, Y, Z, heads, groups, shared, scale_log2,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, CAPPED: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
-    """o of the marked boxes of rows, key by key, so that a hidden key adds nothing.
-
-    Arguments as of tile_attend_forward; with three axes pointers are of one batch entry.
-    """
+    """o of one box of rows of work item t."""
     M: gl.constexpr = R[0] * R[1] * R[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, M, gl.SliceLayout(1, LAYOUT))
@@ -70,7 +69,6 @@ def tile_attend_repair(
     value_column = gl.arange(0, DV, gl.SliceLayout(0, LAYOUT))
     own = column < HEAD_DIM
     value_own = value_column < VALUE_DIM
-    t = gl.program_id(0)
     if len(lists) > 0:
         n, head, p_list = list_of(t, lists, heads, shared)
         tile = gl.load(p_list)
@@ -92,61 +90,88 @@ def tile_attend_repair(
         y1 = by + ny * C[1]
         z1 = bz + nz * C[2]
         count = nx * ny * nz
-    for part in range(W):
-        x0 = x_first + part * R[0]
-        rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
-        token = (rx * Y + ry) * Z + rz
-        at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + token
-        marks = gl.load(p_spoilt + at, mask=inside, other=0).to(gl.int32)
-        if gl.max(marks, 0) > 0:
-            lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
-            ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
-            lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
-            low = (lx, ly, lz)
-            width = (wx, wy, wz)
-            lse = gl.load(p_lse + at, mask=inside, other=0.0)
-            minus_lse = gl.where(lse == float("-inf"), lse, lse * -1.4426950408889634)
-            if len(terms) > 0:
-                of_queries = query_terms(terms, n, head, token, inside)
-            p_rows = row_pointers(p_q, n, rx, ry, rz, head, q_strides, AXES)[:, None]
-            mask = inside[:, None] & own[None, :]
-            q = gl.load(p_rows + column[None, :], mask=mask, other=0.0).to(gl.float32)
-            acc = gl.zeros([M, DV], gl.float32, LAYOUT)
-            x, y, z = bx, by, bz
-            for j in range(count):
+    x0 = x_first + part * R[0]
+    rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
+    token = (rx * Y + ry) * Z + rz
+    at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + token
+    marks = gl.load(p_spoilt + at, mask=inside, other=0).to(gl.int32)
+    if gl.max(marks, 0) > 0:
+        lx, wx = row_bounds(p_bounds, 0, X, x0, row, R[1] * R[2], R[0])
+        ly, wy = row_bounds(p_bounds, 2 * X, Y, y0, row, R[2], R[1])
+        lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z0, row, 1, R[2])
+        low = (lx, ly, lz)
+        width = (wx, wy, wz)
+        lse = gl.load(p_lse + at, mask=inside, other=0.0)
+        minus_lse = gl.where(lse == float("-inf"), lse, lse * -1.4426950408889634)
+        if len(terms) > 0:
+            of_queries = query_terms(terms, n, head, token, inside)
+        p_rows = row_pointers(p_q, n, rx, ry, rz, head, q_strides, AXES)[:, None]
+        mask = inside[:, None] & own[None, :]
+        q = gl.load(p_rows + column[None, :], mask=mask, other=0.0).to(gl.float32)
+        acc = gl.zeros([M, DV], gl.float32, LAYOUT)
+        x, y, z = bx, by, bz
+        for j in range(count):
+            if len(lists) > 0:
+                x = gl.load(p_list + (HEADER + j)) * C[0]
+            for c in range(C[0] * C[1] * C[2]):
+                kx, ky, kz, held = box_columns(x, y, z, c, key_grid, C, AXES)
+                if len(lists) > 6:
+                    p_bits = bit_rows(lists, tile, part * M + row, x, C, W * M)
+                    seen = ((gl.load(p_bits + c // 32) >> (c % 32)) & 1) != 0
+                else:
+                    seen = sees(kx, ky, kz, low, width, AXES)
                 if len(lists) > 0:
-                    x = gl.load(p_list + (HEADER + j)) * C[0]
-                for c in range(C[0] * C[1] * C[2]):
-                    kx, ky, kz, held = box_columns(x, y, z, c, key_grid, C, AXES)
-                    if len(lists) > 6:
-                        p_bits = bit_rows(lists, tile, part * M + row, x, C, W * M)
-                        seen = ((gl.load(p_bits + c // 32) >> (c % 32)) & 1) != 0
-                    else:
-                        seen = sees(kx, ky, kz, low, width, AXES)
-                    if len(lists) > 0:
-                        seen |= j >= tested
-                    p_row = row_pointers(p_k, n, kx, ky, kz, head // groups, k_strides, AXES)
-                    k = gl.load(p_row + column, mask=own & held, other=0.0).to(gl.float32)
-                    p_row = row_pointers(p_v, n, kx, ky, kz, head // groups, v_strides, AXES)
-                    v = gl.load(p_row + value_column, mask=value_own & held, other=0.0)
-                    s = scored(gl.sum(q * k[None, :], 1), squash, CAPPED)
-                    if len(terms) > 0:
-                        of_key = key_terms(terms, n, head, x, y, z, c, key_grid, C, AXES)
-                        s = add_terms(s, of_queries, of_key, terms)
-                    p = gl.exp2(s * scale_log2 + minus_lse)
-                    more = acc + p[:, None] * v.to(gl.float32)[None, :]
-                    acc = gl.where(seen[:, None], more, acc)
-                if len(lists) == 0:
-                    x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
-            p_rows = row_pointers(p_o, n, rx, ry, rz, head, o_strides, AXES)[:, None]
-            mask = inside[:, None] & value_own[None, :]
-            gl.store(p_rows + value_column[None, :], acc.to(p_o.dtype.element_ty), mask=mask)
+                    seen |= j >= tested
+                p_row = row_pointers(p_k, n, kx, ky, kz, head // groups, k_strides, AXES)
+                k = gl.load(p_row + column, mask=own & held, other=0.0).to(gl.float32)
+                p_row = row_pointers(p_v, n, kx, ky, kz, head // groups, v_strides, AXES)
+                v = gl.load(p_row + value_column, mask=value_own & held, other=0.0)
+                s = scored(gl.sum(q * k[None, :], 1), squash, CAPPED)
+                if len(terms) > 0:
+                    of_key = key_terms(terms, n, head, x, y, z, c, key_grid, C, AXES)
+                    s = add_terms(s, of_queries, of_key, terms)
+                p = gl.exp2(s * scale_log2 + minus_lse)
+                more = acc + p[:, None] * v.to(gl.float32)[None, :]
+                acc = gl.where(seen[:, None], more, acc)
+            if len(lists) == 0:
+                x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
+        p_rows = row_pointers(p_o, n, rx, ry, rz, head, o_strides, AXES)[:, None]
+        mask = inside[:, None] & value_own[None, :]
+        gl.store(p_rows + value_column[None, :], acc.to(p_o.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def tile_attend_repair(
+    p_flags, boxes, p_q, p_k, p_v, p_o, q_strides, k_strides, v_strides, o_strides, p_lse, p_spoilt,
+    p_bounds, lists, squash, terms, key_grid, X, Y, Z, heads, groups, shared, scale_log2,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, CAPPED: gl.constexpr,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    MANY: gl.constexpr,
+):  # fmt: skip
+    """o of the marked boxes of rows, key by key, so that a hidden key adds nothing.
+
+    A program looks at MANY of the `boxes` flags.  Arguments as of tile_attend_forward; with three axes
+    pointers are of one batch entry.
+    """
+    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    first = gl.program_id(0) * MANY
+    at = first + gl.arange(0, MANY, LINE)
+    flags = gl.load(p_flags + at, mask=at < boxes, other=0).to(gl.int32)
+    if gl.max(flags, 0) > 0:
+        for i in range(first, gl.minimum(first + MANY, boxes)):
+            if gl.load(p_flags + i) != 0:
+                repair_box(
+                    i // W, i % W,
+                    p_q, p_k, p_v, p_o, q_strides, k_strides, v_strides, o_strides, p_lse, p_spoilt,
+                    p_bounds, lists, squash, terms, key_grid, X, Y, Z, heads, groups, shared, scale_log2,
+                    W, R, C, AXES, CAPPED, HEAD_DIM, VALUE_DIM, D, DV,
+                )  # fmt: skip
 
 
 def launch_repair(
     walk: Walk,
     axes: int,
-    items: int,
+    flags: Tensor,
     tensors: list[Tensor],
     lse: Tensor,
     spoilt: Tensor,
@@ -156,10 +181,13 @@ def launch_repair(
     """Writes the marked rows of o; tensors are q, k, v and o on their grids, `given` as the forward's."""
     bounds, listed, squash, terms, sizes, factor = given
     on_grid = [x[0] if axes == 3 else x for x in tensors]
+    many = 512
     head_dim, value_dim = tensors[0].shape[-1], tensors[2].shape[-1]
     launch(
         tile_attend_repair,
-        (items,),
+        (triton.cdiv(len(flags), many),),
+        flags,
+        len(flags),
         *on_grid,
         *(x.stride()[:-1] for x in on_grid),
         lse,
@@ -180,6 +208,7 @@ def launch_repair(
         value_dim,
         head_pad(head_dim),
         head_pad(value_dim),
+        many,
         num_warps=4,
         enable_fp_fusion=True,
     )

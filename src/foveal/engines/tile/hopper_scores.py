@@ -8,6 +8,8 @@ queries, keys, parts), the distance being the difference of codes.
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -65,6 +67,21 @@ def key_terms(terms, n, head, x, y, z, c, key_grid, C: gl.constexpr, AXES: gl.co
         p_codes = terms[3] + n % terms[6] * terms[5]
         brought = gl.load(p_codes + key, mask=held, other=0).to(gl.float32)
     return brought
+
+
+@triton.jit
+def tile_attend_biases(
+    p_biases, p_scaled, heads, length, last, pitch, plane, stride_n, stride_h, factor,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """factor times biases [N, heads, length], fp32 [N, heads, plane]: lines of `last` take `pitch`."""
+    line = tl.program_id(1)
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < length
+    p_line = p_biases + (line // heads).to(tl.int64) * stride_n + line % heads * stride_h
+    bias = tl.load(p_line + at, mask=inside, other=0.0).to(tl.float32)
+    at = line.to(tl.int64) * plane + at // last * pitch + at % last
+    tl.store(p_scaled + at, bias * factor, mask=inside)
 
 
 @gluon.jit

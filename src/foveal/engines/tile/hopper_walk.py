@@ -86,13 +86,74 @@ def place(t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr, LAST_FIRS
     rest = t // (shared * tiles)
     groups = heads // shared
     head = rest % groups * shared + t % shared
-    return (
-        rest // groups,
-        head,
-        tile // (ny * nz) * W * R[0],
-        tile // nz % ny * R[1],
-        tile % nz * R[2],
-    )
+    # Of volumes the tiles along the first axis come together: a window is longest there, and queries
+    # and sums that all of them meet stay in the cache.
+    nx = gl.cdiv(X, W * R[0])
+    flat = nz == 1
+    x = gl.where(flat, tile // ny, tile % nx)
+    y = gl.where(flat, tile % ny, tile // (nx * nz))
+    z = gl.where(flat, 0, tile // nx % nz)
+    return rest // groups, head, x * W * R[0], y * R[1], z * R[2]
+
+
+@gluon.jit
+def share(total, split):
+    """How many items are not cut, and this program's part of the boxes of the others: [low, high).
+
+    `split` is (boxes of every item, programs that share the last `total % programs` items, number of
+    the first item).
+    """
+    boxes, sharing, _ = split
+    whole = total // sharing * sharing
+    own = gl.cdiv(gl.maximum(whole - gl.program_id(0), 0), gl.num_programs(0))
+    i = gl.program_id(0) + own * gl.num_programs(0) - whole
+    rest = gl.where(i < sharing, (total - whole) * boxes, 0)
+    return own, i * rest // sharing, (i + 1) * rest // sharing
+
+
+@gluon.jit
+def turns(total, split):
+    """How many work items, or parts of one, this program takes."""
+    own = gl.cdiv(total - gl.program_id(0), gl.num_programs(0))
+    if len(split) > 0:
+        own, low, high = share(total, split)
+        own += gl.cdiv(high, split[0]) - low // split[0]
+    return own
+
+
+@gluon.jit
+def taken(turn, total, split):
+    """The work item of a turn, and which of its boxes: [first, stop) where items may be cut."""
+    t = gl.program_id(0) + turn * gl.num_programs(0)
+    first = 0
+    stop = 1
+    if len(split) > 0:
+        boxes, sharing, base = split
+        own, low, high = share(total, split)
+        item = low // boxes + turn - own
+        cut = turn >= own
+        t = base + gl.where(cut, total // sharing * sharing + item, t)
+        first = gl.where(cut, gl.maximum(low - item * boxes, 0), 0)
+        stop = gl.where(cut, gl.minimum(high - item * boxes, boxes), boxes)
+    return t, first, stop
+
+
+@gluon.jit
+def part_slot(turn, total, split):
+    """Where a part of an item is written: a program takes parts of one item or of two in succession."""
+    own, _, _ = share(total, split)
+    i = gl.program_id(0) + own * gl.num_programs(0) - total // split[1] * split[1]
+    return 2 * i + turn - own
+
+
+@gluon.jit
+def store_part(parts, at, x):
+    """Writes a box of rows of a part, fp32, as box `at` of parts [boxes, rows, columns]."""
+    M: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    row = gl.arange(0, M, gl.SliceLayout(1, x.type.layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, x.type.layout))
+    gl.store(parts + ((at * M + row).to(gl.int64)[:, None] * D + column[None, :]), x)
 
 
 @gluon.jit
@@ -116,6 +177,47 @@ def reach(p_bounds, base, length, first, count, C: gl.constexpr, ALIGN: gl.const
     start, _, _, stop = ends(p_bounds, base, length, first, count)
     start = start // ALIGN * ALIGN
     return start, gl.maximum(gl.cdiv(stop - start, C), 1)
+
+
+@gluon.jit
+def boxes(
+    p_bounds, X, Y, Z, x, y, z, W: gl.constexpr, R: gl.constexpr, C: gl.constexpr,
+    AXES: gl.constexpr, ALIGN: gl.constexpr,
+):  # fmt: skip
+    """Start and number of the boxes of columns that the tile of rows at (x, y, z) walks, per axis."""
+    bx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0], ALIGN if AXES == 1 else 1)
+    by, ny, bz, nz = 0, 1, 0, 1
+    if AXES > 1:
+        by, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1], ALIGN if AXES == 2 else 1)
+    if AXES > 2:
+        bz, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2], ALIGN)
+    return (bx, by, bz), (nx, ny, nz)
+
+
+@gluon.jit
+def seen_whole(p_bounds, X, Y, Z, x, y, z, R: gl.constexpr):
+    """What all rows of the box at (x, y, z) see: `last_low` and `first_up` of `whole`."""
+    _, x_last, x_first, _ = ends(p_bounds, 0, X, x, R[0])
+    _, y_last, y_first, _ = ends(p_bounds, 2 * X, Y, y, R[1])
+    _, z_last, z_first, _ = ends(p_bounds, 2 * X + 2 * Y, Z, z, R[2])
+    return (x_last, y_last, z_last), (x_first, y_first, z_first)
+
+
+@gluon.jit
+def seen_by_rows(p_bounds, X, Y, Z, x, y, z, row, R: gl.constexpr):
+    """What each row of the box at (x, y, z) sees: `low` and `width` of `visible`."""
+    lx, wx = row_bounds(p_bounds, 0, X, x, row, R[1] * R[2], R[0])
+    ly, wy = row_bounds(p_bounds, 2 * X, Y, y, row, R[2], R[1])
+    lz, wz = row_bounds(p_bounds, 2 * X + 2 * Y, Z, z, row, 1, R[2])
+    return (lx, ly, lz), (wx, wy, wz)
+
+
+@gluon.jit
+def own_boxes(p_bounds, X, x, bx, nx, R: gl.constexpr, C: gl.constexpr):
+    """Which boxes of the first axis one consumer's rows see: [first, stop), at least one."""
+    low, _, _, up = ends(p_bounds, 0, X, x, R[0])
+    first = gl.minimum((low - bx) // C[0], nx - 1)
+    return first, gl.maximum(gl.minimum(gl.cdiv(up - bx, C[0]), nx), first + 1)
 
 
 @gluon.jit
@@ -158,20 +260,21 @@ def copy_statistics(desc, partner, line, x, y, z, ready, buffer, AXES: gl.conste
 def load_boxes(
     rows, row_s, row_ready, row_free,
     columns, column_s, statistics, statistic_s, column_ready, column_free,
-    p_bounds, X, Y, Z, heads, shared, total, divide, multiply,
+    p_bounds, X, Y, Z, heads, shared, total, divide, multiply, split, biases,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: the rows of every work item, then its boxes of columns, in order.
 
     `rows` and `columns` are tuples of one or two descriptors that travel together, each of the columns
-    with one of the `statistics` [N Hq, *grid], if there are any.  Head h of the rows reads the
-    heads h // divide * multiply + [0, multiply) of the columns.
+    with one of the `statistics` [N Hq, *grid], if there are any, or the first with `biases`: their
+    descriptor [lines, *grid], buffers, lines per batch entry, and heads of the rows per line.  Head h of
+    the rows reads the heads h // divide * multiply + [0, multiply) of the columns.
     """
     # The copy of numbers along the last axis starts at 16 bytes.
-    ALIGN: gl.constexpr = 1 if len(statistics) == 0 else 4
+    ALIGN: gl.constexpr = 1 if len(statistics) + len(biases) == 0 else 4
     g = 0
-    turn = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    for turn in range(turns(total, split)):
+        t, first, stop = taken(turn, total, split)
         n, head, x, y, z = place(t, X, Y, Z, heads, shared, W, R, len(statistics) == 0)
         for c in gl.static_range(W):
             for i in gl.static_range(len(rows)):
@@ -183,10 +286,14 @@ def load_boxes(
         cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0], ALIGN if AXES == 1 else 1)
         y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1], ALIGN if AXES == 2 else 1)
         z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2], ALIGN if AXES == 3 else 1)
+        if len(split) > 0:
+            cx += first * C[0]
+        else:
+            stop = nx * ny * nz
         first_head = head // divide * multiply
         for member in range(multiply):
             bx, by, bz = cx, y0, z0
-            for j in range(nx * ny * nz):
+            for j in range(first, stop):
                 stage = g % STAGES
                 phase = (g // STAGES) & 1
                 for i in gl.static_range(len(columns)):
@@ -195,6 +302,11 @@ def load_boxes(
                         copy_statistics(
                             statistics[i], columns[i], (n * heads + head) * multiply + member,
                             bx, by, bz, column_ready[i].index(stage), statistic_s[i].index(stage), AXES,
+                        )  # fmt: skip
+                    elif (i == 0) & (len(biases) > 0):
+                        copy_statistics(
+                            biases[0], columns[0], n * biases[2] + head // biases[3], bx, by, bz,
+                            column_ready[0].index(stage), biases[1].index(stage), AXES,
                         )  # fmt: skip
                     else:
                         mbarrier.expect(column_ready[i].index(stage), columns[i].block_type.nbytes)
@@ -206,7 +318,6 @@ def load_boxes(
                     bx, by, bz, y0, z0, y0 + ny * C[1], z0 + nz * C[2], C[0], C[1], C[2]
                 )
                 g += 1
-        turn += 1
 
 
 @gluon.jit
