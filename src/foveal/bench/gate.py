@@ -31,10 +31,7 @@ class Gate:
         if pattern.key not in self._truths:
             self._truths[pattern.key] = Truth.of(self.case, pattern, self.inputs)
         truth = self._truths[pattern.key]
-        found = self._evaluate(prepared, truth)
-        with_lse = "lse" in found
-        exact, plain = truth.exact[with_lse], truth.plain[with_lse]
-        return [bounds.check(name, found[name], plain[name], exact[name]) for name in found]
+        return truth.verdicts(self._evaluate(prepared, truth))
 
     def _evaluate(self, prepared: Prepared, truth: Truth) -> dict[str, Tensor]:
         leaves = prepared.leaves() if prepared.backward else prepared.inputs

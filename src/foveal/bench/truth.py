@@ -9,7 +9,7 @@ are known whole, as the gradients of that loss.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from foveal.patterns import Extent, Pattern
 from foveal.scores import Score
 from foveal.scores.base import Geometry
 from foveal.scores.normal import normal_form
+from foveal.testing import bounds
 
 _PAIRS = 2**22
 """Pairs of query and key, over all heads, that the reference evaluates at once."""
@@ -28,12 +29,12 @@ _PAIRS = 2**22
 
 @dataclass(frozen=True)
 class Truth:
-    """Exact and plain results of a pattern, on some rows, by whether the loss takes the lse."""
+    """What is right about a pattern, on some rows, and how exact the plain computation is."""
 
     rows: Tensor
     weights: tuple[Tensor, Tensor]
-    exact: dict[bool, dict[str, Tensor]]
-    plain: dict[bool, dict[str, Tensor]]
+    _problem: _Sampled
+    _known: dict[bool, _Known] = field(default_factory=dict)
 
     @classmethod
     def of(cls, case: Case, pattern: Pattern, inputs: Inputs) -> Truth:
@@ -43,18 +44,33 @@ class Truth:
         weights = torch.randn(*shape, case.value_dim, generator=source)
         lse_weights = torch.randn(*shape, generator=source)
         device = inputs[0].device
-        cotangents = (weights.to(device), lse_weights.to(device))
         sampled = SampledRows(pattern, case.extent, tuple(rows.tolist()))
-
         tokens = [tensor.detach().flatten(1, -3) for tensor in inputs]
         problem = _Sampled(tokens[0][:, rows], tokens[1], tokens[2], sampled, case.score)
-        both = (True, False)
-        exact = {with_lse: problem.exact(*cotangents, with_lse) for with_lse in both}
-        plain = {with_lse: problem.plain(*cotangents, with_lse) for with_lse in both}
-        for results in (*exact.values(), *plain.values()):
-            whole = torch.zeros_like(tokens[0], dtype=results["dq"].dtype)
-            results["dq"] = whole.index_copy(1, rows.to(whole.device), results["dq"])
-        return cls(rows, cotangents, exact, plain)
+        return cls(rows, (weights.to(device), lse_weights.to(device)), problem)
+
+    def verdicts(self, found: dict[str, Tensor]) -> list[bounds.Verdict]:
+        """Judges the results of a competitor; the loss took its lse if that is among them.
+
+        The plain computation is made at the inputs and at neighbours of them until every result is
+        within what is allowed: more of them could only allow more.
+        """
+        with_lse = "lse" in found
+        if with_lse not in self._known:
+            self._known[with_lse] = _Known(self._problem, self.weights, with_lse)
+        known = self._known[with_lse]
+        exact = dict(known.exact)
+        if "dq" in found:
+            whole = torch.zeros_like(found["dq"], dtype=exact["dq"].dtype)
+            exact["dq"] = whole.index_copy(1, self.rows.to(whole.device), exact["dq"])
+        while True:
+            verdicts = [
+                bounds.check(name, found[name], known.errors[name], exact[name]) for name in found
+            ]
+            settled = all(verdict.ok or verdict.error == torch.inf for verdict in verdicts)
+            if settled or known.visited == bounds.INPUTS:
+                return verdicts
+            known.visit()
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         return tokens.flatten(1, -3)[:, self.rows]
@@ -78,6 +94,24 @@ class SampledRows(Pattern):
         return self.pattern.allows(chosen, k_pos, self.extent)
 
 
+class _Known:
+    """Exact results of a problem, and the error of the plain computation at `visited` inputs."""
+
+    def __init__(self, problem: _Sampled, weights: tuple[Tensor, Tensor], with_lse: bool) -> None:
+        self._problem, self._weights, self._with_lse = problem, weights, with_lse
+        self.exact = problem.exact(*weights, with_lse)
+        self.errors = dict.fromkeys(self.exact, 0.0)
+        self.visited = 0
+        self.visit()
+
+    def visit(self) -> None:
+        problem = self._problem.near(self.visited)
+        exact = problem.exact(*self._weights, self._with_lse) if self.visited else self.exact
+        for name, plain in problem.plain(*self._weights, self._with_lse).items():
+            self.errors[name] = max(self.errors[name], bounds.error(plain, exact[name]))
+        self.visited += 1
+
+
 @dataclass(frozen=True)
 class _Sampled:
     """Some queries q [B, R, Hq, D] against all keys, and the two computations that judge others."""
@@ -87,6 +121,14 @@ class _Sampled:
     v: Tensor
     pattern: Pattern
     score: Score
+
+    def near(self, number: int) -> _Sampled:
+        """The problem itself for 0, else a neighbour of it."""
+        if number == 0:
+            return self
+        source = torch.Generator().manual_seed(number)
+        q, k, v = (bounds.neighbour(x, source) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
 
     def exact(self, do: Tensor, dlse: Tensor, with_lse: bool) -> dict[str, Tensor]:
         """The float64 reference, differentiated by autograd."""

@@ -12,7 +12,7 @@ from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Dense
 from foveal.scores.base import Composed, Score
 from foveal.scores.softmax import Softmax
-from foveal.testing.bounds import INPUTS, Verdict, check, error
+from foveal.testing.bounds import INPUTS, Verdict, check, error, neighbour
 
 
 def check_attend(
@@ -160,8 +160,7 @@ class _Leaves:
     def add(self, name: str, x: Tensor) -> Tensor:
         x = x.detach()
         if self._source is not None:
-            step = max(32 * torch.finfo(x.dtype).eps, 2.0**-10)
-            x = x * (1 + step * torch.randn(x.shape, generator=self._source)).to(x)
+            x = neighbour(x, self._source)
         leaf = (x if self._dtype is None else x.to(self._dtype)).requires_grad_()
         self.by_name[name if name not in self.by_name else f"{name}#{len(self.by_name)}"] = leaf
         return leaf

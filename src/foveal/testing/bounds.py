@@ -86,5 +86,11 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float(torch.where(distance.isnan(), torch.inf, distance).amax())
 
 
+def neighbour(x: Tensor, source: torch.Generator) -> Tensor:
+    """A neighbour of x: further away than a rounding, too near to change how large errors are."""
+    step = max(32 * torch.finfo(x.dtype).eps, 2.0**-10)
+    return x * (1 + step * torch.randn(x.shape, generator=source)).to(x)
+
+
 def _size(x: Tensor) -> float:
     return float(torch.where(x.isfinite(), x.abs(), 0.0).amax())
