@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import foveal as fv
 from foveal.testing import LAYOUTS, Sizes, check_attend, poisoned_allocations, qkv
@@ -236,3 +237,12 @@ def test_inference_mode_and_no_grad(source: torch.Generator) -> None:
         o = fv.attend(q.requires_grad_(), k, v, fv.Sliding(4))
     assert not o.requires_grad
     torch.testing.assert_close(o, expected)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION])
+def test_backends_that_the_caller_turned_off_do_not_matter(
+    backend: SDPBackend, source: torch.Generator
+) -> None:
+    q, k, v = qkv(Sizes((50,), q_heads=2, head_dim=8), source)
+    with sdpa_kernel(backend):
+        check_attend(q, k, v, fv.Sliding(9), return_lse=False, implementation="cpu")

@@ -6,6 +6,7 @@ The call holds no lock of the interpreter, for which chains of small products wa
 from __future__ import annotations
 
 from torch import Tensor
+from torch.backends.cuda import flash_sdp_enabled
 from torch.nn.functional import scaled_dot_product_attention
 
 from foveal.engines.tile.cpu_scores import Scorer
@@ -15,7 +16,8 @@ from foveal.engines.tile.stacks import Stack
 def fuses(scorer: Scorer, q: Tensor, v: Tensor) -> bool:
     """Whether the fused call computes what the scorer asks for, of q [..., D] and v [..., Dv]."""
     plain = scorer.task.score.plain and not scorer.with_lse and not scorer.careful
-    return plain and 0 < q.shape[-1] == v.shape[-1]
+    # PyTorch's switch, which `sdpa_kernel` of a caller may have turned off, holds on the CPU too.
+    return plain and flash_sdp_enabled() and 0 < q.shape[-1] == v.shape[-1]
 
 
 def fused_attention(
