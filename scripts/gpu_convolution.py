@@ -1,7 +1,8 @@
 """Checks and times the convolution engine on a CUDA device; one line per case.
 
 python scripts/gpu_convolution.py check    outputs and gradients against float64, several processes
-python scripts/gpu_convolution.py time     forward and backward, PyTorch's own in both layouts beside them
+python scripts/gpu_convolution.py time [--cases "7x7" "fftconv B4"] [--out FILE]
+    forward and backward, PyTorch's own beside them; JSON lines
 
 A case that fails is printed with its error and the run goes on.
 """
@@ -9,8 +10,9 @@ A case that fails is printed with its error and the run goes on.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
-import statistics
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,6 @@ from foveal.testing import bounds
 
 DEVICE = "cuda"
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -99,22 +100,6 @@ def ours(case: Case, implementation: str, first: bool) -> Runs:
     return forward, lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
-def peer(case: Case, first: bool) -> Runs:
-    """PyTorch's grouped convolution in one layout."""
-    x, filter, dy = case.draw()
-    axes = len(case.grid)
-    x, dy = (t.movedim(-1, 1) for t in (x, dy))
-    memory = torch.contiguous_format if first or axes == 1 else FORMATS[axes]
-    x, dy = (t.contiguous(memory_format=memory) for t in (x, dy))
-    leaves = x.requires_grad_(), filter[:, None].clone().requires_grad_()
-
-    def forward() -> Tensor:
-        return CONVOLVE[axes](*leaves, padding="same", dilation=case.dilation, groups=case.channels)
-
-    y = forward()
-    return forward, lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
-
-
 def plain(case: Case, channels: int, dtype: torch.dtype) -> list[Tensor]:
     """y, dx and the gradient of the filter by PyTorch, of the first channels, channels last."""
     x, filter, dy = case.draw()
@@ -159,45 +144,25 @@ def checks() -> int:
     return failed
 
 
-def milliseconds(runs: list[Callable[[], object]], repeats: int = 7) -> list[float]:
-    """Interleaved medians with a cold cache."""
-    flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
-    samples: list[list[float]] = [[] for _ in runs]
-    for run in runs:
-        run()
-    for _ in range(repeats):
-        for own, run in zip(samples, runs, strict=True):
-            flush.zero_()
-            torch.cuda._sleep(1_500_000)  # the host runs ahead, so that its time does not count
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            own.append(start.elapsed_time(stop))
-    return [statistics.median(own) for own in samples]
+def writer(path: Path | None) -> Callable[[dict[str, object]], None]:
+    """Appends JSON lines to a file, behind one that names the machine and the command."""
 
+    def write(line: dict[str, object]) -> None:
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
-def timings() -> None:
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
-    for case in CASES:
-        found: list[tuple[str, Runs]] = []
-        for implementation, first in VARIANTS:
-            try:
-                name = f"{implementation} {'first' if first else 'last'}"
-                found.append((name, ours(case, implementation, first)))
-            except fv.errors.RefusedError:
-                continue
-        found += [(f"torch {'first' if f else 'last'}", peer(case, f)) for f in (True, False)]
-        try:
-            with torch.no_grad():
-                ahead = milliseconds([forward for _, (forward, _) in found])
-            back = milliseconds([backward for _, (_, backward) in found], 3)
-            cells = zip(found, ahead, back, strict=True)
-            print(case, "; ".join(f"{n} {f:.4f}/{b:.4f}" for (n, _), f, b in cells), flush=True)
-        except Exception as error:
-            print(f"{case}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    import triton
+
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    arguments = [a for a in sys.argv[1:] if path is None or a not in ("--out", str(path))]
+    write({**facts, "command": shlex.join(["python", "scripts/gpu_convolution.py", *arguments])})
+    return write
 
 
 def main() -> int:
@@ -205,10 +170,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=("check", "time"))
-    if parser.parse_args().what == "check":
+    parser.add_argument("--cases", nargs="*", default=[], help="time: beginnings of names")
+    parser.add_argument("--out", type=Path, help="time: the file that gets JSON lines")
+    parser.add_argument("--samples", type=int, default=9, help="time: of each forward")
+    options = parser.parse_args()
+    if options.what == "check":
         return 1 if checks() else 0
-    timings()
-    return 0
+    import gpu_convolution_timings
+
+    return (
+        1 if gpu_convolution_timings.run(options.cases, writer(options.out), options.samples) else 0
+    )
 
 
 if __name__ == "__main__":

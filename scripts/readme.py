@@ -29,7 +29,8 @@ RECORDS = ROOT / "benchmarks" / "cpu.jsonl"
 RESULTS = ROOT / "benchmarks" / "README.md"
 MASKS = ROOT / "benchmarks" / "masks_h100.jsonl"
 TIMINGS = {
-    name: ROOT / "benchmarks" / f"{name}_h100.jsonl" for name in ("tile", "locality", "state")
+    name: ROOT / "benchmarks" / f"{name}_h100.jsonl"
+    for name in ("tile", "locality", "state", "convolution")
 }
 FUZZ = ROOT / "benchmarks" / "fuzz_h100.jsonl"
 OURS = "foveal"
@@ -160,8 +161,9 @@ def _timings(path: Path) -> str:
         )
         table.append(f"| {case} | {' | '.join(cells)} |")
     facts = lines[0]
+    types = "" if any("float32" in case for case in found) else " bfloat16,"
     return "\n".join(
-        [*table, "", f"{facts['device']}, bfloat16, PyTorch {facts['torch']}, Triton 3.6."]
+        [*table, "", f"{facts['device']},{types} PyTorch {facts['torch']}, Triton 3.6."]
     )
 
 

@@ -10,10 +10,13 @@ from foveal.patterns import (
     Blocks,
     BlockSelection,
     Causal,
+    Chosen,
+    ColumnSelection,
     Dense,
     Documents,
     Extent,
     Fixed,
+    HeadSelection,
     Neighborhood,
     Partition,
     Pattern,
@@ -21,11 +24,23 @@ from foveal.patterns import (
     Rows,
     Scales,
     Sliding,
+    SpanSelection,
     Sphere,
     Strided,
+    TokenSelection,
     Tree,
 )
-from foveal.scores import Alibi, Bias, KeyBias, RelativeBias, Score, Softmax
+from foveal.scores import (
+    Alibi,
+    Bias,
+    Entmax,
+    KeyBias,
+    LocalLinear,
+    Parallax,
+    RelativeBias,
+    Score,
+    Softmax,
+)
 from foveal.systems import System, system, systems
 
 if _typing.TYPE_CHECKING:
@@ -36,9 +51,12 @@ if _typing.TYPE_CHECKING:
         explain_fftconv,
         explain_local_mix,
     )
+    from foveal._decode import decode
+    from foveal._decode_explain import DecodeExplanation, explain_decode
     from foveal._explain import Explanation, explain
     from foveal._fftconv import fftconv
     from foveal._local_mix import local_mix
+    from foveal._page_mass import page_mass
     from foveal._scan import scan, scan_step
     from foveal._scan_explain import ScanExplanation, explain_scan
     from foveal._scan_map import ChunkMap, scan_map
@@ -56,15 +74,20 @@ _LATER = {
         "explain_fftconv",
         "explain_local_mix",
     ),
+    "foveal._decode": ("decode",),
+    "foveal._decode_explain": ("DecodeExplanation", "explain_decode"),
     "foveal._explain": ("Explanation", "explain"),
     "foveal._fftconv": ("fftconv",),
     "foveal._local_mix": ("local_mix",),
+    "foveal._page_mass": ("page_mass",),
     "foveal._scan": ("scan", "scan_step"),
     "foveal._scan_explain": ("ScanExplanation", "explain_scan"),
     "foveal._scan_map": ("ChunkMap", "scan_map"),
     "foveal._tiles": ("TileCounts", "TileList", "Tiles", "tiles"),
     "foveal.rules": ("MLSTM", "Additive", "Delta", "Rule", "TwoState"),
 }
+
+_MODULES = ("caches", "hf")
 
 __all__ = [
     "MLSTM",
@@ -75,16 +98,23 @@ __all__ = [
     "BlockSelection",
     "Blocks",
     "Causal",
+    "Chosen",
     "ChunkMap",
+    "ColumnSelection",
     "ConvolutionExplanation",
+    "DecodeExplanation",
     "Delta",
     "Dense",
     "Documents",
+    "Entmax",
     "Explanation",
     "Extent",
     "Fixed",
+    "HeadSelection",
     "KeyBias",
+    "LocalLinear",
     "Neighborhood",
+    "Parallax",
     "Partition",
     "Pattern",
     "Rectangle",
@@ -96,24 +126,29 @@ __all__ = [
     "Score",
     "Sliding",
     "Softmax",
+    "SpanSelection",
     "Sphere",
     "Strided",
     "System",
     "TileCounts",
     "TileList",
     "Tiles",
+    "TokenSelection",
     "Tree",
     "TwoState",
     "attend",
     "convolve",
+    "decode",
     "errors",
     "explain",
     "explain_convolve",
+    "explain_decode",
     "explain_fftconv",
     "explain_local_mix",
     "explain_scan",
     "fftconv",
     "local_mix",
+    "page_mass",
     "scan",
     "scan_map",
     "scan_step",
@@ -124,6 +159,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return _importlib.import_module(f"foveal.{name}")
     for module, names in _LATER.items():
         if name in names:
             found: object = getattr(_importlib.import_module(module), name)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveal import _operators
 from foveal._memory import memory_note
-from foveal._plan import TILE_IMPLEMENTATIONS, prepare
+from foveal._plan import prepare
 from foveal.engines.tile.recorded import record, transforming
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
@@ -102,10 +102,11 @@ def _attend(
             o, statistic = record(run, q, k, v, *form.parameters)
         o = o if o.shape[:-1] == q.shape[:-1] else o.unflatten(1, problem.extent.q_grid)
         return (o, _lse(statistic, run.lse_unit, problem.extent)) if return_lse else o
-    module = TILE_IMPLEMENTATIONS[prepared.plan.implementation]
     flat = (x.flatten(1, -3) for x in (q, k, v))
     with memory_note(problem, prepared.plan):
-        o, lse = module.attend(problem, prepared.plan.pattern, form, prepared.geometry, *flat)
+        o, lse = prepared.module.attend(
+            problem, prepared.plan.pattern, form, prepared.geometry, *flat
+        )
     grid = problem.extent.q_grid
     o = o.unflatten(1, grid)
     return (o, lse.to(problem.lse_dtype).unflatten(1, grid)) if return_lse else o

@@ -18,6 +18,7 @@ from foveal.engines.convolution import (
     reference,
     spectral,
     spectral_reference,
+    spectral_triton,
     triton,
 )
 
@@ -38,6 +39,7 @@ MIX_IMPLEMENTATIONS: dict[str, ModuleType] = {
 
 
 SPECTRAL_IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "triton": spectral_triton,
     "torch": spectral,
     "reference": spectral_reference,
 }

@@ -91,3 +91,28 @@ class MissingDependencyError(FovealError, ImportError):
             f"{package} is not installed; {purpose} needs it: pip install 'foveal[{extra}]'"
         )
         self.package = package
+
+
+class CacheError(_ArgumentError, ValueError):
+    """Arguments that do not fit a cache, or a cache that cannot do what was asked."""
+
+
+class OutOfPagesError(FovealError, RuntimeError):
+    """A cache has too few free pages for what was asked; nothing was changed."""
+
+    def __init__(self, needed: int, free: int, pages: int, page_size: int) -> None:
+        super().__init__(
+            f"pages: {needed} more are needed and {free} of {pages} (of {page_size} tokens) are free; "
+            "the cache is unchanged: free or evict sequences, or build it with more pages"
+        )
+        self.needed = needed
+        self.free = free
+        self.pages = pages
+
+
+class ConfinementError(FovealError, RuntimeError):
+    """Code that nobody trusts cannot be confined here as it has to be."""
+
+
+class TaskError(FovealError, ValueError):
+    """A task of the kernel search that cannot be judged, or a file that describes none."""

@@ -79,10 +79,11 @@ def explain(
     problem = describe(q, k, v, return_lse)
     if problem.device == "meta":
         problem = dataclasses.replace(problem, device=device)
-    plan, _, _ = decide(problem, q.device, pattern, score, cu_seqlens, implementation)
+    plan, form, _ = decide(problem, q.device, pattern, score, cu_seqlens, implementation)
     tiles = count_tiles(plan.pattern, problem)
     heads = problem.batch * problem.q_heads
-    flops = 2 * (problem.head_dim + problem.value_dim) * heads * tiles.all_pairs // tiles.lists
+    pair = form.pair_flops(problem.head_dim, problem.value_dim)
+    flops = pair * heads * tiles.all_pairs // tiles.lists
     moved = element_bytes(problem)
     bound = None
     if ceilings is not None:

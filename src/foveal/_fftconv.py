@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from foveal._convolve_plan import SPECTRAL_IMPLEMENTATIONS, choose_convolution
@@ -26,8 +25,8 @@ def fftconv(
     Shapes: x and both gates [B, *grid, C], one to three grid axes; filter [C, *taps] or [B, C, *taps],
     at most the grid where it is a circle; or its spectrum, complex [C, *frequencies] or
     [B, C, *frequencies] as `torch.fft.rfftn` of the grid gives it (not causal); skip [C].
-    Options: implementation names one of "torch", "reference", which then runs or raises RefusedError;
-    None lets the plan choose.
+    Options: implementation names one of "triton", "torch", "reference", which then runs or raises
+    RefusedError; None lets the plan choose.
     Gradients flow to all tensors; sums and spectra are in float32 at least.
     Cost: two transforms of 5 N log2 N FLOPs for each sample and channel, N the grid, or twice it per
     causal axis, rounded up to a product of 2, 3 and 5.
@@ -39,11 +38,5 @@ def fftconv(
     problem = describe_spectral(x, filter, pre_gate, post_gate, skip, causal)
     plan = choose_convolution(problem, SPECTRAL_IMPLEMENTATIONS, implementation)
     module = SPECTRAL_IMPLEMENTATIONS[plan.implementation]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    seen = x.to(wide) if pre_gate is None else pre_gate.to(wide) * x
-    y: Tensor = module.filtered(problem, seen, filter)
-    if post_gate is not None:
-        y = post_gate * y
-    if skip is not None:
-        y = y + skip * x
-    return y.to(x.dtype)
+    y: Tensor = module.gated(problem, x, filter, pre_gate, post_gate, skip)
+    return y

@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 
 from foveal._capture import capturing
-from foveal._errors import PatternError, RefusedError, ScoreError, UnknownNameError
+from foveal._errors import (
+    DeviceError,
+    DtypeError,
+    PatternError,
+    RefusedError,
+    ScoreError,
+    UnknownNameError,
+)
+from foveal._families import TILE_IMPLEMENTATIONS, family
 from foveal._packing import document_ends
 from foveal._problem import Problem, describe
 from foveal._recent import Recent
-from foveal.engines.tile import cpu, hopper, reference, sdpa, triton
 from foveal.engines.tile.parts import Division, Kernels, divide
 from foveal.engines.tile.recorded import KernelRun, RepeatedRun, Run
 from foveal.patterns.base import Pattern
 from foveal.patterns.blocks import Blocks
 from foveal.patterns.documents import pack
-from foveal.scores.base import Geometry, Score
-from foveal.scores.normal import NormalForm, check_parameters, collect, normal_form
+from foveal.scores.base import Form, Geometry, Score
+from foveal.scores.normal import NormalForm
 
-# Asked in this order; the first that does not refuse runs.
-TILE_IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "hopper": hopper,
-    "triton": triton,
-    "sdpa": sdpa,
-    "cpu": cpu,
-    "reference": reference,
-}
-# Those that give their gradients themselves; the others are differentiated by PyTorch.
+__all__ = ["TILE_IMPLEMENTATIONS", "Plan", "Prepared", "choose", "decide", "prepare"]
+
+# Of the tile engine, those that give their gradients themselves; PyTorch differentiates the others.
 KERNELS = ("hopper", "triton")
 
 
@@ -47,26 +48,27 @@ class Plan:
 
 
 def choose(
-    problem: Problem, pattern: Pattern, score: NormalForm, implementation: str | None = None
+    problem: Problem, pattern: Pattern, score: Form, implementation: str | None = None
 ) -> Plan:
     """The first implementation that does not refuse; a named one runs or raises RefusedError."""
     pattern = pattern.simplify(problem.extent)
+    implementations = family(score.engine).implementations
     if implementation is not None:
-        if implementation not in TILE_IMPLEMENTATIONS:
-            raise UnknownNameError("implementation", implementation, tuple(TILE_IMPLEMENTATIONS))
-        reason = TILE_IMPLEMENTATIONS[implementation].refuses(problem, pattern, score)
+        if implementation not in implementations:
+            raise UnknownNameError("implementation", implementation, tuple(implementations))
+        reason = implementations[implementation].refuses(problem, pattern, score)
         if reason is not None:
             raise RefusedError(implementation, reason)
         return Plan(implementation, pattern, ())
     refusals: list[tuple[str, str]] = []
-    for name, module in TILE_IMPLEMENTATIONS.items():
+    for name, module in implementations.items():
         reason = module.refuses(problem, pattern, score)
-        if reason is None and module is hopper:
-            reason = hopper.caveat(score)
+        if reason is None and hasattr(module, "caveat"):
+            reason = module.caveat(problem, pattern, score)
         if reason is None:
             return Plan(name, pattern, tuple(refusals))
         refusals.append((name, reason))
-    raise AssertionError("the reference never refuses")
+    raise RefusedError(*refusals[-1])
 
 
 def decide(
@@ -76,7 +78,7 @@ def decide(
     score: Score,
     cu_seqlens: Tensor | None,
     implementation: str | None,
-) -> tuple[Plan, NormalForm, Geometry]:
+) -> tuple[Plan, Form, Geometry]:
     """Checks a call and chooses what runs it."""
     if not isinstance(pattern, Pattern):
         raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
@@ -88,28 +90,46 @@ def decide(
         pattern.validate(problem.extent)
     pattern.validate_lists(problem.batch, problem.q_heads, problem.kv_heads)
     geometry = Geometry(pattern, problem.extent, problem.batch, problem.q_heads, problem.kv_heads)
-    form = normal_form(score, problem.head_dim, geometry)
-    check_parameters(form, device)
+    form = family(score.engine).form(score, problem.head_dim, geometry)
+    _check_parameters(form, device)
     return choose(problem, pattern, form, implementation), form, geometry
+
+
+def _check_parameters(form: Form, device: torch.device) -> None:
+    """Raises DtypeError or DeviceError for a parameter that cannot be computed with."""
+    for name, tensor in zip(form.names, form.parameters, strict=False):
+        if not tensor.is_floating_point():
+            raise DtypeError(name, tensor.dtype, "a floating dtype is needed")
+        if tensor.device != device:
+            raise DeviceError(name, tensor.device, f"the device of q, {device}, is needed")
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What is found once per kind of call; it holds no tensor that a call or a score holds.
 
-    `plain` is the form of a score without tensors; `division` is there for those in KERNELS.
+    `engine` is the family that runs it; `plain` is the form of a score without tensors; `division` is there
+    for those in KERNELS.
     """
 
     problem: Problem
     plan: Plan
+    engine: str
     geometry: Geometry
-    plain: NormalForm | None
+    plain: Form | None
     division: Division | None
 
-    def form(self, score: Score) -> NormalForm:
-        return collect(score, self.problem.head_dim) if self.plain is None else self.plain
+    @property
+    def module(self) -> ModuleType:
+        """What runs it."""
+        return family(self.engine).implementations[self.plan.implementation]
 
-    def run(self, form: NormalForm) -> Run:
+    def form(self, score: Score) -> Form:
+        if self.plain is not None:
+            return self.plain
+        return family(score.engine).collect(score, self.problem.head_dim)
+
+    def run(self, form: Form) -> Run:
         """The call without its tensors, as one step of autograd."""
         return self._plain_run if form is self.plain else self._run(form)
 
@@ -118,13 +138,13 @@ class Prepared:
         assert self.plain is not None
         return self._run(self.plain)
 
-    def _run(self, form: NormalForm) -> Run:
-        name = self.plan.implementation
-        module = TILE_IMPLEMENTATIONS[name]
+    def _run(self, form: Form) -> Run:
+        name, module = self.plan.implementation, self.module
         if self.division is None:
             return RepeatedRun(name, module, self.problem, self.plan.pattern, form, self.geometry)
         kernels, with_lse = cast(Kernels, module), self.problem.return_lse
-        return KernelRun(name, kernels, self.division, form, self.geometry, with_lse)
+        plain = cast(NormalForm, form)
+        return KernelRun(name, kernels, self.division, plain, self.geometry, with_lse)
 
 
 # Lists found from data live as long as their entry: fewer of them, each with the writes it has seen.
@@ -185,10 +205,11 @@ def _prepare(
     problem = describe(q, k, v, return_lse)
     plan, form, geometry = decide(problem, q.device, pattern, score, cu_seqlens, implementation)
     division = None
-    if plan.implementation in KERNELS:
+    if form.engine == "tile" and plan.implementation in KERNELS:
         with torch.inference_mode(False):  # it is kept, and may serve a training call next
             division = divide(plan.pattern, problem.extent, q.device)
-    return Prepared(problem, plan, geometry, None if form.parameters else form, division)
+    plain = None if form.parameters else form
+    return Prepared(problem, plan, form.engine, geometry, plain, division)
 
 
 _Call = tuple[Tensor, Tensor, Tensor, Pattern, Score, Tensor | None, bool, str | None]

@@ -45,8 +45,6 @@ def choose_scan(problem: ScanProblem, rule: Rule, implementation: str | None = N
     for name in STATE_IMPLEMENTATIONS:
         module = _module(name, rule)
         reason = _refusal(module, problem, rule)
-        if reason is None and module is triton:
-            reason = triton.caveat(problem)
         if reason is None:
             return ScanPlan(name, tuple(refusals), module)
         refusals.append((name, reason))

@@ -1,10 +1,13 @@
 """Every exception of the library, under its public name."""
 
 from foveal._errors import (
+    CacheError,
+    ConfinementError,
     DeviceError,
     DtypeError,
     FovealError,
     MissingDependencyError,
+    OutOfPagesError,
     PackingError,
     PatternError,
     RefusedError,
@@ -12,14 +15,18 @@ from foveal._errors import (
     ScoreError,
     SelectionError,
     ShapeError,
+    TaskError,
     UnknownNameError,
 )
 
 __all__ = [
+    "CacheError",
+    "ConfinementError",
     "DeviceError",
     "DtypeError",
     "FovealError",
     "MissingDependencyError",
+    "OutOfPagesError",
     "PackingError",
     "PatternError",
     "RefusedError",
@@ -27,5 +34,6 @@ __all__ = [
     "ScoreError",
     "SelectionError",
     "ShapeError",
+    "TaskError",
     "UnknownNameError",
 ]

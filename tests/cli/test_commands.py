@@ -134,7 +134,7 @@ def test_explain_knows_packed_documents_and_scores(capsys: pytest.CaptureFixture
         (["show", "gna", "--window", "7", "--grid", "4x4"], "window"),
         (["show", "gna", "--set", "windw=7"], "did you mean window?"),
         (["show", "cross_axis_attention", "--svg", "x.svg"], "selects pairs"),
-        (["list", "--family", "locallity"], "did you mean locality?"),
+        (["list", "--family", "locallity"], "did you mean locality"),
         (["explain", "Slidng(3)"], "did you mean Sliding?"),
         (["explain", "Sliding(3)", "--window", "3"], "carries its own options"),
         (["explain", "Sliding(3)", "--implementation", "sdpa"], "dense and causal"),

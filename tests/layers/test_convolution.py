@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import foveal as fv
 from foveal import layers
+from foveal.layers.convolution_generated import attentive_convolution
 from foveal.layers.convolution_merge import (
     Branch,
     fold_norm,
@@ -242,6 +243,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "frequency": (lambda: layers.FrequencyFilter(8, 2), (2, 5, 6, 8)),
     "oversize": (lambda: layers.OversizeConvolution(4, (5, 6)), (2, 5, 6, 4)),
     "resized oversize": (lambda: layers.OversizeConvolution(4, (5, 6)), (2, 7, 4, 4)),
+    "separable": (lambda: layers.SeparableKernelAttention(4, 11), (2, 5, 6, 4)),
+    "four strips": (lambda: layers.LargeSeparableKernelAttention(4, 11), (2, 5, 6, 4)),
+    "pyramid": (lambda: layers.LargeKernelPyramid(8, 8), (2, 9, 11, 8)),
+    "sizes": (lambda: layers.SelectiveKernelAttention(4, hidden=8), (2, 5, 6, 4)),
+    "two orders": (lambda: layers.MultiorderMixer(8), (2, 5, 6, 8)),
+    "waves": (lambda: layers.WaveMixer(8), (2, 5, 6, 8)),
+    "attentive": (lambda: layers.AttentiveConvolution(4, 3), (2, 5, 6, 4)),
+    "hyper product": (lambda: layers.HyperProduct(4, 8), (2, 5, 5, 4)),
+    "refining kernel": (lambda: layers.AttentionRefiningKernel(3), (2, 5, 6, 3)),
+    "deformable": (lambda: layers.DeformableConvolution(4, 4), (2, 5, 6, 4)),
     "unireplk, small window": (lambda: layers.UniRepLKBlock(8, 3), (2, 5, 6, 8)),
 }
 
@@ -284,3 +295,13 @@ def test_bad_sizes_are_named() -> None:
         layers.InceptionConvolution(4)
     with pytest.raises(fv.errors.ShapeError, match="x"):
         layers.LongConvolution(2, 4)(torch.zeros(1, 5, 2))
+    with pytest.raises(fv.errors.ShapeError, match="span"):
+        layers.SeparableKernelAttention(4, 12)
+    with pytest.raises(fv.errors.ShapeError, match="dim"):
+        layers.MultiorderMixer(5)
+    with pytest.raises(fv.errors.ShapeError, match="dim"):
+        layers.WaveMixer(5)
+    with pytest.raises(fv.errors.ShapeError, match="x"):
+        layers.HyperProduct(4)(torch.zeros(1, 5, 6, 4))
+    with pytest.raises(fv.errors.ShapeError, match="generator"):
+        attentive_convolution(*torch.zeros(2, 1, 5, 6, 4), torch.zeros(8, 8), torch.zeros(4))

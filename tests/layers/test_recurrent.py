@@ -25,8 +25,10 @@ from foveal.layers import (
     KimiDeltaAttention,
     LatentAttention,
     LightningAttention,
+    LocalLinearAttention,
     MLSTMLayer,
     NormAttention,
+    ParallaxAttention,
     PerformerAttention,
     RATAttention,
     ShortConvolution,
@@ -74,11 +76,20 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "LatentAttention": lambda: LatentAttention(
         DIM, 2, latent_dim=5, head_dim=4, shared_dim=2, value_dim=3
     ),
+    "LocalLinearAttention": lambda: LocalLinearAttention(DIM, 2),
+    "LocalLinearAttention, grouped": lambda: LocalLinearAttention(
+        DIM, 2, kv_heads=1, window=4, rotary_base=100.0
+    ),
+    "ParallaxAttention": lambda: ParallaxAttention(DIM, 2, rotary_base=100.0),
     "TitansMemory": lambda: TitansMemory(DIM, 2),
     "TitansMemory, chunks": lambda: TitansMemory(DIM, 2, chunk=3, momentum=False),
+    "TitansMemory, deep": lambda: TitansMemory(DIM, 2, chunk=3, depth=2),
     "TitansMAG": lambda: TitansMAG(DIM, 2, window=4),
     "TitansMAL": lambda: TitansMAL(DIM, 2, window=4, persistent=1),
     "TitansMAC": lambda: TitansMAC(DIM, 2, segment=4),
+    "TitansMAC, deep": lambda: TitansMAC(
+        DIM, 2, segment=4, memory=TitansMemory(DIM, 2, chunk=4, depth=3, hidden=5, momentum=False)
+    ),
     "RATAttention": lambda: RATAttention(DIM, 2, chunk=4),
     "RATAttention, no positions": lambda: RATAttention(DIM, 3, chunk=3, rotary_base=None),
     "HybridStack": lambda: HybridStack(

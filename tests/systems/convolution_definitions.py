@@ -8,22 +8,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from tests.systems.convolution_generated import GENERATED_DEFINITIONS, orders
 from tests.systems.definitions import Example, draw
-
-
-def grouped(x: Tensor, filter: Tensor, dilation: int = 1) -> Tensor:
-    """A depthwise convolution of an image [B, H, W, C] that keeps its grid, odd windows."""
-    padding = [dilation * (k // 2) for k in filter.shape[1:]]
-    y = F.conv2d(
-        x.permute(0, 3, 1, 2),
-        filter[:, None],
-        padding=padding,
-        dilation=dilation,
-        groups=len(filter),
-    )
-    return y.permute(0, 2, 3, 1)
+from tests.systems.grouped import grouped
 
 
 def lka(source: torch.Generator) -> Example:
@@ -198,9 +186,11 @@ CONVOLUTION_DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], .
     "inception_dwconv": (inception,),
     "parc_oversized": (oversize,),
     "lkca": (lkca,),
+    "spartan_multiorder": (orders,),
     "contmix": (contmix,),
     "dynamic_conv": (dynamic(True), dynamic(False)),
     "light_conv": (light,),
+    **GENERATED_DEFINITIONS,
     "flash_butterfly": (long_convolution,),
     "aff": (frequency_filter,),
     "fourier_mixer_3d": (fourier_mixer,),

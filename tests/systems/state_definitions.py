@@ -525,6 +525,38 @@ def tlinformer(source: torch.Generator) -> Example:
     return Example(qkv(source, (11,)), expected, {"window": 4, "observed": 3})
 
 
+def sala_sparse(source: torch.Generator) -> Example:
+    q, k, v = qkv(source, (11,))
+
+    def blocks_of(q: Tensor, k: Tensor, rows: range) -> set[int]:
+        """The blocks of two keys that the queries `rows` of a head keep: three of those in sight."""
+        total = dict.fromkeys(range(rows[-1] // 2 + 1), 0.0)
+        for t in rows:
+            ends = range(1, t + 1)  # of windows of two keys, one for each step
+            scores = [float(q[t] @ (k[e - 1] + k[e]) / 2) / math.sqrt(len(q[t])) for e in ends]
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+            found = dict(zip(ends, weights, strict=True))
+            for block in total:
+                total[block] += max(found.get(2 * block + n, 0.0) for n in (0, 1, 2))
+        forced = {0, *range(rows[0] // 2, rows[-1] // 2 + 1)}
+        others = sorted(set(total) - forced, key=lambda block: (-total[block], block))
+        return forced | set(others[: max(3 - len(forced), 0)])
+
+    def cell(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outputs = []
+        for start in range(0, 11, 3):
+            rows = range(start, min(start + 3, 11))
+            kept = blocks_of(q.detach(), k.detach(), rows)
+            for t in rows:
+                seen = [j for j in range(t + 1) if j // 2 in kept]
+                weights = torch.softmax(k[seen] @ q[t] / math.sqrt(len(q[t])), 0)
+                outputs.append(weights @ v[seen])
+        return torch.stack(outputs)
+
+    options = {"block": 2, "tile": 3, "local": 1, "length": 2, "stride": 1, "kept": 3}
+    return Example((q, k, v), lambda *x: each_head(cell, *x), {"sparse": True, **options})
+
+
 STATE_DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], ...]] = {
     "kda": (kda,),
     "gated_deltanet": (gated_deltanet,),
@@ -535,6 +567,7 @@ STATE_DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], ...]] =
     "transnormer": (transnormer(True), transnormer(False)),
     "transnormer_llm": (transnormer_llm,),
     "titans_memory": (titans(1), titans(4)),
+    "sala": (lightning, sala_sparse),
     "based": (based,),
     "performer": (performer(False), performer(True)),
     "cosformer": (cosformer,),

@@ -10,11 +10,23 @@ from torch import Tensor
 
 from foveal.systems import system, systems
 from foveal.testing.bounds import check, error
+from tests.systems.cache_definitions import CACHE_DEFINITIONS
 from tests.systems.convolution_definitions import CONVOLUTION_DEFINITIONS
 from tests.systems.definitions import DEFINITIONS, Example
+from tests.systems.local_linear_definitions import LOCAL_LINEAR_DEFINITIONS
+from tests.systems.sparse_definitions import SPARSE_DEFINITIONS
+from tests.systems.sparse_learned_definitions import SPARSE_LEARNED_DEFINITIONS
 from tests.systems.state_definitions import STATE_DEFINITIONS
 
-ALL = DEFINITIONS | STATE_DEFINITIONS | CONVOLUTION_DEFINITIONS
+ALL = (
+    DEFINITIONS
+    | STATE_DEFINITIONS
+    | CONVOLUTION_DEFINITIONS
+    | LOCAL_LINEAR_DEFINITIONS
+    | SPARSE_DEFINITIONS
+    | SPARSE_LEARNED_DEFINITIONS
+    | CACHE_DEFINITIONS
+)
 
 EXAMPLES = [
     pytest.param(name, make, id=f"{name}-{number}")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from foveal import __version__
 from foveal._errors import FovealError
-from foveal.cli import bench, doctor, explain, list, show, tune
+from foveal.cli import bench, doctor, eval, explain, list, search, show, tune, verify
 
-COMMANDS = (list, show, explain, bench, tune, doctor)
+COMMANDS = (list, show, explain, bench, eval, tune, search, verify, doctor)
 _INTERRUPTED = 130
 
 

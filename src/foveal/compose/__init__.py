@@ -3,7 +3,27 @@
 from foveal.compose.context import attend_with_context
 from foveal.compose.finer import attend_finer
 from foveal.compose.merge import merge
+from foveal.compose.native_sparse import (
+    SparseBranches,
+    compress_mean,
+    native_sparse,
+    selected_blocks,
+)
 from foveal.compose.padding import padding_bias
+from foveal.compose.segments import attend_segments
+from foveal.compose.selected import attend_selected
 from foveal.compose.weighted import attend_weighted
 
-__all__ = ["attend_finer", "attend_weighted", "attend_with_context", "merge", "padding_bias"]
+__all__ = [
+    "SparseBranches",
+    "attend_finer",
+    "attend_segments",
+    "attend_selected",
+    "attend_weighted",
+    "attend_with_context",
+    "compress_mean",
+    "merge",
+    "native_sparse",
+    "padding_bias",
+    "selected_blocks",
+]

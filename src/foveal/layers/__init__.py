@@ -2,6 +2,7 @@
 
 from foveal.layers.atoms import NeighbourAttention
 from foveal.layers.causal import CausalAttention, LatentAttention
+from foveal.layers.compressed import CompressedConvolutionalAttention
 from foveal.layers.condensed import TLinFormerBlock
 from foveal.layers.convolution import (
     DepthwiseConvolution,
@@ -15,6 +16,13 @@ from foveal.layers.convolution_dynamic import (
     DynamicConvolution,
     LightweightConvolution,
 )
+from foveal.layers.convolution_generated import (
+    AttentionRefiningKernel,
+    AttentiveConvolution,
+    CoordinateNetwork,
+    DeformableConvolution,
+    HyperProduct,
+)
 from foveal.layers.convolution_long import FrequencyFilter, LongConvolution, OversizeConvolution
 from foveal.layers.convolution_merge import (
     DilatedBranches,
@@ -22,6 +30,14 @@ from foveal.layers.convolution_merge import (
     RepLKBlock,
     UniRepLKBlock,
     merge,
+)
+from foveal.layers.convolution_orders import MultiorderMixer, WaveMixer
+from foveal.layers.convolution_selective import (
+    KernelSelection,
+    LargeKernelPyramid,
+    LargeSeparableKernelAttention,
+    SelectiveKernelAttention,
+    SeparableKernelAttention,
 )
 from foveal.layers.cross_axis import CrossAxisAttention
 from foveal.layers.delta import GatedDeltaNet, KimiDeltaAttention
@@ -39,6 +55,7 @@ from foveal.layers.feature_attention import (
     PerformerAttention,
     SpectralAttention,
 )
+from foveal.layers.gated_window import GatedWindowAttention
 from foveal.layers.groups import BoxAttention, HierarchicalAttention, ScaleAttention
 from foveal.layers.heads import MultiHead
 from foveal.layers.hybrid import (
@@ -56,7 +73,15 @@ from foveal.layers.lightning import (
     TransNormerBlock,
     TransNormerLLMBlock,
 )
+from foveal.layers.local_linear import LocalLinearAttention, ParallaxAttention
+from foveal.layers.low_rank import LowRankAttention
 from foveal.layers.mlstm import MLSTMLayer
+from foveal.layers.native_sparse import (
+    LinearCompression,
+    MeanCompression,
+    MLPCompression,
+    NativeSparseAttention,
+)
 from foveal.layers.neighborhood import MedViTAttention, NeighborhoodAttention
 from foveal.layers.pooling import PoNetMixer
 from foveal.layers.published import (
@@ -68,24 +93,47 @@ from foveal.layers.rat import RATAttention
 from foveal.layers.relative import KernelisedRelativeAttention
 from foveal.layers.sequence import ChunkedEncoder, SparseTransformerAttention
 from foveal.layers.shards import ShardedAttention
+from foveal.layers.shared_projection import HeadEmbeddingAttention, SlicedAttention
 from foveal.layers.sphere import SphereAttention
 from foveal.layers.state import LayerState, ShortConvolution, StateLayer
 from foveal.layers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
+from foveal.layers.trainable_sparse_blocks import (
+    PyramidSparseAttention,
+    SparseLinearAttention,
+)
+from foveal.layers.trainable_sparse_gates import (
+    NosaImportance,
+    SeerGate,
+    block_targets,
+    distil_gate,
+    gate_loss,
+)
+from foveal.layers.trainable_sparse_tokens import (
+    EvictionRouter,
+    drop_tokens,
+    representation_shift,
+    sparse_k,
+)
 from foveal.layers.units import GatedUnits
 from foveal.layers.vision_linear import L2ViTAttention, NaLaAttention
 from foveal.layers.windows import AxialAttention, DilatedWindowAttention, SwinWindowAttention
 
 __all__ = [
     "AdvisorAttention",
+    "AttentionRefiningKernel",
+    "AttentiveConvolution",
     "AxialAttention",
     "BasedAttention",
     "BoxAttention",
     "CausalAttention",
     "ChunkedEncoder",
+    "CompressedConvolutionalAttention",
     "ContextMixing",
+    "CoordinateNetwork",
     "CosFormerAttention",
     "CottentionLayer",
     "CrossAxisAttention",
+    "DeformableConvolution",
     "DepthwiseConvolution",
     "DiJiangAttention",
     "DiagAttention",
@@ -93,6 +141,7 @@ __all__ = [
     "DilatedBranches",
     "DilatedWindowAttention",
     "DynamicConvolution",
+    "EvictionRouter",
     "FactorisedAxesAttention",
     "FastAttention",
     "FeatureAttention",
@@ -100,38 +149,59 @@ __all__ = [
     "FrequencyFilter",
     "GatedDeltaNet",
     "GatedUnits",
+    "GatedWindowAttention",
+    "HeadEmbeddingAttention",
     "HierarchicalAttention",
     "HybridStack",
+    "HyperProduct",
     "InceptionConvolution",
     "InducedSetAttention",
+    "KernelSelection",
     "KernelisedRelativeAttention",
     "KimiDeltaAttention",
     "L2ViTAttention",
     "LargeKernelAttention",
     "LargeKernelBranches",
+    "LargeKernelPyramid",
+    "LargeSeparableKernelAttention",
     "LatentAttention",
     "LayerState",
     "LightningAttention",
     "LightweightConvolution",
+    "LinearCompression",
+    "LocalLinearAttention",
     "LongConvolution",
+    "LowRankAttention",
+    "MLPCompression",
     "MLSTMLayer",
+    "MeanCompression",
     "MedViTAttention",
     "MultiHead",
+    "MultiorderMixer",
     "NaLaAttention",
+    "NativeSparseAttention",
     "NeighborhoodAttention",
     "NeighbourAttention",
     "NormAttention",
+    "NosaImportance",
     "OversizeConvolution",
+    "ParallaxAttention",
     "PerformerAttention",
     "PoNetMixer",
+    "PyramidSparseAttention",
     "RATAttention",
     "RepLKBlock",
     "SOFTAttention",
     "ScaleAttention",
+    "SeerGate",
+    "SelectiveKernelAttention",
+    "SeparableKernelAttention",
     "SetAttentionBlock",
     "SetPooling",
     "ShardedAttention",
     "ShortConvolution",
+    "SlicedAttention",
+    "SparseLinearAttention",
     "SparseTransformerAttention",
     "SpectralAttention",
     "SphereAttention",
@@ -148,10 +218,17 @@ __all__ = [
     "UniRepLKBlock",
     "VANAttention",
     "VANBlock",
+    "WaveMixer",
+    "block_targets",
+    "distil_gate",
+    "drop_tokens",
+    "gate_loss",
     "kimi_linear_stack",
     "load_gated_delta_net",
     "load_kimi_delta_attention",
     "load_latent_attention",
     "merge",
+    "representation_shift",
+    "sparse_k",
     "sparse_linear_stack",
 ]

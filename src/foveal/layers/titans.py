@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
-from foveal._scan import scan
+from foveal._scan import State, scan
 from foveal.compose import merge
+from foveal.engines.state.deep import Gates, Network, recalled, scan_network
 from foveal.layers.causal import attend_on
 from foveal.layers.state import (
     LayerState,
@@ -23,17 +26,19 @@ from foveal.rules import TwoState
 
 
 class TitansMemory(StateLayer):
-    """y = W_o RMSNorm_head(o), o by `TwoState`: a linear memory trained while it reads.
+    """y = W_o RMSNorm_head(o), o by `TwoState`: a memory trained while it reads.
 
     q and k are unit vectors after silu of a short convolution, v likewise without the norm; forgetting,
     momentum and step size are sigmoids of maps of x.
     Shapes: x and y [B, L, dim]; packed and in pieces as for `StateLayer`.
     Options: chunk as for `TwoState`; momentum=False leaves the second state at what was written last;
-    largest_write bounds twice the step size.
+    largest_write bounds twice the step size; depth matrices [dim / heads, hidden], ..., [hidden,
+    dim / heads] with silu between them make the memory, 1 for a linear one, which starts empty; a
+    deeper one starts from learned matrices.  hidden None is twice dim / heads.
     Limits: with chunk > 1 steps are taken from an old memory; largest_write x chunk far above 1 can
-    make it diverge.
+    make it diverge.  A deep memory wants chunk > 1: its runs are worked through one after the other.
     Equals: any cut of x in two calls that pass the state.
-    Paper: Titans (2501.00663), with a linear memory.
+    Paper: Titans (2501.00663).
     """
 
     def __init__(
@@ -45,9 +50,19 @@ class TitansMemory(StateLayer):
         momentum: bool = True,
         largest_write: float = 1.0,
         conv: int = 4,
+        depth: int = 1,
+        hidden: int | None = None,
     ) -> None:
         super().__init__(dim, heads)
+        if depth < 1:
+            raise ShapeError("depth", depth, "at least 1 is needed")
         self.rule = TwoState(chunk)
+        own = dim // heads
+        widths = [own, *[2 * own if hidden is None else hidden] * (depth - 1), own]
+        self.first = nn.ParameterList(
+            nn.Parameter(torch.randn(heads, wide, to) * wide**-0.5)
+            for wide, to in (() if depth == 1 else itertools.pairwise(widths))
+        )
         self.largest_write = largest_write
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.q_conv, self.k_conv, self.v_conv = (ShortConvolution(dim, conv) for _ in range(3))
@@ -61,37 +76,66 @@ class TitansMemory(StateLayer):
     def mix(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LayerState]:
+        if len(self.first) and (
+            cu_seqlens is not None
+            or (state is not None and ragged(_places(state), self.rule.chunk))
+        ):
+            return one_by_one(x, state, cu_seqlens, lambda row, own: self.mix(row, own, None))
         tails = (None,) * 3 if state is None else state.tails
         q, q_tail = self.q_conv(self.q(x), tails[0], cu_seqlens)
         k, k_tail = self.k_conv(self.k(x), tails[1], cu_seqlens)
         v, v_tail = self.v_conv(self.v(x), tails[2], cu_seqlens)
-        o, memory = scan(
-            F.normalize(self.split(q), dim=-1),
-            F.normalize(self.split(k), dim=-1),
-            self.split(v),
-            self.rule,
-            log_decay=F.logsigmoid(self.keep(x)),
-            write_gate=self.largest_write * torch.sigmoid(self.write(x)),
-            log_momentum=None if self.momentum is None else F.logsigmoid(self.momentum(x)),
-            scale=1.0,
-            initial_state=None if state is None else state.memory,
-            return_state=True,
-            cu_seqlens=cu_seqlens,
-        )
+        q, k = (F.normalize(self.split(y), dim=-1) for y in (q, k))
+        log_decay = F.logsigmoid(self.keep(x))
+        write_gate = self.largest_write * torch.sigmoid(self.write(x))
+        log_momentum = None if self.momentum is None else F.logsigmoid(self.momentum(x))
+        before = None if state is None else state.memory
+        if len(self.first):
+            momentum = None if log_momentum is None else log_momentum.mT[..., None]
+            gates = Gates(log_decay.mT[..., None], momentum, write_gate.mT[..., None])
+            memory: State
+            o, memory = self._deep(q, k, self.split(v), gates, before)
+        else:
+            o, memory = scan(
+                q, k, self.split(v), self.rule, log_decay=log_decay, write_gate=write_gate,
+                log_momentum=log_momentum, scale=1.0, initial_state=before, return_state=True,
+                cu_seqlens=cu_seqlens,
+            )  # fmt: skip
         return self._join(o), LayerState((q_tail, k_tail, v_tail), memory)
+
+    def _deep(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, before: State | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """o [B, L, H, D] and the state: memory, momentum, anchor and tokens of the open run."""
+        chunk, depth = self.rule.chunk, len(self.first)
+        if before is None:
+            memory = tuple(m.expand(len(q), *m.shape) for m in self.first)
+            network, place = Network(memory, tuple(map(torch.zeros_like, memory)), memory), 0
+        else:
+            parts = [tuple(before[depth * i : depth * (i + 1)]) for i in range(3)]
+            network, place = Network(*parts), int(before[-1][:1].sum()) % chunk
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        o, network = scan_network(q, k, v, gates, network, place, chunk)
+        places = torch.full((len(q),), (place + q.shape[2]) % chunk, device=q.device)
+        return o.transpose(1, 2), (*itertools.chain(*network), places)
 
     def recall(self, x: Tensor, state: LayerState | None) -> Tensor:
         """What the memory of a state gives for x [B, L, dim], without learning from it."""
         if state is None:
             return torch.zeros_like(x)
         q, _ = self.q_conv(self.q(x), state.tails[0])
-        q = F.normalize(self.split(q), dim=-1)
-        o = torch.einsum("blhk,bhkv->blhv", q, state.memory[0].to(q.dtype))
-        return self._join(o)
+        q = F.normalize(self.split(q), dim=-1).transpose(1, 2)
+        memory = [m.to(q.dtype) for m in state.memory[: max(len(self.first), 1)]]
+        return self._join(recalled(memory, q).transpose(1, 2))
 
     def _join(self, o: Tensor) -> Tensor:
         y: Tensor = self.out(self.norm(o).flatten(-2))
         return y
+
+
+def _places(state: LayerState) -> Tensor:
+    """Tokens of the open run of each sequence, of a deep memory."""
+    return state.memory[-1]
 
 
 class _WithMemory(StateLayer):

@@ -11,6 +11,13 @@ from foveal.patterns.partition import Partition
 from foveal.patterns.rectangle import Rectangle
 from foveal.patterns.rows import Rows
 from foveal.patterns.scales import Scales
+from foveal.patterns.selections import (
+    Chosen,
+    ColumnSelection,
+    HeadSelection,
+    SpanSelection,
+    TokenSelection,
+)
 from foveal.patterns.sliding import Sliding
 from foveal.patterns.sphere import Sphere
 from foveal.patterns.strided import Fixed, Strided
@@ -21,10 +28,13 @@ __all__ = [
     "BlockSelection",
     "Blocks",
     "Causal",
+    "Chosen",
+    "ColumnSelection",
     "Dense",
     "Documents",
     "Extent",
     "Fixed",
+    "HeadSelection",
     "Intersection",
     "Neighborhood",
     "Partition",
@@ -33,8 +43,10 @@ __all__ = [
     "Rows",
     "Scales",
     "Sliding",
+    "SpanSelection",
     "Sphere",
     "Strided",
+    "TokenSelection",
     "Tree",
     "Union",
 ]

@@ -54,6 +54,11 @@ class BlockSelection:
         """Number of blocks in each list.  [B, heads, q_blocks]"""
         return (self.indices >= 0).sum(-1)
 
+    def transposed(self, kv_blocks: int) -> BlockSelection:
+        """The query blocks that visit each key block, as a selection of its own; twice gives it back."""
+        mask = self.block_mask(kv_blocks).transpose(-1, -2)
+        return BlockSelection.from_block_mask(mask, self.kv_block, self.q_block)
+
     def density(self, Lk: int) -> float:
         """Share of the key blocks that a query block visits, on average."""
         return float(self.counts.double().mean()) / max(-(-Lk // self.kv_block), 1)

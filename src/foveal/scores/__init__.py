@@ -2,6 +2,18 @@
 
 from foveal.scores.base import Score
 from foveal.scores.bias import Alibi, Bias, KeyBias, RelativeBias
+from foveal.scores.entmax import Entmax
+from foveal.scores.local_linear import LocalLinear, Parallax
 from foveal.scores.softmax import Softmax
 
-__all__ = ["Alibi", "Bias", "KeyBias", "RelativeBias", "Score", "Softmax"]
+__all__ = [
+    "Alibi",
+    "Bias",
+    "Entmax",
+    "KeyBias",
+    "LocalLinear",
+    "Parallax",
+    "RelativeBias",
+    "Score",
+    "Softmax",
+]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
 from foveal.patterns.base import Extent, Pattern
+
+F = TypeVar("F", bound="Form")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Score:
     """
 
     __slots__ = ()
+
+    # The family of engines that computes it.
+    engine: ClassVar[str] = "tile"
 
     def __add__(self, other: Score) -> Composed:
         return Composed((*_members(self), *_members(other)))
@@ -82,3 +88,25 @@ class Additive(Score):
         returns what broadcasts to [B, P, Hq, q, k].
         """
         raise NotImplementedError
+
+
+class Form(Protocol):
+    """A score as the implementations of its family see it."""
+
+    @property
+    def engine(self) -> str:
+        """The family."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors of the score."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What errors call the parameters."""
+
+    def with_parameters(self: F, parameters: Sequence[Tensor]) -> F:
+        """The same with other tensors, in the order of `parameters`."""
+
+    def pair_flops(self, head_dim: int, value_dim: int) -> int:
+        """FLOPs of the forward per visible pair and query head."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from foveal._errors import DeviceError, DtypeError, ScoreError
+from foveal._errors import ScoreError
 from foveal.scores.base import Additive, Composed, Geometry, Score
 from foveal.scores.softmax import Softmax
 
@@ -17,6 +17,7 @@ from foveal.scores.softmax import Softmax
 class NormalForm:
     """softmax(cap(scale q.k) + terms), with a sink in the denominator."""
 
+    engine: ClassVar[str] = "tile"
     scale: float
     soft_cap: float | None
     sink: Tensor | None
@@ -32,6 +33,15 @@ class NormalForm:
         """The tensors of the terms, then the sink if there is one."""
         sink = () if self.sink is None else (self.sink,)
         return (*(term.parameter for term in self.terms), *sink)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What errors call the parameters."""
+        sink = () if self.sink is None else ("sink",)
+        return (*(term.argument for term in self.terms), *sink)
+
+    def pair_flops(self, head_dim: int, value_dim: int) -> int:
+        return 2 * (head_dim + value_dim)
 
     def with_parameters(self, parameters: Sequence[Tensor]) -> NormalForm:
         """The same with other tensors, in the order of `parameters`."""
@@ -63,13 +73,3 @@ def collect(score: Score, head_dim: int) -> NormalForm:
     terms = tuple(member for member in members if isinstance(member, Additive))
     scale = head_dim**-0.5 if softmax.scale is None else softmax.scale
     return NormalForm(scale, softmax.soft_cap, softmax.sink, terms)
-
-
-def check_parameters(form: NormalForm, device: torch.device) -> None:
-    """Raises DtypeError or DeviceError for a parameter that cannot be computed with."""
-    names = [term.argument for term in form.terms]
-    for name, tensor in zip((*names, "sink"), form.parameters, strict=False):
-        if not tensor.is_floating_point():
-            raise DtypeError(name, tensor.dtype, "a floating dtype is needed")
-        if tensor.device != device:
-            raise DeviceError(name, tensor.device, f"the device of q, {device}, is needed")

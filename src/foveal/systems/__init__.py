@@ -9,7 +9,14 @@ from foveal.systems.base import Identity, System
 
 __all__ = ["Identity", "System", "system", "systems"]
 
-_FAMILIES = ("locality", "state", "convolution")
+_FAMILIES = (
+    "locality",
+    "state",
+    "convolution",
+    "local_linear",
+    "sparse",
+    "cache",
+)
 
 
 def system(name: str) -> System:

@@ -5,6 +5,7 @@ from foveal.testing.bounds import Verdict, check
 from foveal.testing.identities import check_pattern, definition
 from foveal.testing.inputs import LAYOUTS, Layout, Sizes, packed_lengths, qkv
 from foveal.testing.poison import poisoned_allocations
+from foveal.testing.selection import check_selector
 
 __all__ = [
     "LAYOUTS",
@@ -14,6 +15,7 @@ __all__ = [
     "check",
     "check_attend",
     "check_pattern",
+    "check_selector",
     "definition",
     "packed_lengths",
     "poisoned_allocations",

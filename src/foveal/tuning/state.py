@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +26,8 @@ STEP_TILE = 32
 
 @dataclass(frozen=True)
 class Tuning:
-    """v_tile, backward_v_tile: value channels of a walk, forward and backward; pairs_k_tile: key channels
+    """v_tile, backward_v_tile: value channels of a walk, forward and backward; split_v_tile: of the walks
+    of a sequence that is cut in pieces; pairs_k_tile: key channels
     of a product inside a chunk; gradient_v_tile, gradient_k_tile: channels of the tiles of the
     gradients; the rest: warps and stages of each kernel."""
 
@@ -41,6 +44,8 @@ class Tuning:
     gradient_k_tile: int = 64
     pairs: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     walk: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
+    split_v_tile: int = 64
+    split_walk: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     output: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     walk_backward: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     values_backward: dict[str, int] = field(
@@ -51,20 +56,26 @@ class Tuning:
 
 def tuning(dtype: torch.dtype, head_dim: int, delta: bool, decay: int) -> Tuning:
     """What is used for a recurrence; the delta rule walks in narrow tiles, on more programs."""
+    if _FORCED:
+        return _FORCED[-1]
     wide = dtype == torch.float32 or head_dim > 128
     warps = 8 if decay == 3 or wide else 4
     walk = {"num_warps": 4, "num_stages": 2}
     v_tile = 32 if wide else 64
+    pairs = {"num_warps": warps, "num_stages": 1}
+    if delta and warps == 4 and torch.version.hip is None:
+        pairs["maxnreg"] = 168  # three programs on a multiprocessor
     if delta:
         v_tile, walk = 16, {"num_warps": 4, "num_stages": 2 if wide else 4}
     elif not wide and decay < 3:
         v_tile = 64
     return Tuning(
         v_tile=v_tile,
+        split_v_tile=32 if wide else 64,
         gradient_tile=32 if wide else 128,
         gradient_v_tile=32 if wide else 64,
         gradient_k_tile=32 if wide else 64,
-        pairs={"num_warps": warps, "num_stages": 1},
+        pairs=pairs,
         walk=walk,
         backward_v_tile=16,
         keys_backward={"num_warps": 8, "num_stages": 1},
@@ -72,10 +83,23 @@ def tuning(dtype: torch.dtype, head_dim: int, delta: bool, decay: int) -> Tuning
     )
 
 
+_FORCED: list[Tuning] = []
+
+
+@contextlib.contextmanager
+def forced(found: Tuning) -> Iterator[None]:
+    """Within it, `tuning` answers `found`, whatever the recurrence: for measuring."""
+    _FORCED.append(found)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
 def piece_of(
     lengths: tuple[int, ...], columns: tuple[int, int], delta: bool, found: Tuning, processors: int
 ) -> int:
-    """Chunks per piece of sequences of these lengths, with `columns` = (value heads, value channels).
+    """Chunks per piece of sequences of these lengths; `columns` = (value heads, key and value channels).
 
     Additive rules start all pieces at once.  The walks of the delta rule take three times the steps
     in pieces, since the maps of these come first: only long sequences of few heads, which leave most
@@ -83,10 +107,10 @@ def piece_of(
     """
     if not delta:
         return found.piece
-    heads, value_dim = columns
+    heads, channels = columns
     chunks = [-(-length // CHUNK) for length in lengths]
     longest = max(chunks, default=1)
-    programs = heads * -(-value_dim // found.v_tile)
+    programs = heads * -(-channels // found.split_v_tile)
     each = max(-(-sum(chunks) * programs // (2 * processors)), LEAST_PIECE)
     return each if longest >= 6 * each else max(longest, 1)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from foveal.engines.convolution import triton as edition
+from tests.engines.convolution.emulated import Emulated
 from tests.engines.convolution.problems import (
+    LONG,
     MIXES,
     SHAPES,
     Shape,
@@ -44,3 +46,15 @@ def failures_of_mix(name: str, seed: int) -> list[str]:
     case, source = MIXES[name], torch.Generator().manual_seed(seed)
     tensors = [torch.randn(size, generator=source) for size in (case.weights, case.v)]
     return failures(mixed(case, "triton"), mix_definition(case), tensors, source)
+
+
+def failures_of_long(name: str, seed: int) -> list[str]:
+    """The kernel is in Gluon, which the interpreter does not know: it is emulated."""
+    from foveal.engines.convolution import launch_spectral
+
+    kernel = launch_spectral.convolution_fourier_forward
+    if not isinstance(kernel, Emulated):
+        launch_spectral.convolution_fourier_forward = Emulated(kernel)
+    problem, source = LONG[name], torch.Generator().manual_seed(seed)
+    tensors = problem.draw(source)
+    return failures(problem.call("triton"), problem.definition, tensors, source)

@@ -122,7 +122,7 @@ def results(call: Call, tensors: list[Tensor], signs: bool = True) -> dict[str, 
     """The output and all gradients for a fixed weight of the outputs; without `signs`, of its size."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     y = call(*leaves)
-    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
+    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y)
     gradients = torch.autograd.grad(y, leaves, weight if signs else weight.abs())
     return {"y": y.detach()} | {f"gradient {n}": g for n, g in enumerate(gradients)}
 
@@ -214,3 +214,58 @@ def axis_place(case: Mix, axis: int, place: int, tap: int, grid: Any) -> int:
     same = list(range(place % step, grid[axis], step))
     begin = min(max(same.index(place) - window // 2, 0), len(same) - window)
     return same[begin + tap]
+
+
+@dataclass(frozen=True)
+class Long:
+    """x [batch, length, channels], a causal filter of these sizes, and what stands around it."""
+
+    x: tuple[int, int, int]
+    filter: tuple[int, ...]
+    pre: bool = True
+    post: bool = True
+    skip: bool = True
+
+    def draw(self, source: torch.Generator) -> list[Tensor]:
+        """x, the filter, and what the problem has of both gates and skip, in float32."""
+        around = [self.x] * (self.pre + self.post) + [self.x[-1:]] * self.skip
+        return [torch.randn(size, generator=source) for size in (self.x, self.filter, *around)]
+
+    def _named(self, rest: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        names = [
+            name
+            for name, there in (
+                ("pre_gate", self.pre),
+                ("post_gate", self.post),
+                ("skip", self.skip),
+            )
+            if there
+        ]
+        return dict(zip(names, rest, strict=True))
+
+    def call(self, implementation: str | None) -> Call:
+        def run(x: Tensor, filter: Tensor, *rest: Tensor) -> Tensor:
+            return fv.fftconv(x, filter, **self._named(rest), implementation=implementation)
+
+        return run
+
+    def definition(self, x: Tensor, filter: Tensor, *rest: Tensor) -> Tensor:
+        """By PyTorch's transforms of twice the length, in the precision of x."""
+        around = self._named(rest)
+        seen = x * around["pre_gate"] if self.pre else x
+        size = 2 * x.shape[1]
+        spectrum = torch.fft.rfft(filter[..., : x.shape[1]], size)
+        y = torch.fft.irfft(torch.fft.rfft(seen.mT, size) * spectrum, size)[..., : x.shape[1]].mT
+        y = y * around["post_gate"] if self.post else y
+        return y + around["skip"] * x if self.skip else y
+
+
+LONG: dict[str, Long] = {
+    "one token": Long((2, 1, 3), (3, 1)),
+    "gated": Long((2, 100, 5), (5, 100)),
+    "bare": Long((1, 37, 3), (3, 37), pre=False, post=False, skip=False),
+    "a short filter for each sample": Long((2, 70, 2), (2, 2, 9), pre=False),
+    "longer than the sequence": Long((2, 20, 3), (3, 33), post=False),
+    "a thousand": Long((1, 1000, 2), (2, 1000), skip=False),
+    "in three launches": Long((1, 1300, 1), (1, 1300)),
+}

@@ -32,6 +32,10 @@ CASES: dict[str, tuple[fv.Rule, Shape]] = {
         fv.Delta(),
         Shape(200, "channel", cu_seqlens=(0, 3, 3, 40, 200), steep=False, **_SIZES),
     ),
+    "additive, per channel, in pieces": (
+        fv.Additive(),
+        Shape(140, "channel", steep=False, head_dim=10, value_dim=16),
+    ),
     "additive, per channel, reverse": (
         fv.Additive(),
         Shape(65, "channel", reverse=True, **_SIZES),

@@ -249,10 +249,10 @@ def test_one_step_takes_one_token() -> None:
 def test_the_plan_is_explained() -> None:
     x = torch.zeros(2, 50, 4, 16, device="meta", dtype=torch.bfloat16)
     found = fv.explain_scan(x, x, x, fv.Delta(), device="cuda")
-    assert found.implementation == "chunk"
-    assert dict(found.refusals)["triton"]
-    named = fv.explain_scan(x, x, x, fv.Delta(), device="cuda", implementation="triton")
-    assert named.implementation == "triton"
+    assert found.implementation == "triton"
+    assert found.refusals == ()
+    normalised = fv.explain_scan(x, x, x, fv.Additive(normalised=True), device="cuda")
+    assert normalised.implementation == "triton"
     assert found.state_bytes == 2 * 4 * 16 * 16 * 4
     assert found.flops == 6 * 2 * 50 * 4 * 16 * 16
     long = torch.zeros(1, 64 * 300, 1, 16, device="meta", dtype=torch.bfloat16)

@@ -41,12 +41,14 @@ def caveat(problem: Convolution) -> str | None:
     return None
 
 
-_MATRIX = 450e12
-"""FLOP per second of the Toeplitz products on an H100, beside a start of 70 microseconds (measured)."""
-_SINGLE = 16e12
-"""Products per second of the direct kernel there (measured)."""
-_COPY = 1.5e12
-"""Bytes per second of a change of layout there, reading and writing (measured)."""
+_MATRIX = 640e12
+"""FLOP per second of the Toeplitz products on an H100, beside `_MATRIX_START` seconds (measured)."""
+_MATRIX_START = 150e-6
+_SINGLE = 17.4e12
+"""Products per second of the direct kernel there, beside `_SINGLE_START` seconds (measured)."""
+_SINGLE_START = 45e-6
+_TO_FIRST, _TO_LAST = 0.97e12, 2.4e12
+"""Bytes per second, read and written, of the changes of layout around the one and the other (measured)."""
 
 
 def seconds(problem: Convolution) -> tuple[float, float]:
@@ -54,12 +56,12 @@ def seconds(problem: Convolution) -> tuple[float, float]:
     from foveal.engines.convolution.launch_toeplitz import multiplied
 
     tokens = math.prod(problem.grid) + math.prod(problem.out_grid)
-    copies = 2 * tokens * problem.batch * problem.channels * problem.dtype.itemsize / _COPY
-    banded = 70e-6 + multiplied(problem) / _MATRIX
-    direct = problem.products / _SINGLE
+    copied = 2 * tokens * problem.batch * problem.channels * problem.dtype.itemsize
+    banded = _MATRIX_START + multiplied(problem) / _MATRIX
+    direct = _SINGLE_START + problem.products / _SINGLE
     if problem.channels_first:
-        return banded, direct + copies
-    return banded + copies, direct
+        return banded, direct + copied / _TO_LAST
+    return banded + copied / _TO_FIRST, direct
 
 
 def depthwise(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

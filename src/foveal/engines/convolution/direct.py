@@ -153,6 +153,9 @@ def convolution_direct_filter_backward(
             for i in tl.static_range(REACH):
                 there = columns > (start + i).to(tl.uint32)
                 xs += (tl.load(p_row + i * X_STRIDE, mask=there, other=0.0).to(tl.float32),)
+            own = ()  # strip by strip: one long sum has four times the error
+            for _ in tl.static_range(TAPS):
+                own += (tl.zeros([ROWS, CHANNELS], tl.float32),)
             for j in tl.static_range(STRIP):
                 there = columns > (start + j + REACH).to(tl.uint32)
                 x = tl.load(p_row + (j + REACH) * X_STRIDE, mask=there, other=0.0)
@@ -160,8 +163,12 @@ def convolution_direct_filter_backward(
                 dy = tl.load(p_out + j * Y_STRIDE, mask=count > j, other=0.0).to(tl.float32)
                 new = ()
                 for k in tl.static_range(TAPS):
-                    new += (sums[k] + xs[j + k * STEP_X] * dy,)
-                sums = new
+                    new += (own[k] + xs[j + k * STEP_X] * dy,)
+                own = new
+            new = ()
+            for k in tl.static_range(TAPS):
+                new += (sums[k] + own[k],)
+            sums = new
     place = ((part.to(tl.int64) * taps_z + oz) * taps_y + oy) * taps_x + ox * TAPS
     count = tl.where(real, taps_x - ox * TAPS, 0)
     for k in tl.static_range(TAPS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,37 @@ def refuses(problem: Spectral) -> str | None:
 
 def caveat(problem: Spectral) -> str | None:
     return None
+
+
+def gated(
+    problem: Spectral,
+    x: Tensor,
+    filter: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+    skip: Tensor | None,
+) -> Tensor:
+    """post (filter * (pre x)) + skip x, [B, *grid, C] in the dtype of x."""
+    return composed(filtered, problem, x, filter, pre, post, skip)
+
+
+def composed(
+    filtered: Callable[[Spectral, Tensor, Tensor], Tensor],
+    problem: Spectral,
+    x: Tensor,
+    filter: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+    skip: Tensor | None,
+) -> Tensor:
+    """A convolution between its gates, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = filtered(problem, x.to(wide) if pre is None else pre.to(wide) * x, filter)
+    if post is not None:
+        y = post * y
+    if skip is not None:
+        y = y + skip * x
+    return y.to(x.dtype)
 
 
 def filtered(problem: Spectral, x: Tensor, filter: Tensor) -> Tensor:

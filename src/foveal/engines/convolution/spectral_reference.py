@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from foveal.engines.convolution.spectral import Spectral
+from foveal.engines.convolution.spectral import Spectral, composed
 
 
 def refuses(problem: Spectral) -> str | None:
@@ -16,6 +16,18 @@ def refuses(problem: Spectral) -> str | None:
 
 def caveat(problem: Spectral) -> str | None:
     return None
+
+
+def gated(
+    problem: Spectral,
+    x: Tensor,
+    filter: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+    skip: Tensor | None,
+) -> Tensor:
+    """post (filter * (pre x)) + skip x, [B, *grid, C] in the dtype of x."""
+    return composed(filtered, problem, x, filter, pre, post, skip)
 
 
 def filtered(problem: Spectral, x: Tensor, filter: Tensor) -> Tensor:

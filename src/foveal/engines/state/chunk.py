@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveal.engines.state.layout import Layout, layout
-from foveal.engines.state.levels import Faded, faded
+from foveal.engines.state.levels import NOTHING, Faded, faded
 from foveal.engines.state.problem import ScanProblem
 from foveal.rules.base import Parts, Recurrence, Rule, divided
 
 _CHUNK = 64
-_SEGMENT = 2**18
+_SEGMENT = 2**16
 """Elements of the values that are worked on at a time: more than this leaves the caches."""
+_ALONE = 2**15
+"""Elements of the values of a head from which additive rules take a CPU's heads one after the other."""
 
 
 def refuses(problem: ScanProblem, rule: Rule) -> str | None:
@@ -42,6 +46,11 @@ def run(linear: Recurrence, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
     """o [T, Hv, Dv] and the final state [N, Hv, Dk, Dv], both in the precision of the state."""
     if linear.divisor is not None:
         return divided(linear, lambda wide: run(wide, chunk))
+    heads = linear.v.shape[1]
+    alone = heads > 1 and linear.v.numel() >= heads * _ALONE and linear.v.device.type == "cpu"
+    if alone and not linear.delta:
+        found = [run(one, chunk) for one in _heads(linear)]
+        return torch.cat([o for o, _ in found], 1), torch.cat([state for _, state in found], 1)
     count, length = len(linear.lengths), max(linear.lengths, default=0)
     width = max(count * linear.v[:1].numel(), 1)
     tokens = max(_SEGMENT // width // chunk, 1) * chunk
@@ -53,6 +62,21 @@ def run(linear: Recurrence, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
         outputs.append(o.unflatten(0, (count, -1)))
     assert state is not None
     return torch.cat(outputs, dim=1).flatten(0, 1), state
+
+
+def _heads(linear: Recurrence) -> Iterator[Recurrence]:
+    """The recurrence of each value head: its chunks lie in memory as products want them."""
+    heads = linear.v.shape[1]
+    groups = heads // linear.q.shape[1]
+    parts: dict[str, Any] = {}
+    for name in ("q", "k", "v", "log_decay", "write_gate", "initial"):
+        x = getattr(linear, name)
+        if x is not None:
+            parts[name] = x.split(1, dim=min(x.dim() - 1, 1))
+    for name in ("q", "k"):
+        parts[name] = tuple(part for part in parts[name] for _ in range(groups))
+    for head in range(heads):
+        yield dataclasses.replace(linear, **{name: part[head] for name, part in parts.items()})
 
 
 def _pieces(linear: Recurrence, tokens: int) -> Iterator[Recurrence]:
@@ -83,12 +107,18 @@ def _run(linear: Recurrence, chunk: int) -> tuple[Tensor, Tensor]:
     if initial is None:
         initial = v.new_zeros(len(linear.lengths), v.shape[1], k.shape[-1], v.shape[-1])
     first = cut.sorted(initial.to(dtype))
-    at = faded(q, k, _gates(linear, cut, dtype), linear.scale, linear.delta)
+    gates = _gates(linear, cut, dtype)
+    at = faded(q, k, gates, linear.scale, linear.delta)
     if linear.delta:
         before, z, last = _walk_delta(at, k, v, gate, first, cut)
     else:
         z = v if gate is None else v * gate
-        before, last = _walk(at.k_until.mT @ z, at.kept, first, cut)
+        added = at.k_until.mT @ z
+        even = cut.tokens is None and len(cut.counts) > 1
+        if even and (gates is None or gates.shape[-1] == 1):
+            before, last = _walk_at_once(added, gates, first, len(cut.counts))
+        else:
+            before, last = _walk(added, at.kept, first, cut)
     o = at.q_pairs @ z
     if len(before):
         o = torch.baddbmm(o.flatten(0, 1), at.q_since.flatten(0, 1), before.flatten(0, 1)).view_as(
@@ -107,6 +137,22 @@ def _gates(linear: Recurrence, cut: Layout, dtype: torch.dtype) -> Tensor | None
     if log_decay.dim() < 3:
         log_decay = log_decay.expand(linear.v.shape[:2])[..., None]
     return cut.split(log_decay)
+
+
+def _walk_at_once(
+    added: Tensor, gates: Tensor | None, state: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """As `_walk`, of equally long sequences with one decay per token: a product with all decays."""
+    count, heads = state.shape[:2]
+    whole = state.new_zeros(steps, count, heads, dtype=torch.float64)
+    if gates is not None:
+        gates = gates.double().clamp(min=NOTHING).sum((-2, -1))
+        whole = whole + gates.unflatten(0, (-1, count if len(gates) > 1 else 1))
+    sums = F.pad(whole.movedim(0, -1).cumsum(-1), (1, 0))
+    shares = (sums[..., None] - sums[..., None, :]).tril().exp().tril().to(added.dtype)
+    parts = torch.cat([state[None], added.unflatten(0, (steps, -1))]).flatten(3).movedim(0, -2)
+    states = (shares @ parts).movedim(-2, 0).unflatten(-1, added.shape[-2:])
+    return states[:-1].flatten(0, 1), states[-1]
 
 
 def _walk(added: Tensor, kept: Tensor | None, state: Tensor, cut: Layout) -> tuple[Tensor, Tensor]:

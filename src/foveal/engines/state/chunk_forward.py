@@ -134,9 +134,11 @@ def state_pairs_forward(
     store_rows(p_pairs, pairs * scale, start, stop, h, wide, CHUNK, 0, CHUNK, CHUNK, CHUNK)
     if DELTA:
         gated = keys * gate[:, None]
-        inverse -= tl.where(level_pairs(row, 0), gated, 0.0)
+        # Above the diagonal there is nothing: i and j meet where the numbers of their halves are 1 apart.
+        inverse -= tl.where(row[:, None] ^ row[None, :] == 1, gated, 0.0)
         for level in range(1, LEVELS):
-            here = tl.where(level_pairs(row, level), gated, 0.0)
+            number = row >> level
+            here = tl.where(number[:, None] ^ number[None, :] == 1, gated, 0.0)
             half = tl.dot(inverse, here, input_precision=INVERSE)
             inverse -= tl.dot(half, inverse, input_precision=INVERSE)
         if p_inverse is not None:
@@ -217,7 +219,9 @@ def state_walk_forward(
             if p_states is not None:
                 store_rows(p_u, z, start, stop, h, heads * DV, DV, first, CHUNK, DV, V_TILE)
         else:
-            z = load_rows(p_v, start, stop, h, v_stride_t, v_stride_h, first, CHUNK, DV, V_TILE)
+            z = load_rows(
+                p_v, start, stop, h, v_stride_t, v_stride_h, first, CHUNK, DV, V_TILE, WIDE != DV
+            )
             if p_gate is not None:
                 z = (z * load_gate(p_gate, token, inside, h, heads)[:, None]).to(dtype)
         if (DECAY == 1) | (DECAY == 2):
@@ -258,19 +262,24 @@ def state_join_forward(
         while behind >= 0:
             piece = behind
             behind = tl.load(p_pieces + 7 * piece + 6)
+    p_added = p_added if BACKWARD else p_maps
+    ADDED: tl.constexpr = DV if BACKWARD else WIDE
+    place = tl.cast(piece, tl.int64) * heads + h
+    step = load_part(p_maps + place * (DK * WIDE) + DV, 0, DK, DK, WIDE, ROWS, ROWS)
+    added = load_part(p_added + place * (DK * ADDED), first, DK, DV, ADDED, ROWS, V_TILE)
     while piece >= 0:
-        place = tl.cast(piece, tl.int64) * heads + h
         store_state(p_found + place * (DK * DV), s, first, DK, DV, ROWS, V_TILE)
-        p_map = p_maps + place * (DK * WIDE)
-        step = load_part(p_map + DV, 0, DK, DK, WIDE, ROWS, ROWS)
+        piece = tl.load(p_pieces + 7 * piece + (5 if BACKWARD else 6))
+        place = tl.cast(tl.maximum(piece, 0), tl.int64) * heads + h
+        # Read before the product that does not wait for it.
+        step_ahead = load_part(p_maps + place * (DK * WIDE) + DV, 0, DK, DK, WIDE, ROWS, ROWS)
+        added_ahead = load_part(p_added + place * (DK * ADDED), first, DK, DV, ADDED, ROWS, V_TILE)
         if BACKWARD:
-            added = load_state(p_added + place * (DK * DV), first, DK, DV, ROWS, V_TILE)
             s = tl.dot(tl.trans(step), s, added, input_precision=PRECISION)
-            piece = tl.load(p_pieces + 7 * piece + 5)
         else:
-            added = load_part(p_map, first, DK, DV, WIDE, ROWS, V_TILE)
             s = tl.dot(step, s, added, input_precision=PRECISION)
-            piece = tl.load(p_pieces + 7 * piece + 6)
+        step = step_ahead
+        added = added_ahead
     if p_last is not None:
         store_state(p_last + start, s, first, DK, DV, ROWS, V_TILE)
 

@@ -100,15 +100,16 @@ def _launch_walk(
     maps: bool = False,
 ) -> None:  # fmt: skip
     dk, dv = job.dims
-    v_tile = min(padded(dv), job.tuning.v_tile)
     pieces = job.tables().pieces
+    split = len(pieces) > len(job.lengths)
+    v_tile = min(padded(dv), job.tuning.split_v_tile if split else job.tuning.v_tile)
+    stages = job.tuning.split_walk if split else job.tuning.walk
     job = walked_task(job, inside)
     columns = dv + dk if maps else dv
     run_kernel(state_walk_forward, (len(pieces) * job.heads * triton.cdiv(columns, v_tile),),
         job.k, job.v, job.sums, job.gate, inside.w, inside.u, before, states, final, pieces,
         *job.strides("k", "v"), job.heads, job.groups,
-        DELTA=job.delta, MAPS=maps, ROWS=padded(dk), V_TILE=v_tile, **job.constants(),
-        **job.tuning.walk,
+        DELTA=job.delta, MAPS=maps, ROWS=padded(dk), V_TILE=v_tile, **job.constants(), **stages,
     )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def launch_join(
     run_kernel(state_join_forward, (len(job.lengths) * job.heads * triton.cdiv(dv, v_tile),),
         maps, added, initial, found, last, job.tables().pieces, job.heads,
         BACKWARD=added is not None, DK=dk, DV=dv, ROWS=padded(dk), V_TILE=v_tile,
-        PRECISION="ieee" if exact else "tf32x3", num_warps=4, num_stages=1,
+        PRECISION="ieee" if exact else "tf32", num_warps=8, num_stages=1,
     )  # fmt: skip
     return found, last
 

@@ -13,10 +13,16 @@ from foveal.engines.state.additive import (
     state_additive_keys_backward,
     state_additive_queries_backward,
     state_additive_walk_backward,
-    state_weight_backward,
 )
 from foveal.engines.state.launch import Pairs, walked_task
+from foveal.engines.state.normaliser import (
+    state_column_added,
+    state_column_walk,
+    state_weight_backward,
+    state_weight_forward,
+)
 from foveal.engines.state.task import Gradients, Task, padded, run_kernel
+from foveal.tuning.state import CHUNK
 
 
 class Division(NamedTuple):
@@ -27,11 +33,18 @@ class Division(NamedTuple):
     signed: bool
 
 
+class Weight(NamedTuple):
+    """w [T, Hv] and the normaliser before every chunk [chunks, Hv, Dk]; with a gradient, those of both."""
+
+    weight: Tensor
+    normaliser: Tensor
+
+
 class Walked(NamedTuple):
-    """o, its weight [T, Hv], the state after every piece, and the final states."""
+    """o, its weight, the state after every piece, and the final states."""
 
     o: Tensor
-    weight: Tensor | None
+    weight: Weight | None
     after: Tensor
     final: Tensor
 
@@ -45,25 +58,59 @@ def launch_additive(
     v_tile = min(padded(dv), job.tuning.v_tile)
     v_tiles = triton.cdiv(dv, v_tile)
     o = job.scratch(*job.v.shape)
-    weight = None if divisor is None else job.scratch(*job.v.shape[:2], dtype=torch.float32)
-    after = job.scratch(len(table.pieces), job.heads, dk, wide, dtype=torch.float32)
+    after = job.scratch(len(table.pieces), job.heads, dk, dv, dtype=torch.float32)
     final = job.scratch(len(job.lengths), job.heads, dk, wide, dtype=torch.float32)
     count = len(table.pieces) * job.heads * v_tiles
     ready = torch.zeros(1 + count, dtype=torch.int32, device=o.device)
     each, floor, signed = divisor or (None, 0.0, False)
+    weight = None if divisor is None else launch_weight(job, initial, final)
     inside = None if pairs is None else pairs.pairs
     walked = job if pairs is None else walked_task(job, pairs)
     run_kernel(state_additive_forward, (count,),
-        walked.q, walked.k, job.v, job.sums, job.gate, inside, each, initial, after, o, weight, final,
-        ready, table.pieces, *walked.strides("q", "k", "v"), job.heads, walked.groups, job.scale,
-        floor,
-        ONES=divisor is not None, SIGNED=signed, WIDE=wide, ROWS=padded(dk), V_TILE=v_tile,
-        **job.constants(), **job.tuning.additive,
+        walked.q, walked.k, job.v, job.sums, job.gate, inside, weight and weight.weight, each, initial,
+        after, o, final, ready, table.pieces, *walked.strides("q", "k", "v"), job.heads, walked.groups,
+        job.scale, floor,
+        SIGNED=signed, WIDE=wide, ROWS=padded(dk), V_TILE=v_tile, **job.constants(),
+        **job.tuning.additive,
     )  # fmt: skip
     return Walked(o, weight, after, final)
 
 
-def launch_weight(
+def launch_weight(job: Task, initial: Tensor | None, final: Tensor) -> Weight:
+    """The weight of every token; fills the last column of `final`."""
+    normaliser = _walk_column(job, job.k, job.gate, initial, final, backward=False)
+    dk = job.dims[0]
+    weight = job.scratch(*job.v.shape[:2], dtype=torch.float32)
+    constants = {name: x for name, x in job.constants().items() if name != "DV"}
+    run_kernel(state_weight_forward, (job.chunk_count * job.heads,),
+        job.q, job.k, job.sums, job.gate, normaliser, weight, job.tables().chunks,
+        *job.strides("q", "k"), job.heads, job.groups, job.scale,
+        ROWS=padded(dk), **constants, num_warps=4,
+    )  # fmt: skip
+    return Weight(weight, normaliser)
+
+
+def _walk_column(
+    job: Task, x: Tensor, gate: Tensor | None, first: Tensor | None, last: Tensor | None,
+    backward: bool,
+) -> Tensor:  # fmt: skip
+    """The normaliser before, or its gradient behind, every chunk [chunks, Hv, Dk]."""
+    table, (dk, dv) = job.tables(), job.dims
+    added = job.scratch(job.chunk_count, job.heads, dk, dtype=torch.float32)
+    found = torch.empty_like(added)
+    shared = {"BACKWARD": backward, "DECAY": job.decay, "DK": dk, "ROWS": padded(dk)}
+    run_kernel(state_column_added, (job.chunk_count * job.heads,),
+        x, gate, job.sums, added, table.chunks, *x.stride()[:2], job.heads, job.groups, job.scale,
+        CHUNK=CHUNK, **shared, num_warps=4,
+    )  # fmt: skip
+    run_kernel(state_column_walk, (len(job.lengths) * job.heads,),
+        added, job.sums, first, found, last, table.sequences, table.chunks, job.heads,
+        WIDE=dv + 1, BLOCK=16, **shared, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return found
+
+
+def launch_division(
     o: Tensor, do: Tensor, weight: Tensor, divisor: Division
 ) -> tuple[Tensor, Tensor]:
     """do over what o was divided by, and the gradient of the weight."""
@@ -83,6 +130,7 @@ def launch_additive_gradients(
     initial: Tensor | None,
     after: Tensor,
     do: Tensor,
+    normaliser: Tensor | None,
     dweight: Tensor | None,
     dfinal: Tensor,
     wanted: tuple[bool, ...],
@@ -90,8 +138,7 @@ def launch_additive_gradients(
     """All gradients of an additive rule; `wanted`: of log_decay, of the write gate, of the initial state."""
     table = job.tables()
     tokens, heads, (dk, dv) = len(job.q), job.heads, job.dims
-    ones = dweight is not None
-    wide = dv + ones
+    wide = dv + (dweight is not None)
     v_tile = min(padded(dv), job.tuning.gradient_tile)
     v_tiles = triton.cdiv(dv, v_tile)
     count = len(table.pieces) * heads * v_tiles
@@ -102,32 +149,36 @@ def launch_additive_gradients(
     if wanted[0]:
         terms = job.scratch(v_tiles, tokens, heads, dtype=torch.float32)
         ddecay = torch.empty_like(terms)
-        states = job.scratch(job.chunk_count, heads, dk, wide)
+        states = job.scratch(job.chunk_count, heads, dk, dv)
     if wanted[1]:
         dgate = job.scratch(v_tiles, tokens, heads, dtype=torch.float32)
     if wanted[2]:
         dinitial = job.scratch(len(job.lengths), heads, dk, wide, dtype=torch.float32)
-    shared = {"ONES": ones, "WIDE": wide, "ROWS": padded(dk), "V_TILE": v_tile, **job.constants()}
+    shared = {"ROWS": padded(dk), "V_TILE": v_tile, **job.constants()}
+    dnormaliser = None
+    if dweight is not None:
+        dnormaliser = _walk_column(job, job.q, dweight, dfinal, dinitial, backward=True)
     strides = job.strides("q", "k", "v")
     run_kernel(state_additive_queries_backward, (count,),
-        job.q, job.k, job.v, job.sums, job.gate, do, dweight, initial, after, dq, terms, states,
-        table.pieces, *strides, tokens, heads, job.groups, job.scale, **shared, **job.tuning.queries,
+        job.q, job.k, job.v, job.sums, job.gate, do, dweight, normaliser, initial, after, dq, terms,
+        states, table.pieces, *strides, tokens, heads, job.groups, job.scale,
+        WIDE=wide, **shared, **job.tuning.queries,
     )  # fmt: skip
-    before, dstates = torch.empty_like(after), job.scratch(job.chunk_count, heads, dk, wide)
+    before, dstates = torch.empty_like(after), job.scratch(job.chunk_count, heads, dk, dv)
     walk_tile = min(padded(dv), job.tuning.v_tile)
     walkers = len(table.pieces) * heads * triton.cdiv(dv, walk_tile)
     ready = torch.zeros(1 + walkers, dtype=torch.int32, device=do.device)
     run_kernel(
         state_additive_walk_backward, (walkers,),
-        job.q, job.sums, do, dweight, dfinal, before, dstates, dinitial, ready, table.pieces,
+        job.q, job.sums, do, dfinal, before, dstates, dinitial, ready, table.pieces,
         *job.strides("q"), len(table.pieces), heads, job.groups, job.scale,
-        **(shared | {"V_TILE": walk_tile}), **job.tuning.additive,
+        WIDE=wide, **(shared | {"V_TILE": walk_tile}), **job.tuning.additive,
     )  # fmt: skip
     run_kernel(
         state_additive_keys_backward, (job.chunk_count * heads * v_tiles,),
-        job.q, job.k, job.v, job.sums, job.gate, do, dweight, terms, states, dstates, dk_found,
-        dv_found, dgate, ddecay, table.chunks, *strides, tokens, heads, job.groups, job.scale,
-        **shared, **job.tuning.keys,
+        job.q, job.k, job.v, job.sums, job.gate, do, dweight, normaliser, dnormaliser, terms, states,
+        dstates, dk_found, dv_found, dgate, ddecay, table.chunks, *strides, tokens, heads, job.groups,
+        job.scale, **shared, **job.tuning.keys,
     )  # fmt: skip
     dq, dk_found = (_of_tiles(x, job.q.dtype) for x in (dq, dk_found))
     dgate = None if dgate is None else _of_tiles(dgate, torch.float32)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 _REACH = 16.0
 """Decay of a chunk, in its logarithm, that one factor may undo: it costs 3 of float32's 24 bits."""
-_NOTHING = -1e4
+NOTHING = -1e4
 """A logarithm whose exponential is 0 in every precision."""
 _TINY = 4
 """Sides of blocks up to which products are summed directly; matrix products start slowly."""
@@ -117,11 +117,11 @@ def faded(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, delta: b
     if log_decay is None:
         k_pairs = k @ k.mT if delta else None
         return Faded((q @ k.mT * scale).tril(), k_pairs, q * scale, k, k, None)
-    if log_decay.shape[-1] == 1:
-        return _faded_by_token(q, k, log_decay, scale, delta)
     sums = log_decay.cumsum(-2)
     if log_decay.device.type == "cpu" and bool((sums[..., -1, :] >= -_REACH).all()):
         return _faded_from_the_middle(q, k, sums, scale, delta)
+    if log_decay.shape[-1] == 1:
+        return _faded_by_token(q, k, log_decay, scale, delta)
     at = factors(log_decay)
     q = q * scale
     k_pairs = pair_products(k, k, at) if delta else None
@@ -132,7 +132,7 @@ def faded(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, delta: b
 def _faded_by_token(q: Tensor, k: Tensor, log_decay: Tensor, scale: float, delta: bool) -> Faded:
     """Differences of sums in float64 keep all digits of float32 gates, which may be -inf."""
     size = log_decay.shape[-2]
-    sums = log_decay.double().clamp(min=_NOTHING).cumsum(-2)
+    sums = log_decay.double().clamp(min=NOTHING).cumsum(-2)
     upper = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     between = (sums - sums.mT).masked_fill(upper, -torch.inf).to(q.dtype).exp()
     since, until = sums.to(q.dtype).exp(), (sums[..., -1:, :] - sums).to(q.dtype).exp()
@@ -148,9 +148,13 @@ def _faded_from_the_middle(q: Tensor, k: Tensor, sums: Tensor, scale: float, del
     """One product for all pairs: both tokens decay from, or grow up to, the middle of the chunk."""
     middle = sums[..., sums.shape[-2] // 2, :].unsqueeze(-2)
     near = (sums - middle).exp()
-    q_near, k_near, k_far = q * (near * scale), k * near, k / near
-    k_pairs = k_near @ k_far.mT if delta else None
+    q_near, k_far = q * (near * scale), k * (middle - sums).exp()
     first, whole = middle.exp(), sums[..., -1:, :]
+    k_pairs, k_since = None, k
+    if delta:
+        k_near = k * near
+        k_pairs, k_since = k_near @ k_far.mT, k_near * first
     k_until = k_far * (whole - middle).exp()
     q_pairs = (q_near @ k_far.mT).tril()
-    return Faded(q_pairs, k_pairs, q_near * first, k_near * first, k_until, whole.exp().mT)
+    kept = whole.exp().mT.expand(len(q), -1, -1, -1)
+    return Faded(q_pairs, k_pairs, q_near * first, k_since, k_until, kept)

@@ -46,10 +46,11 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: A
 class Tables(NamedTuple):
     """int32 tables on the device: chunks (first token, past the last) and pieces (first chunk, past the
     last, first token, past the last, sequence, the pieces before and behind or -1); the first pieces
-    of all sequences come first."""
+    of all sequences come first; sequences (first chunk, past the last)."""
 
     chunks: Tensor
     pieces: Tensor
+    sequences: Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,7 +76,8 @@ def tables(lengths: tuple[int, ...], each: int, device: torch.device) -> Tables:
         edges = first + own * each * CHUNK, min(first + (own + 1) * each * CHUNK, stop)
         around = number.get((own - 1, n), -1), number.get((own + 1, n), -1)
         pieces.append((begin + own * each, min(begin + (own + 1) * each, end), *edges, n, *around))
-    rows = (chunks or [(0, 0)], pieces or [(0, 0, 0, 0, 0, -1, -1)])
+    ends = [(begin, end) for begin, end, _, _ in sequences]
+    rows = (chunks or [(0, 0)], pieces or [(0, 0, 0, 0, 0, -1, -1)], ends or [(0, 0)])
     return Tables(*(torch.tensor(x, dtype=torch.int32).to(device) for x in rows))
 
 
@@ -144,7 +146,11 @@ def task(linear: Recurrence) -> Task:
     decay = 0 if linear.log_decay is None else linear.log_decay.dim()
     found = tuning(q.dtype, q.shape[-1], linear.delta, decay)
     piece = piece_of(
-        linear.lengths, (v.shape[1], v.shape[2]), linear.delta, found, processors(q.device.type)
+        linear.lengths,
+        (v.shape[1], k.shape[2] + v.shape[2]),
+        linear.delta,
+        found,
+        processors(q.device.type),
     )
     job = Task(q, k, v, None, gate, decay, linear.scale, linear.delta, linear.lengths, piece, found)
     return dataclasses.replace(job, sums=_sums(job, linear.log_decay))

@@ -114,19 +114,16 @@ def store_part(
 
 
 @triton.jit
-def load_column(p_column, DK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, 1] of a column of a state [DK, WIDE] in float32."""
-    row = tl.arange(0, ROWS)
-    x = tl.load(p_column + row * WIDE, mask=row < DK, other=0.0, cache_modifier=".cg")
-    return x.to(tl.float32)[:, None]
+def load_row(p, stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """[TILE] of WIDTH numbers, every `stride`-th."""
+    place = tl.arange(0, TILE)
+    return tl.load(p + place * stride, mask=place < WIDTH, other=0.0)
 
 
 @triton.jit
-def store_column(p_column, x, DK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    """Stores x [ROWS, 16], 16 equal columns, as one."""
-    row = tl.arange(0, ROWS)
-    x = tl.sum(x, 1) / 16
-    tl.store(p_column + row * WIDE, x.to(p_column.dtype.element_ty), mask=row < DK)
+def store_row(p, x, stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    place = tl.arange(0, TILE)
+    tl.store(p + place * stride, x, mask=place < WIDTH)
 
 
 @triton.jit

@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveal.engines.state.problem import ScanProblem
-from foveal.rules.additive import Additive
 from foveal.rules.base import Parts, Recurrence, Rule, divided
 from foveal.rules.delta import Delta
-from foveal.rules.mlstm import MLSTM
 from foveal.tuning.state import CHUNK, piece_of, processors, tuning
 
 _LARGEST_DIM = 256
@@ -30,8 +28,6 @@ def refuses(problem: ScanProblem, rule: Rule) -> str | None:
         return "GPU matrix units have no float64 edition here; use float32 or less"
     if problem.dtype == torch.bfloat16 and problem.device == "cpu":
         return "Triton's interpreter computes bfloat16 products wrongly"
-    if problem.device == "cuda" and isinstance(rule, Additive | MLSTM) and rule.normalised:
-        return "its kernels with a normaliser have faulted on a GPU, and the cause is not found"
     if problem.head_dim > _LARGEST_DIM:
         return f"its tiles hold a head_dim of at most {_LARGEST_DIM}; here is {problem.head_dim}"
     if torch.cuda.is_available() and torch.version.hip is None:
@@ -39,13 +35,6 @@ def refuses(problem: ScanProblem, rule: Rule) -> str | None:
         if capability < (8, 0):
             return f"it needs compute capability 8.0 or later; this device has {capability}"
     return None
-
-
-def caveat(problem: ScanProblem) -> str | None:
-    """Why the plan passes by this edition although it runs when it is named."""
-    if problem.device != "cuda":
-        return None
-    return "its results are not yet checked against float64 on a GPU; name it to run it"
 
 
 def _interpreted() -> bool:
@@ -87,7 +76,7 @@ def _pieces(
     device: str,
 ) -> int:
     found = tuning(dtype, head_dim, delta, decay)
-    each = piece_of(lengths, (heads, value_dim), delta, found, processors(device))
+    each = piece_of(lengths, (heads, head_dim + value_dim), delta, found, processors(device))
     return sum(max(-(-length // (each * CHUNK)), 1) for length in lengths)
 
 
@@ -199,14 +188,14 @@ def _forward(linear: Recurrence) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     if not len(job.q):
         final = job.scratch(*shape, dtype=torch.float32)
         final = final.zero_() if initial is None else initial.clone()
-        return torch.zeros_like(linear.v), final, (None,) * 3
+        return torch.zeros_like(linear.v), final, (None,) * 4
     if linear.delta:
         inside = launch_pairs(job, keep_inverse=False)
         states = launch_states(job, inside, initial)
         return launch_output(job, inside, states.chunks), states.final, ()
     pairs = launch_pairs(job, keep_inverse=False) if job.decay == 3 else None
     o, weight, after, final = launch_additive(job, pairs, initial, _divisor(linear))
-    return o, final, (o, weight, after) if _in_pieces(linear) else ()
+    return o, final, (o, *(weight or (None, None)), after) if _in_pieces(linear) else ()
 
 
 def _divisor(linear: Recurrence) -> Any:
@@ -228,7 +217,7 @@ def _backward(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     from foveal.engines.state.launch import launch_gradients, launch_pairs, launch_states
-    from foveal.engines.state.launch_additive import launch_additive_gradients, launch_weight
+    from foveal.engines.state.launch_additive import launch_additive_gradients, launch_division
     from foveal.engines.state.task import task
 
     job = task(linear)
@@ -239,12 +228,12 @@ def _backward(
     initial = None if linear.initial is None else linear.initial.float().contiguous()
     do, dfinal = do.to(job.q.dtype), dfinal.float().contiguous()
     if _in_pieces(linear):
-        o, weight, after = kept
+        o, weight, normaliser, after = kept
         divisor, dweight = _divisor(linear), None
         if divisor is not None:
-            do, dweight = launch_weight(o, do, weight, divisor)
+            do, dweight = launch_division(o, do, weight, divisor)
         found = launch_additive_gradients(
-            job, initial, after, do.contiguous(), dweight, dfinal, wanted
+            job, initial, after, do.contiguous(), normaliser, dweight, dfinal, wanted
         )
     else:
         inside = launch_pairs(job, keep_inverse=True)

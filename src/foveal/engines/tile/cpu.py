@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from foveal._problem import Problem
-from foveal.engines.tile.cpu_tiles import TiledAttention
 from foveal.engines.tile.parts import Task, solve, whole_task
-from foveal.engines.tile.walk import flat_tile
+from foveal.engines.tile.token_lists import listed
 from foveal.patterns.base import Pattern
 from foveal.scores.base import Geometry
 from foveal.scores.normal import NormalForm
@@ -30,6 +31,12 @@ def attend(
     v: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq] of q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]."""
+    lists = listed(pattern, problem.extent, problem.kv_heads) if score.plain else None
+    if lists is not None:
+        from foveal.engines.tile.listed_tokens import attend_lists
+
+        indices = lists.indices.expand(problem.batch, -1, -1, -1)
+        return attend_lists(q, k, v, dataclasses.replace(lists, indices=indices), score.scale)
     if _lists_per_query_head(problem, pattern):
         k = k.repeat_interleave(problem.groups, dim=2)
         v = v.repeat_interleave(problem.groups, dim=2)
@@ -43,12 +50,16 @@ def _lists_per_query_head(problem: Problem, pattern: Pattern) -> bool:
     """Whether the lists differ between the query heads that share keys."""
     if problem.groups == 1 or not pattern.depends_on_data:
         return False
+    from foveal.engines.tile.walk import flat_tile
+
     states = pattern.tile_map(problem.extent, *flat_tile(pattern))
     return states.shape[1] == problem.q_heads
 
 
 def _tiled(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Views with heads first, query heads grouped by the key head they share."""
+    from foveal.engines.tile.cpu_tiles import TiledAttention
+
     q = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))  # [N, Hkv, G, Lq, D]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [N, Hkv, Lk, D]
     o, lse = TiledAttention.apply(task, q, k, v, *task.score.parameters)  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from foveal.engines.entmax.cpu_scores import EntmaxScorer
 from foveal.engines.tile.cpu_fused import fused_attention, fuses
 from foveal.engines.tile.cpu_scores import Chunk, Scorer, chunks
 from foveal.engines.tile.parts import Task
@@ -19,6 +20,8 @@ from foveal.engines.tile.reference import visible_product
 from foveal.engines.tile.stacks import Stack, stacks
 from foveal.engines.tile.walk import Sweep, walk
 from foveal.engines.tile.workers import Scratch, in_order
+
+_SCORERS = {"tile": Scorer, "entmax": EntmaxScorer}
 
 
 class TiledAttention(torch.autograd.Function):
@@ -41,7 +44,7 @@ class TiledAttention(torch.autograd.Function):
 
         def work(item: tuple[Chunk, Sweep], scratch: Scratch) -> None:
             chunk, sweep = item
-            scorer = Scorer(task, chunk, local, careful, with_lse, scratch)
+            scorer = _SCORERS[task.score.engine](task, chunk, local, careful, with_lse, scratch)
             q_s = sweep.queries(chunk.of_tensor(q), scratch, "q")
             k_s, v_s = (sweep.keys(chunk.of_tensor(x), scratch, n) for x, n in ((k, "k"), (v, "v")))
             o_c, lse_c = chunk.of_tensor(o), chunk.of_tensor(lse)
@@ -79,7 +82,7 @@ class TiledAttention(torch.autograd.Function):
         ) -> tuple[Tensor, Tensor, list[Tensor]]:
             chunk, sweep = item
             with_lse = task.score.sink is not None
-            scorer = Scorer(task, chunk, local, ctx.careful, with_lse, scratch)
+            scorer = _SCORERS[task.score.engine](task, chunk, local, ctx.careful, with_lse, scratch)
             q_s, do_s, dlse_s = (
                 sweep.queries(chunk.of_tensor(x), scratch, name)
                 for x, name in ((q, "q"), (do, "do"), (dlse, "dlse"))

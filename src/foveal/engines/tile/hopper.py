@@ -28,7 +28,7 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
     )
 
 
-def caveat(score: NormalForm) -> str | None:
+def caveat(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
     """Why it runs only when named, or None."""
     if score.terms:
         from foveal.engines.tile.terms import BY_DISTANCE, term_kinds

@@ -130,13 +130,7 @@ def stage(
             # With 4 warps a table over block lists ended in illegal accesses (Triton 3.6, H100).
             warps = 8
         config = Config(*smaller, warps, 1)
-    pattern, extent = task.pattern, task.extent
-    if separable(pattern, extent):
-        layout = _box_layout(kind, pattern, extent, config, sizes.device, packed)
-    else:
-        call = kind, pattern, extent, config, sizes.device, heads
-        found = writes(pattern)
-        layout = _list_layout(*call) if found is None else _kept_list_layout(*call, found)
+    layout = lay_out(kind, task.pattern, task.extent, config, sizes.device, heads, packed)
     chosen = [_HOOKS[term.kind] for term in terms] + [hooks.NOTHING] * (2 - len(terms))
     spec = Spec(
         q_tile=layout.q_tile,
@@ -151,6 +145,30 @@ def stage(
         precision="ieee",
     )
     return Stage(spec, config, layout)
+
+
+def lay_out(
+    kind: str,
+    pattern: Pattern,
+    extent: Extent,
+    config: Config,
+    device: torch.device,
+    heads: int,
+    packed: int = 1,
+) -> Layout:
+    """Tiles of at most the sizes of `config`, and the route between them; kind as for `stage`."""
+    if separable(pattern, extent):
+        return _box_layout(kind, pattern, extent, config, device, packed)
+    return list_layout(kind, pattern, extent, config, device, heads)
+
+
+def list_layout(
+    kind: str, pattern: Pattern, extent: Extent, config: Config, device: torch.device, heads: int
+) -> Layout:
+    """The same for a pattern that is walked by lists whether it is separable or not."""
+    call = kind, pattern, extent, config, device, heads
+    found = writes(pattern)
+    return _list_layout(*call) if found is None else _kept_list_layout(*call, found)
 
 
 def separable(pattern: Pattern, extent: Extent) -> bool:
@@ -409,7 +427,7 @@ def _tests(
         ends = inverse(bounds) if by_key else (bounds.lower, bounds.upper)
         limits = tuple(axes[0].to(device=device, dtype=torch.int32) for axes in ends)
         return routes.LISTS, (limits[0], 0), limits
-    two = spans(static, extent, by_key)
+    two = spans(static, extent, by_key) if bounds is None else None
     if two is not None:
         limits = tuple(x.to(device) for x in two)
         return routes.SPANS, (limits[0], 0), limits

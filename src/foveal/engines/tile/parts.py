@@ -189,9 +189,9 @@ def run_forward(
     o = q.new_empty(*q.shape[:3], v.shape[3])
     statistic = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     for task in tasks:
-        (q_own,) = _take((q,), task.q_tokens)
-        k_own, v_own = _take((k, v), task.k_tokens)
-        _put((o, statistic), task.q_tokens, kernels.forward(task, q_own, k_own, v_own))
+        (q_own,) = take((q,), task.q_tokens)
+        k_own, v_own = take((k, v), task.k_tokens)
+        put((o, statistic), task.q_tokens, kernels.forward(task, q_own, k_own, v_own))
     return o, statistic
 
 
@@ -216,8 +216,8 @@ def run_backward(
             make = torch.empty_like if keys_once else torch.zeros_like
             found[index] = make(x, memory_format=torch.contiguous_format)
     for task in tasks:
-        q_own, do_own, o_own, own, d_own = _take((q, do, o, statistic, d_statistic), task.q_tokens)
-        k_own, v_own = _take((k, v), task.k_tokens)
+        q_own, do_own, o_own, own, d_own = take((q, do, o, statistic, d_statistic), task.q_tokens)
+        k_own, v_own = take((k, v), task.k_tokens)
         parts = kernels.backward(task, (q_own, k_own, v_own, o_own, own), do_own, d_own, needed)
         _keep_own(found, parts, task, keys_once)
     return tuple(found)
@@ -228,21 +228,21 @@ def _keep_own(
 ) -> None:
     """Puts the gradients of a task in their places; those of parameters are summed."""
     if found[0] is not None and parts[0] is not None:
-        _put((found[0],), task.q_tokens, (parts[0],))
+        put((found[0],), task.q_tokens, (parts[0],))
     pairs = zip(found[1:3], parts[1:3], strict=True)
     keys = [(total, part) for total, part in pairs if total is not None and part is not None]
     if keys and keys_once:
-        _put([total for total, _ in keys], task.k_tokens, [part for _, part in keys])
+        put([total for total, _ in keys], task.k_tokens, [part for _, part in keys])
     elif keys:
         for total, part in keys:
-            _add(total, task.k_tokens, part)
+            add(total, task.k_tokens, part)
     for index, gradient in enumerate(parts[3:], start=3):
         before = found[index]
         if gradient is not None:
             found[index] = gradient if before is None else before + gradient
 
 
-def _take(tensors: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
+def take(tensors: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
     """Of each x [B, tokens, H, D], [B P, L, H, D] at tokens [P, L]; of x [B, H, tokens], [B P, H, L]."""
     if tensors[0].is_cuda:
         from foveal.engines.tile import gather
@@ -262,8 +262,8 @@ def _taken(x: Tensor, tokens: Tensor) -> Tensor:
     return taken.flatten(0, 1)
 
 
-def _put(wholes: Sequence[Tensor], tokens: Tensor, own: Sequence[Tensor]) -> None:
-    """The reverse of `_take`: writes tensors `own` to the tokens of `wholes`."""
+def put(wholes: Sequence[Tensor], tokens: Tensor, own: Sequence[Tensor]) -> None:
+    """The reverse of `take`: writes tensors `own` to the tokens of `wholes`."""
     if own[0].is_cuda:
         from foveal.engines.tile import gather
 
@@ -275,7 +275,7 @@ def _put(wholes: Sequence[Tensor], tokens: Tensor, own: Sequence[Tensor]) -> Non
         whole.index_copy_(1, tokens.flatten(), part.unflatten(0, (-1, len(tokens))).flatten(1, 2))
 
 
-def _add(total: Tensor, tokens: Tensor, own: Tensor) -> None:
+def add(total: Tensor, tokens: Tensor, own: Tensor) -> None:
     """total[:, tokens] += own [B P, L, ...], in a fixed order even where a token occurs twice."""
     own = own.unflatten(0, (-1, len(tokens))).flatten(1, 2)
     every = torch.arange(len(total), device=total.device)[:, None]

@@ -20,7 +20,7 @@ from foveal._recent import Recent
 from foveal.engines.tile.parts import Division, Kernels, Task, run_backward, run_forward
 from foveal.engines.tile.replay import Replay, Results, replayed
 from foveal.patterns.base import Pattern
-from foveal.scores.base import Geometry
+from foveal.scores.base import Form, Geometry
 from foveal.scores.normal import NormalForm
 from foveal.tuning import tile as tuning
 
@@ -207,7 +207,7 @@ class RepeatedRun:
     module: ModuleType
     problem: Problem
     pattern: Pattern
-    form: NormalForm
+    form: Form
     geometry: Geometry
 
     lse_unit = 1.0

@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from foveal._errors import RefusedError
 from foveal._problem import Problem
+from foveal.engines.tile.column_attend import listed_columns
 from foveal.engines.tile.parts import Task
+from foveal.engines.tile.token_lists import TokenLists, listed
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
+from foveal.patterns.selections import ColumnSelection
 from foveal.scores.normal import NormalForm
 
 if TYPE_CHECKING:
     from foveal.engines.tile.launch import Sizes
 
 _LARGEST_DIM = 256
+# Where tokens list their own blocks.
+_LARGEST_BLOCK = 128
+_LARGEST_GROUP = 64
 
 
 def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
@@ -44,7 +51,52 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
             return f"it needs compute capability 8.0 or later; this device has {capability}"
     from foveal.engines.tile.terms import refuses_terms
 
+    if listed(pattern, problem.extent, problem.kv_heads) is not None:
+        return _refuses_tokens(problem, pattern, score)
+    columns = listed_columns(pattern)
+    if columns is not None:
+        return _refuses_columns(columns[0], score)
     return refuses_terms(score) or _refuses_pattern(pattern, problem)
+
+
+def caveat(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
+    """Why it runs only when named, or None."""
+    if listed_columns(pattern) is not None:
+        return "its walk along unaligned blocks and columns was not checked on a GPU yet"
+    if not pattern.depends_on_data:
+        return None
+    lists = listed(pattern, problem.extent, problem.kv_heads)
+    if lists is None:
+        return None
+    from foveal.engines.tile.token_attend import unchecked
+
+    dims = problem.head_dim, problem.value_dim
+    missing = unchecked(problem.dtype, *dims, problem.groups, lists.block)
+    return None if missing is None else f"lists per token were not checked on a GPU {missing}"
+
+
+def _refuses_tokens(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
+    """Why lists of single tokens are not walked, or None."""
+    unit = pattern.tile_unit()
+    if not score.plain:
+        return "where tokens list their own blocks it knows a scale, no soft cap, sink or bias"
+    if unit is not None and unit[1] > _LARGEST_BLOCK:
+        return f"where tokens list their own blocks these hold at most {_LARGEST_BLOCK} keys, not {unit[1]}"
+    if problem.groups > _LARGEST_GROUP:
+        return f"where tokens list their own blocks a key head serves at most {_LARGEST_GROUP} query heads"
+    return None
+
+
+def _refuses_columns(selection: ColumnSelection, score: NormalForm) -> str | None:
+    """Why unaligned blocks with columns are not walked, or None."""
+    rows = selection.q_block
+    if not score.plain:
+        return "along unaligned blocks and columns it knows a scale, no soft cap, sink or bias"
+    if rows not in (16, 32, 64, 128):
+        return f"its lists of columns serve 16, 32, 64 or 128 queries each, not {rows}"
+    if selection.kv_block > _LARGEST_BLOCK:
+        return f"its unaligned blocks hold at most {_LARGEST_BLOCK} keys, not {selection.kv_block}"
+    return None
 
 
 def _interpreted() -> bool:
@@ -84,6 +136,16 @@ def forward(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     from foveal.engines.tile.terms import local_terms
     from foveal.tuning.tile import FORWARD
 
+    lists = _token_lists(task, q, k)
+    if lists is not None:
+        from foveal.engines.tile import token_attend
+
+        return token_attend.forward(_rows(q), _rows(k), _rows(v), lists, task.score.scale)
+    columns = listed_columns(task.pattern)
+    if columns is not None:
+        from foveal.engines.tile import column_attend
+
+        return column_attend.forward(_rows(q), _rows(k), _rows(v), *columns, task.score.scale)
     heads = q.shape[2]
     terms = local_terms(task, task.whole)
     packed = heads_to_pack(task, terms, heads // k.shape[2])
@@ -113,6 +175,17 @@ def backward(
 
     q, k, v, o, lse = tensors
     score = task.score
+    lists = _token_lists(task, q, k)
+    if lists is not None:
+        from foveal.engines.tile import token_attend
+
+        read = (_rows(q), _rows(k), _rows(v), o, lse)
+        shift = d_statistic / LSE_UNIT if task.with_lse else None
+        return token_attend.backward(read, lists, score.scale, do, shift)
+    if listed_columns(task.pattern) is not None:
+        raise RefusedError(
+            "triton", "it has no gradients along unaligned blocks and columns; the reference has"
+        )
     with torch.enable_grad():
         leaves = [
             term.parameter.detach().requires_grad_(wanted)
@@ -134,6 +207,13 @@ def backward(
     )
     d_leaves = _pull(leaves, [term.values for term in terms], d_values)
     return dq, dk, dv, *d_leaves, *((d_sink,) if sinks else ())
+
+
+def _token_lists(task: Task, q: Tensor, k: Tensor) -> TokenLists | None:
+    lists = listed(task.pattern, task.extent, k.shape[2])
+    if lists is None:
+        return None
+    return dataclasses.replace(lists, indices=lists.indices.expand(len(q), -1, -1, -1))
 
 
 def _pull(

@@ -15,6 +15,7 @@ from foveal.systems.state.features import (
     NPRF_RPE,
     PERFORMER,
 )
+from foveal.systems.state.hybrids import SALA
 from foveal.systems.state.others import PONET, RAT, SET_TRANSFORMER, SOFT, TLINFORMER
 from foveal.systems.state.recurrences import (
     GATED_DELTANET,
@@ -38,6 +39,7 @@ SYSTEMS: tuple[System, ...] = (
     TRANSNORMER,
     TRANSNORMER_LLM,
     TITANS_MEMORY,
+    SALA,
     BASED,
     PERFORMER,
     COSFORMER,

@@ -1,0 +1,1 @@
+"""What attention that fits lines gains over attention that fits constants: as estimators, and trained."""

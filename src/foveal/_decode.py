@@ -1,0 +1,105 @@
+"""The decode engine's verb."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from foveal._decode_plan import choose_decode
+from foveal._errors import PatternError, ScoreError, ShapeError
+from foveal.caches.base import Cache, Part
+from foveal.compose.merge import merge
+from foveal.engines.decode.problem import Terms, describe_decode, describe_terms
+from foveal.patterns.base import Pattern
+from foveal.patterns.dense import Causal
+from foveal.scores.base import Score
+from foveal.scores.softmax import Softmax
+
+
+@overload
+def decode(
+    q: Tensor,
+    cache: Cache,
+    score: Score = ...,
+    *,
+    pattern: Pattern = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> Tensor: ...
+@overload
+def decode(
+    q: Tensor,
+    cache: Cache,
+    score: Score = ...,
+    *,
+    pattern: Pattern = ...,
+    return_lse: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def decode(
+    q: Tensor,
+    cache: Cache,
+    score: Score = Softmax(),
+    *,
+    pattern: Pattern = Causal(),
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """o_i = sum_j w_ij v_j over the stored keys j that query i sees, w_i = softmax of `score`.
+
+    Shapes: q [B, Lq, Hq, D], the queries of the Lq tokens that were appended last; returns o
+    [B, Lq, Hq, Dv] in the dtype of q and, with `return_lse`, the natural log of the softmax denominator
+    [B, Lq, Hq] in float32 (float64 for float64).  Query head h reads key head h // (Hq / Hkv).
+    Options: score, a sum of `Softmax`, `KeyBias` and `Alibi`; pattern `Causal()` (query i sees the stored
+    tokens up to its own), `Dense()` (all of them) or `Sliding(left, 0, sink_tokens)` in positions of the
+    sequence; implementation names one of "triton", "lean" (its shares in the order of LeanAttention),
+    "cpu", "reference", which then runs or raises
+    RefusedError; None lets the plan choose.
+    Cost: one pass over the stored bytes; 2 (D + Dv) FLOPs per stored key, query and query head.
+    Limits: a query that sees no key gives o = 0, lse = -inf; NaN or inf in one sequence reaches no other.
+    No gradient flows into the cache; one flows into q in "cpu" and "reference".
+    Equals: `attend(q, k, v, Causal())` on the stored keys; any cut of them in parts, merged by lse.
+    Paper: FlashDecoding, LeanAttention (2405.10480), FlashInfer (2501.01005).
+    """
+    parts = cache.parts()
+    problem = describe_decode(q, cache.shape, parts)
+    if not isinstance(score, Score):
+        raise ScoreError("score", type(score), "a score such as fv.Softmax() is needed")
+    if not isinstance(pattern, Pattern):
+        raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
+    terms = describe_terms(problem, score, pattern, parts)
+    plan = choose_decode(problem, terms, implementation)
+    stored, shift = cache.project(q)
+    whole = len(parts) == 1 and stored is q
+    inner = terms if whole else dataclasses.replace(terms, sink=None)
+    found = [_part(plan.module, part, inner, stored) for part in parts]
+    o, lse = found[0] if len(found) == 1 else merge(*zip(*found, strict=True))
+    if shift is not None and (terms.soft_cap is not None or terms.slopes is not None):
+        raise ScoreError("score", score.key, "without soft cap and slopes, keys without a mean")
+    if not whole:
+        o = cache.restore(o, lse)
+        lse = lse if shift is None else lse + terms.scale * shift.to(lse.dtype)
+        if terms.sink is not None:
+            o, lse = _with_sink(o, lse, terms.sink)
+    return (o, lse) if return_lse else o
+
+
+def _part(module: object, part: Part, terms: Terms, q: Tensor) -> tuple[Tensor, Tensor]:
+    run = module.decode  # type: ignore[attr-defined]
+    if not part.shared:
+        found: tuple[Tensor, Tensor] = run(part.view, terms, q)
+        return found
+    if terms.left is not None or terms.slopes is not None:
+        raise ShapeError("pattern", "a window or slopes", "a cache without a shared part is needed")
+    terms = dataclasses.replace(terms, causal=False)
+    o, lse = run(part.view, terms, q.reshape(1, -1, *q.shape[2:]))
+    return o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
+
+
+def _with_sink(o: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """The same softmax with one more term in its denominator."""
+    total = torch.logaddexp(lse, sink.to(lse.dtype).expand_as(lse))
+    return o * torch.exp(lse - total)[..., None].to(o.dtype), total

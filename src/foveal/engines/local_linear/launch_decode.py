@@ -1,0 +1,73 @@
+"""Launches of the decode: when it pays, and over how many parts of the keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveal.engines.local_linear.decode import (
+    local_linear_decode,
+    local_linear_decode_merge,
+    local_linear_decode_solve,
+)
+from foveal.engines.local_linear.kernels import Solver
+from foveal.engines.local_linear.launch import LOG2E
+from foveal.engines.tile.launch import separable
+from foveal.engines.tile.launches import Launch
+from foveal.engines.tile.lists import boxes
+from foveal.engines.tile.parts import Task
+from foveal.engines.tile.spec import padded
+
+_MOST_QUERIES = 4
+_LEAST_KEYS = 256
+_LARGEST_DIM = 128
+_KEYS = 64
+_MOST_SPLITS = 64
+
+
+def decodes(task: Task, q: Tensor, v: Tensor) -> bool:
+    """Whether few queries see intervals of many keys."""
+    few = task.extent.Lq <= _MOST_QUERIES and task.extent.Lk >= _LEAST_KEYS
+    small = max(q.shape[3], v.shape[3]) <= _LARGEST_DIM
+    return few and small and len(task.extent.kv_grid) == 1 and separable(task.pattern, task.extent)
+
+
+def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o [N, Lq, H, Dv] and base-2 lse [N, H, Lq] of a task that `decodes`."""
+    on_device = boxes(task.pattern, task.extent, q.device)
+    assert on_device is not None
+    N, Lq, heads, D = q.shape
+    DV, pad, value_pad = v.shape[3], padded(D), padded(v.shape[3])
+    rows = N * heads * Lq
+    splits = _splits(rows, task.extent.Lk, q.device)
+    sums = torch.empty(rows, splits, 2 + pad + value_pad, device=q.device)
+    matrices = torch.empty(rows, splits, pad, pad + value_pad, device=q.device)
+    system = torch.empty(rows, pad, pad + value_pad, device=q.device)
+    o, lse = q.new_empty(N, Lq, heads, DV), torch.empty(N, heads, Lq, device=q.device)
+    sizes = {"D": D, "PAD": pad, "DV": DV, "VALUE_PAD": value_pad}
+    arguments = (
+        q, k, v, on_device.lower[0], on_device.upper[0], sums, matrices,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], heads, heads // k.shape[2], Lq, splits,
+        float(task.score.scale * LOG2E),
+    )  # fmt: skip
+    options = {"KEYS": _KEYS, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
+    Launch(local_linear_decode, rows * splits, arguments, {**sizes, **options})()
+    several = {"SPLITS": 1 << (splits - 1).bit_length(), "PAD": pad, "VALUE_PAD": value_pad}
+    lines = 8
+    merged = (sums, matrices, system, splits)
+    options = {**several, "LINES": lines, "num_warps": 4}
+    Launch(local_linear_decode_merge, rows * (pad // lines), merged, options)()
+    solved = (
+        q, solver.ridge, sums, system, o, lse, q.stride()[:3], o.stride()[:3], heads, Lq, splits,
+        solver.max_iterations, float(solver.tolerance),
+    )  # fmt: skip
+    Launch(local_linear_decode_solve, rows, solved, {**several, **sizes, "num_warps": 8})()
+    return o, lse
+
+
+def _splits(rows: int, keys: int, device: torch.device) -> int:
+    """Parts of the keys: as many programs as the device runs at once, of at least four boxes each."""
+    units = 8
+    if device.type == "cuda":
+        units = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(units // max(rows, 1), keys // (4 * _KEYS), _MOST_SPLITS))

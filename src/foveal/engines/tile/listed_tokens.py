@@ -1,0 +1,88 @@
+"""Attention whose tokens list their own key blocks: one step of autograd on every device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from foveal.engines.tile import cpu_tokens
+from foveal.engines.tile.token_lists import TokenLists
+
+LN2 = math.log(2)
+
+
+class ListedTokens(torch.autograd.Function):
+    """o [B, Lq, Hq, Dv] and natural lse [B, Hq, Lq] of q [B, Lq, Hq, D], k and v [B, Lk, Hkv, .]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = _forward(q, k, v, lists, scale)
+        ctx.lists, ctx.scale = lists, scale
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        if dlse is not None:
+            dlse = dlse.masked_fill(lse == -torch.inf, 0.0)
+        return *_backward((q, k, v, o, lse), ctx.lists, ctx.scale, do, dlse), None, None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float
+) -> tuple[Tensor, Tensor]:
+    if _has_kernel(q, k, v, lists):
+        from foveal.engines.tile import token_attend
+
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        o, lse = token_attend.forward(q, k, v, lists, scale)
+        return o, lse * LN2
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o, lse = cpu_tokens.forward(q.to(wide), k.to(wide), v.to(wide), lists, scale)
+    return o.to(q.dtype), lse
+
+
+def _backward(
+    tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, do: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, ...]:
+    q, k, v, o, lse = tensors
+    if _has_kernel(q, k, v, lists):
+        from foveal.engines.tile import token_attend
+
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return token_attend.backward((q, k, v, o, lse / LN2), lists, scale, do, dlse)
+    wide = lse.dtype
+    found = cpu_tokens.backward(
+        (*(x.to(wide) for x in (q, k, v, o)), lse), lists, scale, do.to(wide), dlse
+    )
+    return tuple(d.to(x.dtype) for d, x in zip(found, (q, k, v), strict=True))
+
+
+def _has_kernel(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> bool:
+    """What no kernel was checked for runs in plain PyTorch."""
+    if not q.is_cuda:
+        return False
+    from foveal.engines.tile.token_attend import unchecked
+
+    groups = q.shape[2] // k.shape[2]
+    return unchecked(q.dtype, q.shape[3], v.shape[3], groups, lists.block) is None
+
+
+def attend_lists(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq]; softmax of scale q k over the keys that a token lists."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, lse = ListedTokens.apply(q, k, v, lists, scale)  # type: ignore[no-untyped-call]
+    return o, lse.transpose(1, 2)

@@ -1,0 +1,265 @@
+"""Attention along lists of key blocks per token on a GPU: launches, and what is kept for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.engines.tile.launches import Launch
+from foveal.engines.tile.spec import padded
+from foveal.engines.tile.token_lists import Segments, TokenLists, segments
+
+# Groups of at least so many query heads fill a tile with the heads of one token.
+_BY_TOKEN_GROUP = 16
+# Memory for the parts of listings; more of them are worked off in several rounds of heads.
+_PART_BYTES = 2 << 30
+_SEGMENT = 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of a tile, warps and stages of a kernel, as measured to be best."""
+
+    rows: int
+    warps: int
+    stages: int
+
+    def options(self, size: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+        rows = min(self.rows, _FLOAT32_ROWS) if dtype == torch.float32 else self.rows
+        rows = max(rows, size.group_pad)
+        return {"ROWS": rows, "STAGES": self.stages, "num_warps": self.warps}
+
+
+_BY_KEY = Shape(128, 8, 2)
+_BY_TOKEN = Shape(16, 4, 3)
+_BACKWARD = Shape(64, 8, 2)
+_FLOAT32_ROWS = 32
+
+
+def unchecked(
+    dtype: torch.dtype, head_dim: int, value_dim: int, groups: int, block: int
+) -> str | None:
+    """What of a problem the kernels were not compared with float64 for on a GPU, or None."""
+    if dtype != torch.bfloat16:
+        return f"for {dtype}, only for bfloat16"
+    if (head_dim, value_dim) != (128, 128):
+        return f"for a head_dim of {head_dim} and a value_dim of {value_dim}, only for 128"
+    if block != 64 or groups > 16:
+        return f"for blocks of {block} keys and groups of {groups} query heads, only for 64 and up to 16"
+    return None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Compile-time sizes that the kernels share."""
+
+    groups: int
+    head_dim: int
+    value_dim: int
+    block: int
+    causal: bool
+
+    @property
+    def group_pad(self) -> int:
+        return 1 << (self.groups - 1).bit_length()
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> Sizes:
+    return Sizes(
+        q.shape[2] // k.shape[2], q.shape[3], v.shape[3], padded(lists.block), lists.causal
+    )
+
+
+def _common(size: Sizes) -> dict[str, Any]:
+    return {
+        "BLOCK": size.block, "CAUSAL": size.causal, "D": size.head_dim, "D_PAD": padded(size.head_dim),
+        "DV": size.value_dim, "DV_PAD": padded(size.value_dim),
+    }  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, by_key: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [B, Lq, Hq, Dv] and base-2 lse float32 [B, Hq, Lq]."""
+    size = _sizes(q, k, v, lists)
+    if by_key is None:
+        by_key = size.groups < _BY_TOKEN_GROUP
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    if not by_key:
+        _forward_by_token(q, k, v, lists, scale, size, o, lse)
+        return o, lse
+    for at in _rounds(q, lists, size, size.value_dim):
+        q_own, k_own, v_own = at.cut(q, k, v)
+        results = at.cut_results(o, lse)
+        _forward_by_key(q_own, k_own, v_own, at.lists(lists), scale, size, *results)
+    return o, lse
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Entries of the batch and key heads that are worked off together."""
+
+    batch: slice
+    heads: slice
+    groups: int
+
+    def cut(self, q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
+        return q[self.batch, :, self._queries], *(x[self.batch, :, self.heads] for x in keys)
+
+    def cut_results(self, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return o[self.batch, :, self._queries], lse[self.batch, self._queries]
+
+    def lists(self, lists: TokenLists) -> TokenLists:
+        return replace(lists, indices=lists.indices[self.batch, self.heads].contiguous())
+
+    @property
+    def _queries(self) -> slice:
+        return slice(self.heads.start * self.groups, self.heads.stop * self.groups)
+
+
+def _rounds(q: Tensor, lists: TokenLists, size: Sizes, dim: int) -> Iterator[_Round]:
+    batches, heads, tokens, slots = lists.indices.shape
+    each = tokens * slots * size.groups * dim * q.element_size()
+    together = max(1, _PART_BYTES // max(each, 1))
+    if together >= heads:
+        step = max(1, together // heads)
+        for n in range(0, batches, step):
+            yield _Round(slice(n, min(n + step, batches)), slice(0, heads), size.groups)
+        return
+    for n in range(batches):
+        for h in range(0, heads, together):
+            yield _Round(slice(n, n + 1), slice(h, min(h + together, heads)), size.groups)
+
+
+def _key_work(found: Segments) -> tuple[Tensor, ...]:
+    return found.order, found.block, found.first, found.stop
+
+
+def _places(lists: TokenLists) -> tuple[Tensor, Tensor, int, int]:
+    return lists.starts, lists.stops, lists.blocks, lists.indices.shape[0]
+
+
+def _forward_by_key(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, size: Sizes, o: Tensor, lse: Tensor
+) -> None:  # fmt: skip
+    B, heads, Lq, slots = lists.indices.shape
+    found = segments(lists, _SEGMENT)
+    listings = lists.indices.numel()
+    part = q.new_empty(listings, size.groups, size.value_dim)
+    level = q.new_empty(listings, size.groups, dtype=torch.float32)
+    arguments: tuple[Any, ...] = (
+        q, k, v, part, level, _key_work(found), _places(lists),
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], heads, size.groups, Lq, slots, lists.shift, scale,
+    )  # fmt: skip
+    options = {
+        **_common(size),
+        "G_PAD": size.group_pad,
+        **_BY_KEY.options(size, q.dtype),
+    }
+    from foveal.engines.tile.token_kernels import token_attend_by_key, token_attend_sum
+
+    Launch(token_attend_by_key, len(found.block), arguments, options)()
+    every = B * heads * Lq * size.groups
+    arguments = (part, level, lists.indices, o, lse, o.stride()[:3], heads, size.groups, Lq, every)
+    options = {
+        "SLOTS": slots, "ROWS": 16, "DV": size.value_dim, "DV_PAD": padded(size.value_dim),
+        "num_warps": 4,
+    }  # fmt: skip
+    Launch(token_attend_sum, -(-every // 16), arguments, options)()
+
+
+def _forward_by_token(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, size: Sizes, o: Tensor, lse: Tensor
+) -> None:  # fmt: skip
+    from foveal.engines.tile.token_kernels import token_attend_by_token
+
+    B, heads, Lq, slots = lists.indices.shape
+    arguments: tuple[Any, ...] = (
+        q, k, v, o, lse, lists.indices.contiguous(), (lists.starts, lists.stops),
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
+        heads, size.groups, Lq, lists.shift, scale,
+    )  # fmt: skip
+    options = {
+        **_common(size), "SLOTS": slots, "SLOTS_PAD": 1 << (slots - 1).bit_length(),
+        **_BY_TOKEN.options(size, q.dtype),
+    }  # fmt: skip
+    Launch(token_attend_by_token, B * heads * Lq, arguments, options)()
+
+
+def backward(
+    tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, do: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; tensors are q, k, v, o and base-2 lse, dlse [B, Hq, Lq] that of the natural one."""
+    from foveal.engines.tile.token_kernels import token_attend_shift
+
+    q, k, v, o, lse = tensors
+    size = _sizes(q, k, v, lists)
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    shift = torch.empty_like(lse)
+    rows = lse.numel()
+    arguments: tuple[Any, ...] = (
+        o, do, None if dlse is None else dlse.contiguous(), shift, o.stride()[:3], do.stride()[:3],
+        q.shape[2], q.shape[1], rows,
+    )  # fmt: skip
+    options = {"ROWS": 32, "DV": size.value_dim, "DV_PAD": padded(size.value_dim), "num_warps": 4}
+    Launch(token_attend_shift, -(-rows // 32), arguments, options)()
+    for at in _rounds(q, lists, size, size.head_dim):
+        q_own, k_own, v_own = at.cut(q, k, v)
+        do_own, lse_own = at.cut_results(do, lse)
+        dq_own, dk_own, dv_own = at.cut(dq, dk, dv)
+        _backward_round(
+            (q_own, k_own, v_own, do_own, lse_own, shift[at.batch, at._queries]),
+            at.lists(lists), scale, size, (dq_own, dk_own, dv_own),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _backward_round(
+    tensors: tuple[Tensor, ...],
+    lists: TokenLists,
+    scale: float,
+    size: Sizes,
+    out: tuple[Tensor, ...],
+) -> None:
+    from foveal.engines.tile.token_kernels import (
+        token_attend_backward,
+        token_attend_sum_kv,
+        token_attend_sum_q,
+    )
+
+    q, k, v, do, lse, shift = tensors
+    dq, dk, dv = out
+    B, heads, Lq, slots = lists.indices.shape
+    found = segments(lists, _SEGMENT)
+    programs = len(found.block)
+    part = q.new_empty(lists.indices.numel(), size.groups, size.head_dim)
+    dk_part = q.new_empty(programs, size.block, size.head_dim, dtype=torch.float32)
+    dv_part = q.new_empty(programs, size.block, size.value_dim, dtype=torch.float32)
+    places = _places(lists)
+    arguments: tuple[Any, ...] = (
+        q, k, v, do, lse.contiguous(), shift.contiguous(), part, dk_part, dv_part, _key_work(found), places,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3],
+        heads, size.groups, Lq, slots, lists.shift, scale,
+    )  # fmt: skip
+    options = {
+        **_common(size),
+        "G_PAD": size.group_pad,
+        **_BACKWARD.options(size, q.dtype),
+    }
+    Launch(token_attend_backward, programs, arguments, options)()
+    every = B * heads * Lq * size.groups
+    arguments = (part, lists.indices, dq, dq.stride()[:3], heads, size.groups, Lq, every)
+    options = {
+        "SLOTS": slots, "ROWS": 16, "D": size.head_dim, "D_PAD": padded(size.head_dim), "num_warps": 4,
+    }  # fmt: skip
+    Launch(token_attend_sum_q, -(-every // 16), arguments, options)()
+    for own, gradient, dim in ((dk_part, dk, size.head_dim), (dv_part, dv, size.value_dim)):
+        arguments = (own, found.of_block, places, gradient, gradient.stride()[:3], heads)
+        options = {"BLOCK": size.block, "D": dim, "D_PAD": padded(dim), "num_warps": 8}
+        Launch(token_attend_sum_kv, B * heads * lists.blocks, arguments, options)()

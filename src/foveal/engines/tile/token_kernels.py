@@ -1,0 +1,290 @@
+# mypy: ignore-errors
+"""Attention of tokens that list their own key blocks.
+
+Rows of a tile are the query heads of a group, times tokens that visit the same block.  By key: a
+program holds one block of keys, gathers the tokens that list it, and leaves one part per listing, which
+a second kernel sums per token.  By token: a program holds one token and walks along its list.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from foveal.engines.common.softmax import LOG2E, row_lse, running_softmax
+from foveal.engines.common.tiles import load_rows, store_rows
+
+
+@triton.jit
+def _segment(work, lists):
+    """Batch and head, listings, and keys of a segment: (line, first, stop, start, end)."""
+    program = tl.program_id(0)
+    own = tl.load(work[1] + program)
+    first = tl.load(work[2] + program)
+    stop = tl.load(work[3] + program)
+    block = own % lists[2]
+    line = own // lists[2]
+    return line, first, stop, tl.load(lists[0] + block), tl.load(lists[1] + block)
+
+
+@triton.jit
+def _listings(
+    p_order, i, stop, groups, line, Lq, slots, G_PAD: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Rows of a tile of listings: (place of the part, token, head in its group, whether it is one)."""
+    row = tl.arange(0, ROWS)
+    at = i + row // G_PAD
+    g = row % G_PAD
+    inside = (at < stop) & (g < groups)
+    listing = tl.load(p_order + at, mask=inside, other=0)
+    token = listing // slots - line.to(tl.int64) * Lq
+    return listing * groups + g, tl.where(inside, token, 0), g, inside
+
+
+@triton.jit
+def token_attend_by_key(
+    p_q, p_k, p_v, p_part, p_level, work, lists, q_strides, k_strides, v_strides,
+    heads, groups, Lq, slots, shift, scale,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Softmax of every listing of a segment on the keys of its block: part and base-2 lse.
+
+    work: (order, block, first, stop) of `Segments`; lists: (starts, stops, blocks, batch).
+    p_part [listings, groups, DV], p_level float32 [listings, groups].
+    """
+    if tl.load(work[1] + tl.program_id(0)) < heads * lists[3] * lists[2]:
+        line, first, stop, start, end = _segment(work, lists)
+        n = (line // heads).to(tl.int64)
+        h = line % heads
+        key = start + tl.arange(0, BLOCK)
+        key_inside = key < end
+        p_rows = p_k + n * k_strides[0] + key.to(tl.int64) * k_strides[1] + h * k_strides[2]
+        k = load_rows(p_rows, key_inside, D, D_PAD, True)
+        p_rows = p_v + n * v_strides[0] + key.to(tl.int64) * v_strides[1] + h * v_strides[2]
+        v = load_rows(p_rows, key_inside, DV, DV_PAD, True)
+        p_head = p_q + n * q_strides[0] + (h * groups) * q_strides[2]
+        for i in tl.range(first, stop, ROWS // G_PAD, num_stages=STAGES):
+            place, token, g, inside = _listings(
+                work[0], i, stop, groups, line, Lq, slots, G_PAD, ROWS
+            )
+            p_own = p_head + token * q_strides[1] + g * q_strides[2]
+            q = load_rows(p_own, inside, D, D_PAD, True)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            seen = key_inside[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= (token + shift)[:, None])
+            s = tl.where(seen, s, float("-inf"))
+            largest = tl.max(s, 1)
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            p = tl.exp2(s - base[:, None])
+            total = tl.sum(p, 1)
+            o = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            o = o / tl.where(total == 0.0, 1.0, total)[:, None]
+            store_rows(p_part + place * DV, o, inside, DV, DV_PAD)
+            tl.store(p_level + place, row_lse(largest, total), mask=inside)
+
+
+@triton.jit
+def token_attend_sum(
+    p_part, p_level, p_indices, p_o, p_lse, o_strides, heads, groups, Lq, rows,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """o and base-2 lse of rows (batch, key head, token, head of the group) from the parts of their lists."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    g = row % groups
+    listing = row // groups * SLOTS
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    for s in range(SLOTS):
+        used = inside & (tl.load(p_indices + listing + s, mask=inside, other=-1) >= 0)
+        level = tl.load(p_level + (listing + s) * groups + g, mask=used, other=float("-inf"))
+        largest = tl.maximum(largest, level)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    for s in range(SLOTS):
+        used = inside & (tl.load(p_indices + listing + s, mask=inside, other=-1) >= 0)
+        level = tl.load(p_level + (listing + s) * groups + g, mask=used, other=float("-inf"))
+        weight = tl.exp2(level - base)
+        part = load_rows(p_part + ((listing + s) * groups + g) * DV, used, DV, DV_PAD, True)
+        acc += weight[:, None] * part.to(tl.float32)
+        total += weight
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    token = row // groups % Lq
+    line = row // groups // Lq
+    n = line // heads
+    head = line % heads * groups + g
+    p_rows = p_o + n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
+    store_rows(p_rows, acc, inside, DV, DV_PAD)
+    p_row = p_lse + (n * heads * groups + head) * Lq + token
+    tl.store(p_row, row_lse(largest, total), mask=inside)
+
+
+@triton.jit
+def token_attend_by_token(
+    p_q, p_k, p_v, p_o, p_lse, p_indices, lists, q_strides, k_strides, v_strides, o_strides,
+    heads, groups, Lq, shift, scale,
+    SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """o and base-2 lse of the query heads of one token and key head, along its list."""
+    program = tl.program_id(0)
+    token = program % Lq
+    line = program // Lq
+    n = (line // heads).to(tl.int64)
+    h = line % heads
+    g = tl.arange(0, ROWS)
+    inside = g < groups
+    head = h * groups + g
+    p_rows = p_q + n * q_strides[0] + token.to(tl.int64) * q_strides[1] + head * q_strides[2]
+    q = load_rows(p_rows, inside, D, D_PAD, True)
+    p_k = p_k + n * k_strides[0] + h * k_strides[2]
+    p_v = p_v + n * v_strides[0] + h * v_strides[2]
+    p_list = p_indices + program.to(tl.int64) * SLOTS
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    slot = tl.arange(0, SLOTS_PAD)
+    count = tl.sum((tl.load(p_list + slot, mask=slot < SLOTS, other=-1) >= 0).to(tl.int32), 0)
+    for s in tl.range(0, count, num_stages=STAGES):
+        block = tl.load(p_list + s)
+        start = tl.load(lists[0] + block)
+        end = tl.load(lists[1] + block)
+        key = start + tl.arange(0, BLOCK)
+        seen = key < end
+        if CAUSAL:
+            seen = seen & (key <= token + shift)
+        k = load_rows(p_k + key.to(tl.int64) * k_strides[1], seen, D, D_PAD, True)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee")
+        x = tl.where(seen[None, :], x, float("-inf"))
+        p, factor, largest, total = running_softmax(x, scale * LOG2E, largest, total)
+        v = load_rows(p_v + key.to(tl.int64) * v_strides[1], seen, DV, DV_PAD, True)
+        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    p_rows = p_o + n * o_strides[0] + token.to(tl.int64) * o_strides[1] + head * o_strides[2]
+    store_rows(p_rows, acc, inside, DV, DV_PAD)
+    p_row = p_lse + (n * heads * groups + head) * Lq + token
+    tl.store(p_row, row_lse(largest, total), mask=inside)
+
+
+@triton.jit
+def token_attend_shift(
+    p_o, p_do, p_dlse, p_shift, o_strides, do_strides, heads, Lq, rows,
+    ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """sum(o do) - dlse of rows (batch, query head, token); float32."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    token = row % Lq
+    head = row // Lq % heads
+    n = row // Lq // heads
+    p_rows = p_o + n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
+    o = load_rows(p_rows, inside, DV, DV_PAD, True).to(tl.float32)
+    p_rows = p_do + n * do_strides[0] + token * do_strides[1] + head * do_strides[2]
+    do = load_rows(p_rows, inside, DV, DV_PAD, True).to(tl.float32)
+    own = tl.sum(o * do, 1)
+    if p_dlse is not None:
+        own -= tl.load(p_dlse + row, mask=inside, other=0.0)
+    tl.store(p_shift + row, own, mask=inside)
+
+
+@triton.jit
+def token_attend_backward(
+    p_q, p_k, p_v, p_do, p_lse, p_shift, p_part, p_dk, p_dv, work, lists,
+    q_strides, k_strides, v_strides, do_strides, heads, groups, Lq, slots, shift, scale,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of a segment: dq of every listing [listings, groups, D], dk and dv of its block, float32
+    [segments, BLOCK, .]."""
+    program = tl.program_id(0).to(tl.int64)
+    if tl.load(work[1] + program) < heads * lists[3] * lists[2]:
+        line, first, stop, start, end = _segment(work, lists)
+        n = (line // heads).to(tl.int64)
+        h = line % heads
+        key = start + tl.arange(0, BLOCK)
+        key_inside = key < end
+        p_rows = p_k + n * k_strides[0] + key.to(tl.int64) * k_strides[1] + h * k_strides[2]
+        k = load_rows(p_rows, key_inside, D, D_PAD, True)
+        p_rows = p_v + n * v_strides[0] + key.to(tl.int64) * v_strides[1] + h * v_strides[2]
+        v = load_rows(p_rows, key_inside, DV, DV_PAD, True)
+        p_head = p_q + n * q_strides[0] + (h * groups) * q_strides[2]
+        p_do_head = p_do + n * do_strides[0] + (h * groups) * do_strides[2]
+        p_levels = (n * heads * groups + h * groups) * Lq
+        dk = tl.zeros([BLOCK, D_PAD], tl.float32)
+        dv = tl.zeros([BLOCK, DV_PAD], tl.float32)
+        for i in tl.range(first, stop, ROWS // G_PAD, num_stages=STAGES):
+            place, token, g, inside = _listings(
+                work[0], i, stop, groups, line, Lq, slots, G_PAD, ROWS
+            )
+            q = load_rows(p_head + token * q_strides[1] + g * q_strides[2], inside, D, D_PAD, True)
+            do = load_rows(
+                p_do_head + token * do_strides[1] + g * do_strides[2], inside, DV, DV_PAD, True
+            )
+            lse = tl.load(p_lse + (p_levels + g * Lq + token), mask=inside, other=float("-inf"))
+            own = tl.load(p_shift + (p_levels + g * Lq + token), mask=inside, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # [keys, rows]
+            seen = key_inside[:, None] & (lse > float("-inf"))[None, :]
+            if CAUSAL:
+                seen = seen & (key[:, None] <= (token + shift)[None, :])
+            p = tl.where(seen, tl.exp2(s - tl.where(lse > float("-inf"), lse, 0.0)[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = tl.where(seen, p * (dp - own[None, :]), 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision="ieee") * scale
+            store_rows(p_part + place * D, dq, inside, D, D_PAD)
+        slot = program * BLOCK + tl.arange(0, BLOCK)
+        every = tl.arange(0, BLOCK) < BLOCK
+        store_rows(p_dk + slot * D, dk * scale, every, D, D_PAD)
+        store_rows(p_dv + slot * DV, dv, every, DV, DV_PAD)
+
+
+@triton.jit
+def token_attend_sum_q(
+    p_part, p_indices, p_dq, dq_strides, heads, groups, Lq, rows,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """dq of rows (batch, key head, token, head of the group): the sum over their lists."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    g = row % groups
+    listing = row // groups * SLOTS
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    for s in range(SLOTS):
+        used = inside & (tl.load(p_indices + listing + s, mask=inside, other=-1) >= 0)
+        part = load_rows(p_part + ((listing + s) * groups + g) * D, used, D, D_PAD, True)
+        acc += part.to(tl.float32)
+    token = row // groups % Lq
+    line = row // groups // Lq
+    head = line % heads * groups + g
+    p_rows = p_dq + line // heads * dq_strides[0] + token * dq_strides[1] + head * dq_strides[2]
+    store_rows(p_rows, acc, inside, D, D_PAD)
+
+
+@triton.jit
+def token_attend_sum_kv(
+    p_part, p_of_block, lists, p_out, strides, heads,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the keys (or values) of one block and key head: the sum over its segments."""
+    own = tl.program_id(0)
+    first = tl.load(p_of_block + own)
+    stop = tl.load(p_of_block + own + 1)
+    row = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK, D_PAD], tl.float32)
+    every = row < BLOCK
+    for s in range(first, stop):
+        place = tl.cast(s, tl.int64) * BLOCK + row
+        acc += load_rows(p_part + place * D, every, D, D_PAD, True)
+    block = own % lists[2]
+    line = own // lists[2]
+    key = tl.load(lists[0] + block) + row
+    inside = key < tl.load(lists[1] + block)
+    n = (line // heads).to(tl.int64)
+    p_rows = p_out + n * strides[0] + key.to(tl.int64) * strides[1] + line % heads * strides[2]
+    store_rows(p_rows, acc, inside, D, D_PAD)

@@ -1,0 +1,6 @@
+"""Any of this in a model of transformers, in one line."""
+
+from foveal.hf.convert import Conversion, Schedule, convert, restore
+from foveal.hf.use import register, use, using
+
+__all__ = ["Conversion", "Schedule", "convert", "register", "restore", "use", "using"]

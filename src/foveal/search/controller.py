@@ -1,0 +1,292 @@
+"""The loop of a search: propose, judge, compare, remember.  Its only state is the archive."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from foveal._errors import TaskError
+from foveal.search.acceptance import WON, Decision
+from foveal.search.archive import Archive, Entry, Evaluation
+from foveal.search.candidate import Candidate, Cell, Proposal
+from foveal.search.evaluator import Comparison, Evaluator
+from foveal.search.knowledge import state_of
+from foveal.search.operators.base import Operator, View
+from foveal.search.strategies import Strategy
+from foveal.search.task import Task
+
+START = "start"
+_IDLE_ROUNDS = 20
+_WORTH_A_RACE = 0.99
+"""A first timing at least this share as good as the champion's is worth a timed comparison."""
+_REAL = 0.01
+_NEW_CELL = 0.01
+
+
+@dataclass(frozen=True)
+class State:
+    """What there is to see of a running search."""
+
+    judged: int
+    accepted: int
+    cells: int
+    speedup: float
+    spent: float
+    doing: str
+
+
+@dataclass
+class _Outcome:
+    """Everything about one candidate that is written in one transaction."""
+
+    evaluation: Evaluation
+    place: Cell | None = None
+    accepted: tuple[str | None, float] | None = None
+    challenges: tuple[tuple[str, str, Decision, Mapping[str, Any]], ...] = ()
+
+
+class Search:
+    """A search of one task.
+
+    Options: evaluators: one per candidate that is judged at the same time (timing is always alone); seed: of
+    the random streams, which depend on it, the operator and the number of the candidate only, so that a
+    resumed search draws what the uninterrupted one would have drawn.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        archive: Archive,
+        evaluators: Sequence[Evaluator],
+        strategy: Strategy,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        archive.claim(task.key)
+        self.task, self.archive, self.strategy = task, archive, strategy
+        self.evaluators = list(evaluators)
+        self.view = View(task, archive)
+        self.clock = clock
+        self.seed = archive.setting("seed")
+        if self.seed is None:
+            archive.keep("seed", seed)
+            self.seed = seed
+        self.stop = threading.Event()
+        """Set it to end the search after what is in flight."""
+
+    def run(
+        self,
+        seconds: float,
+        progress: Callable[[State], None] = lambda state: None,
+        most: int | None = None,
+    ) -> None:
+        """Searches for `seconds`, or until `most` candidates were judged.
+
+        Raises TaskError when the start fails.
+        """
+        self.archive.requeue()
+        if not self.archive.count():
+            self.archive.add(Proposal(Candidate(self.task.space.first), START))
+        end = self.clock() + seconds
+        if self.archive.champion() is None:
+            self._begin(progress)
+        if len(self.evaluators) == 1:
+            self._alone(end, progress, most)
+        else:
+            self._together(end, progress, most)
+
+    def state(self, doing: str = "") -> State:
+        champion = self.archive.champion()
+        speedup = champion.evaluation.speedup if champion and champion.evaluation else None
+        return State(
+            len(self.archive.entries(evaluated=True)),
+            len(self.archive.accepted()),
+            len(self.archive.elites()),
+            speedup or 0.0,
+            self.archive.spent,
+            doing,
+        )
+
+    def _begin(self, progress: Callable[[State], None]) -> None:
+        """The start is the first champion, if it passes."""
+        entry = self.archive.take()
+        if entry is None or entry.operator != START:
+            raise TaskError(
+                f"{self.archive.path}: its first candidate was cut off too often; begin anew"
+            )
+        progress(self.state("judging the start"))
+        evaluation = self.evaluators[0].evaluate(entry.candidate)
+        if not evaluation.ok:
+            self.archive.record(entry.id, evaluation)
+            raise TaskError(
+                f"the start of the search fails at stage {evaluation.stage}: {evaluation.reason}"
+            )
+        self.archive.record(entry.id, evaluation, place=evaluation.cell, accepted=(None, 0.0))
+
+    def _alone(self, end: float, progress: Callable[[State], None], most: int | None) -> None:
+        idle = 0
+        while self._goes_on(end, most) and idle < _IDLE_ROUNDS:
+            entry = self.archive.take() or self._next()
+            if entry is None:
+                idle += 1
+                continue
+            idle = 0
+            progress(self.state(f"{entry.operator} {entry.id[:6]} {entry.note}".strip()))
+            self._record(entry, self._judge(entry, self.evaluators[0]))
+        progress(self.state("done"))
+
+    def _together(self, end: float, progress: Callable[[State], None], most: int | None) -> None:
+        """Candidates are judged side by side; everything is written by this thread."""
+        flying: dict[Future[Evaluation], tuple[Entry, Evaluator]] = {}
+        free = list(self.evaluators)
+        idle = 0
+        with ThreadPoolExecutor(len(self.evaluators)) as pool:
+            while True:
+                while free and self._goes_on(end, most) and idle < _IDLE_ROUNDS:
+                    entry = self.archive.take() or self._next()
+                    if entry is None:
+                        idle += 1
+                        break
+                    idle = 0
+                    evaluator = free.pop()
+                    flying[pool.submit(evaluator.evaluate, entry.candidate)] = entry, evaluator
+                if not flying:
+                    if not self._goes_on(end, most) or idle >= _IDLE_ROUNDS:
+                        break
+                    continue
+                progress(self.state(f"{len(flying)} candidates in flight"))
+                done = wait(flying, return_when=FIRST_COMPLETED).done
+                for future in done:
+                    entry, evaluator = flying.pop(future)
+                    self._record(entry, self._compared(entry, future.result(), evaluator))
+                    free.append(evaluator)
+        progress(self.state("done"))
+
+    def _goes_on(self, end: float, most: int | None) -> bool:
+        if self.stop.is_set() or self.clock() >= end:
+            return False
+        return most is None or len(self.archive.entries(evaluated=True)) < most
+
+    def _next(self) -> Entry | None:
+        """Lets operators propose, the chosen one first; None when none has an idea."""
+        number = self.archive.count()
+        chosen = self._operator(random.Random(f"{self.seed} choice {number}"))
+        others = [each for each in self.strategy.operators if each is not chosen]
+        for operator in (chosen, *others):
+            source = random.Random(f"{self.seed} {operator.name} {number}")
+            proposal = operator.propose(self.view, source)
+            if proposal is not None and self.archive.add(proposal) is not None:
+                return self.archive.take()
+        return None
+
+    def _operator(self, source: random.Random) -> Operator:
+        """The operator with the best gain per second so far, those that were hardly tried before it.
+
+        Value = mean log gain per second, scaled to [0, 1], + sqrt(2 ln N / n).
+        """
+        operators = self.strategy.operators
+        if source.random() < self.strategy.random_share or len(operators) == 1:
+            return source.choice(operators)
+        entries = self.archive.entries(evaluated=True)
+        gains = {a["candidate"]: math.log1p(a["gain"]) for a in self.archive.accepted()}
+        per_second, tries = {}, {}
+        for operator in operators:
+            own = [e for e in entries if e.operator == operator.name]
+            seconds = sum(e.evaluation.seconds for e in own if e.evaluation) or 1.0
+            per_second[operator.name] = sum(gains.get(e.id, 0.0) for e in own) / seconds
+            tries[operator.name] = len(own)
+        most = max(per_second.values()) or 1.0
+        total = max(sum(tries.values()), 1)
+
+        def value(operator: Operator) -> float:
+            n = tries[operator.name]
+            if n == 0:
+                return math.inf
+            return per_second[operator.name] / most + math.sqrt(2 * math.log(total) / n)
+
+        return max(operators, key=value)
+
+    def _judge(self, entry: Entry, evaluator: Evaluator) -> _Outcome:
+        return self._compared(entry, evaluator.evaluate(entry.candidate), evaluator)
+
+    def _compared(self, entry: Entry, evaluation: Evaluation, evaluator: Evaluator) -> _Outcome:
+        """Compares a valid candidate with the champion, and with the elite of its cell."""
+        outcome = _Outcome(evaluation)
+        champion = self.archive.champion()
+        if not evaluation.ok or not evaluation.speedup or champion is None:
+            return outcome
+        challenges: list[tuple[str, str, Decision, Mapping[str, Any]]] = []
+
+        def beats(
+            other: Entry, kind: str, how: Callable[[Candidate, Candidate], Comparison]
+        ) -> bool:
+            decision, samples = how(entry.candidate, other.candidate)
+            challenges.append((other.id, kind, decision, samples))
+            return decision.verdict == WON
+
+        assert champion.evaluation is not None
+        before = champion.evaluation.speedup or 0.0
+        if (
+            evaluation.speedup > _WORTH_A_RACE * before
+            and beats(champion, "challenge", evaluator.challenge)
+            and beats(champion, "confirmation", evaluator.confirm)
+        ):
+            gain = min(decision.gain for _, _, decision, _ in challenges)
+            outcome.accepted = champion.id, gain
+            # Its speed-up follows from the comparison, which is more exact than the first timing.
+            known = dict(evaluation.__dict__) | {"speedup": before / (1 - gain)}
+            outcome.evaluation = Evaluation(**known)
+        if evaluation.cell is not None:
+            elite = self.archive.elite(evaluation.cell)
+            if (
+                elite is None
+                or outcome.accepted is not None
+                or (
+                    elite.id != champion.id
+                    and evaluation.speedup > (elite.evaluation.speedup or 0.0) * (1 + _REAL)  # type: ignore[union-attr]
+                    and beats(elite, "elite", evaluator.challenge)
+                )
+            ):
+                outcome.place = evaluation.cell
+        outcome.challenges = tuple(challenges)
+        return outcome
+
+    def _record(self, entry: Entry, outcome: _Outcome) -> None:
+        parent = self.archive.entry(entry.parents[0]) if entry.parents else None
+        transition = None
+        gain = None
+        if parent is not None and parent.evaluation is not None and parent.evaluation.speedup:
+            speedup = outcome.evaluation.speedup
+            gain = math.log(speedup / parent.evaluation.speedup) if speedup else None
+            if parent.evaluation.cell is not None:
+                real = gain if gain is not None and gain > _REAL else min(gain or 0.0, 0.0)
+                transition = parent.evaluation.cell, real
+        self.archive.record(
+            entry.id,
+            outcome.evaluation,
+            place=outcome.place,
+            challenges=outcome.challenges,
+            accepted=outcome.accepted,
+            transition=transition,
+        )
+        if gain is not None and parent is not None:
+            action = entry.note if entry.operator == "rewrite" else entry.operator
+            self.archive.learn(state_of(parent), action, gain, self.task.device)
+        if entry.note.startswith("prompt "):
+            self._credit(entry.note.split(";")[0].removeprefix("prompt "), gain or 0.0)
+
+    def _credit(self, prompt: str, gain: float) -> None:
+        """Adds an outcome to the prompt that it came from."""
+        for known in self.archive.prompts():
+            if known["id"] == prompt:
+                uses = max(known["uses"], 1)
+                step = gain - known["mean"]
+                mean = known["mean"] + step / uses
+                m2 = known["m2"] + step * (gain - mean)
+                self.archive.keep_prompt({**known, "mean": mean, "m2": m2})

@@ -1,0 +1,1 @@
+"""How candidates come about: pure functions of an archive, a task and a random stream."""

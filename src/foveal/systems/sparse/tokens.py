@@ -1,0 +1,381 @@
+"""Single keys and runs of keys per query: clusters, principal directions, spans, cascades."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from foveal._attend import attend
+from foveal._errors import SelectionError
+from foveal.compose.merge import merge
+from foveal.patterns import Causal, Chosen, Dense, Pattern, Sliding, SpanSelection, TokenSelection
+from foveal.selectors import Clusters, LowRank, Stripes, cluster, key_basis
+from foveal.systems.base import Claim, Draw, Identity, System
+from foveal.systems.sparse.shapes import qkv_shapes
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, Causal())
+
+
+def squeezed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clusters: Clusters | None = None,
+    *,
+    threshold: float = 0.0,
+    count: int = 64,
+    coarse: Clusters | None = None,
+    coarse_threshold: float = 0.0,
+) -> Tensor:
+    """Causal attention to the keys of a fixed prefix whose cluster takes a share above `threshold`.
+
+    The share of cluster c is S_c = e^{s_c} / sum_c' N_c' e^{s_c'}, s_c = q . C_c / sqrt(D); all keys after
+    the prefix are kept.  With `coarse` clusters of the same prefix, keys are first tested by those.
+    Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]; clusters of the first P <= Lk keys,
+    as `selectors.cluster` finds them (None: `count` clusters of all keys but the last Lq).
+    Equals: threshold = 0 is causal attention.
+    """
+    prefix = k.shape[1] - q.shape[1] if clusters is None else clusters.labels.shape[-1]
+    if clusters is None and prefix:
+        clusters = cluster(k[:, :prefix], min(count, prefix))
+    if clusters is None:
+        return _causal(q, k, v)
+    kept = _kept(q, clusters, threshold)
+    if coarse is not None:
+        kept = kept & _kept(q, coarse, coarse_threshold)
+    after = kept.new_ones(*kept.shape[:3], k.shape[1] - prefix)
+    mask = torch.cat([kept, after], dim=-1)
+    return attend(q, k, v, Chosen(TokenSelection.from_mask(mask)) & Causal())
+
+
+def _kept(q: Tensor, clusters: Clusters, threshold: float) -> Tensor:
+    """Whether the cluster of each key of the prefix is kept.  bool [B, Hq, Lq, P]"""
+    shares = clusters.shares(q.detach())
+    labels = clusters.labels.repeat_interleave(q.shape[2] // clusters.labels.shape[1], dim=1)
+    found = shares.gather(-1, labels[:, :, None].expand(-1, -1, q.shape[1], -1))
+    return found > threshold if threshold > 0 else torch.ones_like(found, dtype=torch.bool)
+
+
+def _no_threshold(draw: Draw) -> Claim:
+    length = draw.integer(6, 12)
+
+    def squeezed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return squeezed_attention(q, k, v, cluster(k[:, : length - 2], 3))
+
+    return Claim(draw.qkv((length,), heads=4, kv_heads=2), squeezed, _causal)
+
+
+def _high_threshold(draw: Draw) -> Claim:
+    length, after = draw.integer(6, 12), 3
+
+    def squeezed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = cluster(k[:, : length - after], 3)
+        return squeezed_attention(q[:, -after:], k, v, found, threshold=2.0)
+
+    return Claim(
+        draw.qkv((length,)),
+        squeezed,
+        lambda q, k, v: _causal(q[:, -after:], k[:, -after:], v[:, -after:]),
+    )
+
+
+SQUEEZED_ATTENTION = System(
+    name="squeezed_attention",
+    title="Squeezed Attention: Accelerating Long Context Length LLM Inference",
+    year=2024,
+    paper="UC Berkeley; arXiv 2411.09688",
+    kind="operator",
+    family="sparse",
+    summary="Clusters the keys of a fixed prefix offline and keeps, for each query, the keys of the "
+    "clusters with a large share, all of them exactly; one or two levels.",
+    op=squeezed_attention,
+    identities=(
+        Identity("no_threshold", "Threshold 0 is causal attention.", _no_threshold),
+        Identity(
+            "high_threshold", "A threshold above all shares leaves what follows.", _high_threshold
+        ),
+    ),
+    operands=qkv_shapes,
+    reference_shapes=({"grid": (4096,), "heads": 8, "kv_heads": 8, "head_dim": 128},),
+)
+
+
+def loki(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    basis: Tensor | None = None,
+    *,
+    share: float = 0.25,
+    rank_share: float = 0.25,
+) -> Tensor:
+    """Causal attention to the best `share` of the visible keys, ranked in the first principal directions.
+
+    A query keeps ceil(share n) of its n visible keys by (q U_r) . (k U_r), r = ceil(rank_share D); the
+    attention to them is exact.  Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]; basis U
+    [Hkv, D, D] from calibration keys (None: those of the call), see `selectors.key_basis`.
+    Equals: share = 1 is causal attention; rank_share = 1 keeps the keys of largest exact score.
+    """
+    if not 0 < share <= 1 or not 0 < rank_share <= 1:
+        raise SelectionError("share", (share, rank_share), "both above 0 and at most 1 are needed")
+    rank = math.ceil(rank_share * q.shape[-1])
+    with torch.no_grad():
+        selector = LowRank(key_basis(k) if basis is None else basis, rank)
+        s = selector.estimate(q, k)
+        position = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
+        key = torch.arange(k.shape[1], device=q.device)
+        s = s.masked_fill(key > position[:, None], -torch.inf)
+        order = s.sort(dim=-1, descending=True, stable=True).indices
+        count = torch.ceil((position + 1) * share)[:, None]
+        kept = torch.zeros_like(s, dtype=torch.bool)
+        kept.scatter_(-1, order, (key < count).expand_as(order))
+    return attend(q, k, v, Chosen(TokenSelection.from_mask(kept)) & Causal())
+
+
+def _all_keys(draw: Draw) -> Claim:
+    return Claim(
+        draw.qkv((draw.integer(4, 12),), heads=4, kv_heads=2),
+        lambda q, k, v: loki(q, k, v, share=1.0),
+        _causal,
+    )
+
+
+def _rotated(draw: Draw) -> Claim:
+    basis = torch.linalg.qr(draw.normal(2, 3, 3))[0]
+    turned = torch.linalg.qr(draw.normal(2, 3, 3))[0]
+    return Claim(
+        draw.qkv((draw.integer(4, 12),), heads=4, kv_heads=2),
+        lambda q, k, v: loki(q, k, v, basis, share=0.5, rank_share=1.0),
+        lambda q, k, v: loki(q, k, v, turned, share=0.5, rank_share=1.0),
+    )
+
+
+LOKI = System(
+    name="loki",
+    title="Loki: Low-Rank Keys for Efficient Sparse Attention",
+    year=2024,
+    paper="University of Maryland; arXiv 2406.02542",
+    kind="operator",
+    family="sparse",
+    summary="Ranks keys by a quarter of their principal directions and attends to the best quarter "
+    "exactly.",
+    op=loki,
+    identities=(
+        Identity("all_keys", "With all keys kept it is causal attention.", _all_keys),
+        Identity("rotated", "With all directions the basis does not matter.", _rotated),
+    ),
+    operands=qkv_shapes,
+    reference_shapes=({"grid": (2048,), "heads": 8, "kv_heads": 8, "head_dim": 128},),
+)
+
+
+def superlinear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    search_q: Tensor | None = None,
+    *,
+    anchors: int = 3,
+    first: int = 8,
+    exponent: float = 2.0,
+    backward: float = 2.0,
+) -> Tensor:
+    """o_t = sum_r softmax_r(search_q_t . k_a_r) softmax(q_t k over window and span r) v.
+
+    Anchors are the best `anchors` of the keys at t + 1 - i^exponent, i > first, by unscaled products; the
+    span of anchor a is [a - ceil(backward sqrt(t + 1)), a], cut before the window of (first + 1)^exponent
+    - 1 tokens.  Without an anchor the window alone counts.  The anchors' softmax carries the gradient
+    of the search.
+    Shapes: q and search_q [B, L, Hq, D] (None: q), k [B, L, Hkv, D], v [B, L, Hkv, Dv].
+    """
+    search_q = q if search_q is None else search_q
+    window = int((first + 1) ** exponent) - 1
+    near = attend(q, k, v, Sliding(max(window - 1, 0)), return_lse=True)
+    place, logits = Stripes(exponent, first).anchors(search_q, k)
+    count = min(anchors, place.shape[1])
+    if count == 0:
+        return near[0]
+    best = logits.topk(count, dim=-1)
+    weights = torch.softmax(best.values.masked_fill(best.values == -torch.inf, -1e30), dim=-1)
+    position = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
+    reach = torch.ceil(backward * (position + 1).double().sqrt()).long()[:, None]
+    chosen = place.expand(*logits.shape[:2], -1, -1).gather(-1, best.indices)
+    before = (position - max(window, 1) + 1)[:, None]  # the first key of the window
+    starts = (chosen - reach).clamp(min=0)
+    stops = torch.where(chosen < 0, 0, (chosen + 1).minimum(before)).clamp(min=0)
+    total = torch.zeros_like(near[0])
+    for r in range(count):
+        spans = SpanSelection(starts[..., r : r + 1].int(), stops[..., r : r + 1].int())
+        far = attend(q, k, v, Chosen(spans), return_lse=True)
+        joined = merge((near[0], far[0]), (near[1], far[1]))[0]
+        total = total + weights[..., r].transpose(1, 2)[..., None].to(joined.dtype) * joined
+    return total
+
+
+def _window_alone(draw: Draw) -> Claim:
+    length = draw.integer(4, 8)
+    return Claim(
+        draw.qkv((length,), heads=4, kv_heads=2),
+        lambda q, k, v: superlinear(q, k, v, first=2),
+        lambda q, k, v: attend(q, k, v, Sliding(7)),
+    )
+
+
+def _whole_spans(draw: Draw) -> Claim:
+    # The only anchor of every query reaches back to the first key and forward to the window.
+    length = draw.integer(5, 9)
+    return Claim(
+        draw.qkv((length,), heads=4, kv_heads=2),
+        lambda q, k, v: superlinear(q, k, v, first=1, exponent=1.0, anchors=1, backward=20.0),
+        _from_best,
+    )
+
+
+def _from_best(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each query on its own: itself, and all keys up to its best earlier one but the one before it."""
+    rows = []
+    for t in range(q.shape[1]):
+        heads = []
+        for h in range(q.shape[2]):
+            own_k, own_v = k[:, : t + 1, h // 2], v[:, : t + 1, h // 2]
+            s = torch.einsum("bd,bjd->bj", q[:, t, h], own_k)
+            place = torch.arange(t + 1)
+            best = s[:, :t].argmax(-1)[:, None] if t else place.new_full((len(s), 1), -1)
+            seen = (place == t) | (place <= best)
+            weights = torch.softmax((s * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf), -1)
+            heads.append(torch.einsum("bj,bjd->bd", weights, own_v))
+        rows.append(torch.stack(heads, 1))
+    return torch.stack(rows, 1)
+
+
+SUPERLINEAR = System(
+    name="superlinear",
+    title="Superlinear Multi-Step Attention",
+    year=2026,
+    paper="Concavity AI, 2026",
+    kind="operator",
+    family="sparse",
+    summary="Searches keys at square distances, attends to a window and to the span of each of the "
+    "best anchors, and mixes the results by the anchors' softmax; L^1.5 in all.",
+    op=superlinear,
+    identities=(
+        Identity("window_alone", "Without an anchor it is the window.", _window_alone),
+        Identity(
+            "whole_spans", "With exponent 1 the best earlier key opens all before it.", _whole_spans
+        ),
+    ),
+    operands=qkv_shapes,
+    reference_shapes=({"grid": (4096,), "heads": 8, "kv_heads": 8, "head_dim": 128},),
+)
+
+
+def spatten(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    importance: Tensor | None = None,
+    *,
+    keep: float = 0.5,
+    value_keep: float = 1.0,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of a cascade: o, the importance after it, and the keys [B, n] that the next layer keeps.
+
+    Attention is that over the keys whose importance is not -inf (pruned ones stay pruned); their
+    importance grows by the probabilities that all heads and queries give them; the ceil(keep L) most
+    important keys survive.  With value_keep < 1 a query takes only the ceil(value_keep n) largest of its
+    n probabilities to the values, not normalised again.
+    Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]; importance [B, Lk] (None: 0).
+    Cost: the probabilities are laid out, [B, Hq, Lq, Lk].
+    """
+    for name, value in (("keep", keep), ("value_keep", value_keep)):
+        if not 0 < value <= 1:
+            raise SelectionError(name, value, "above 0 and at most 1 is needed")
+    length = k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    before = q.new_zeros(len(q), length, dtype=wide) if importance is None else importance
+    groups = q.shape[2] // k.shape[2]
+    s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(groups, 2)).to(wide)
+    hidden = (before == -torch.inf)[:, None, None]
+    if causal:
+        position = torch.arange(q.shape[1], device=q.device) + length - q.shape[1]
+        hidden = hidden | (torch.arange(length, device=q.device) > position[:, None])
+    s = (s * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
+    p = torch.softmax(s, dim=-1).masked_fill(hidden, 0.0)
+    after = before + p.detach().sum((1, 2))
+    if value_keep < 1:
+        count = torch.ceil((~hidden).sum(-1, keepdim=True) * value_keep)
+        order = p.detach().sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.arange(length, device=q.device).expand_as(order)
+        p = p * torch.zeros_like(p).scatter(-1, order, (rank < count).to(p.dtype))
+    o = torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), v.repeat_interleave(groups, 2))
+    kept = after.topk(math.ceil(keep * length), dim=-1).indices.sort(-1).values
+    return o, after.masked_fill(~_among(kept, length), -torch.inf), kept
+
+
+def _among(kept: Tensor, length: int) -> Tensor:
+    mask = torch.zeros(len(kept), length, dtype=torch.bool, device=kept.device)
+    return mask.scatter(-1, kept, True)
+
+
+def spatten_layer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    importance: Tensor | None = None,
+    *,
+    keep: float = 0.5,
+    value_keep: float = 1.0,
+    causal: bool = True,
+) -> Tensor:
+    """The output of `spatten` alone."""
+    return spatten(q, k, v, importance, keep=keep, value_keep=value_keep, causal=causal)[0]
+
+
+def _nothing_pruned(draw: Draw) -> Claim:
+    causal = bool(draw.integer(0, 1))
+    pattern: Pattern = Causal() if causal else Dense()
+    return Claim(
+        draw.qkv((draw.integer(4, 9),), heads=4, kv_heads=2),
+        lambda q, k, v: spatten_layer(q, k, v, causal=causal),
+        lambda q, k, v: attend(q, k, v, pattern),
+    )
+
+
+def _pruned_stay_pruned(draw: Draw) -> Claim:
+    def second(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _, importance, _ = spatten(q, k, v, keep=0.5, causal=False)
+        return spatten_layer(q, k, v, importance, keep=0.5, causal=False)
+
+    def gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _, _, kept = spatten(q, k, v, keep=0.5, causal=False)
+        own = [attend(q[n : n + 1], k[n : n + 1, i], v[n : n + 1, i]) for n, i in enumerate(kept)]
+        return torch.cat(own)
+
+    return Claim(draw.qkv((draw.integer(4, 9),), heads=4, kv_heads=2), second, gathered)
+
+
+SPATTEN = System(
+    name="spatten",
+    title="SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning",
+    year=2021,
+    paper="Wang, Zhang, Han (MIT), HPCA 2021; arXiv 2012.09852",
+    kind="operator",
+    family="sparse",
+    summary="Adds up the probabilities that every key receives, layer after layer, and prunes the "
+    "least important keys for good; values of small probabilities are not fetched.",
+    op=spatten_layer,
+    engine="torch",
+    identities=(
+        Identity("nothing_pruned", "The first layer is plain attention.", _nothing_pruned),
+        Identity(
+            "pruned_stay_pruned", "The next layer attends to the survivors.", _pruned_stay_pruned
+        ),
+    ),
+    operands=qkv_shapes,
+    reference_shapes=({"grid": (1024,), "heads": 12, "kv_heads": 12, "head_dim": 64},),
+)

@@ -1,0 +1,124 @@
+"""Runs a Gluon kernel on CPU tensors, program by program: Triton's interpreter does not know Gluon."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Pointer:
+    """Into a tensor, as an offset in elements."""
+
+    def __init__(self, memory: Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, step: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + step)
+
+    def places(self, mask: Any) -> tuple[Tensor, Tensor]:
+        offset, mask = torch.broadcast_tensors(torch.as_tensor(self.offset), torch.as_tensor(mask))
+        offset = torch.where(mask, offset, 0)
+        assert not mask.any() or (offset.min() >= 0 and offset.max() < self.memory.numel())
+        return offset, mask
+
+
+class Shared:
+    """A piece of shared memory."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.memory.narrow(dim, start, length))
+
+    def load(self, layout: Any) -> Tensor:
+        return self.memory.clone()
+
+    def store(self, value: Tensor) -> None:
+        assert value.shape == self.memory.shape
+        self.memory.copy_(value)
+
+
+class Language:
+    """What a kernel asks of `gl`."""
+
+    int64, float32 = torch.int64, torch.float32
+    constexpr = object
+    where = staticmethod(torch.where)
+
+    def __init__(self) -> None:
+        self.program = 0
+
+    def program_id(self, axis: int) -> Tensor:
+        return torch.tensor(self.program)
+
+    def static_range(self, *bounds: int) -> range:
+        return range(*bounds)
+
+    def num_warps(self) -> int:
+        return 8
+
+    def arange(self, start: int, end: int, layout: Any) -> Tensor:
+        return torch.arange(start, end)
+
+    def load(self, pointer: Pointer, mask: Any = True, other: float = 0.0) -> Tensor:
+        offset, mask = pointer.places(mask)
+        return torch.where(mask, pointer.memory.view(-1)[offset], other)
+
+    def store(self, pointer: Pointer, value: Tensor, mask: Any = True) -> None:
+        offset, mask, value = torch.broadcast_tensors(*pointer.places(mask), value)
+        assert len(offset[mask].unique()) == len(offset[mask])
+        pointer.memory.view(-1)[offset[mask]] = value[mask]
+
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        return Shared(torch.full(shape, torch.nan, dtype=dtype))
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([a, b], dim=-1)
+
+    def reshape(self, x: Tensor, shape: list[int]) -> Tensor:
+        return x.reshape(shape)
+
+    def permute(self, x: Tensor, order: list[int]) -> Tensor:
+        return x.permute(order)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        assert name.endswith("Layout"), name
+        return lambda *arguments: None
+
+
+class Emulated:
+    """Stands in for a kernel in the module that launches it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.language = Language()
+        self.kernel, self.arguments = self._plain(kernel), kernel.arg_names
+
+    def _plain(self, kernel: Any) -> Callable[..., Any]:
+        """The function with this language, and so the functions that it calls."""
+        names = dict(kernel.fn.__globals__)
+        plain = types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
+        for name in kernel.fn.__code__.co_names:
+            if type(names.get(name)).__name__ == "GluonJITFunction":
+                names[name] = self._plain(names[name])
+        names["gl"] = self.language
+        return plain
+
+    def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            values = dict(zip(self.arguments, arguments, strict=False))
+            values |= {name: value for name, value in options.items() if name in self.arguments}
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    assert value.is_contiguous()
+                    values[name] = Pointer(value)
+            (count,) = programs
+            for self.language.program in range(count):
+                self.kernel(**values)
+
+        return launch

@@ -1,0 +1,172 @@
+"""Lists of key blocks per token: the tiled edition, the kernels in the interpreter, the compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import foveal as fv
+from foveal.engines.tile import column_attend, launches, select, token_attend
+from foveal.engines.tile.token_lists import TokenLists, block_spans, segments
+from foveal.engines.tile.windows import windows
+from tests.engines.tile import compiled, interpreted_tokens
+
+has_triton = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not has_triton, reason="Triton is not installed")
+
+
+def random_lists(source: torch.Generator, Lq: int, Lk: int, block: int, heads: int) -> fv.Blocks:
+    mask = torch.rand(2, heads, Lq, -(-Lk // block), generator=source) < 0.4
+    return fv.Blocks(fv.BlockSelection.from_block_mask(mask, 1, block))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("Lq", "Lk", "block"), [(21, 21, 4), (9, 17, 5), (1, 13, 16), (5, 3, 2)])
+def test_lists_of_tokens_agree_with_the_definition(
+    Lq: int, Lk: int, block: int, causal: bool, heads: int, source: torch.Generator
+) -> None:
+    pattern: fv.Pattern = random_lists(source, Lq, Lk, block, heads)
+    pattern = pattern & fv.Causal() if causal else pattern
+    q, k, v = inputs = [
+        torch.randn(2, n, h, 5, generator=source, dtype=torch.float64).requires_grad_()
+        for n, h in ((Lq, 4), (Lk, 2), (Lk, 2))
+    ]
+    results = []
+    for name in (None, "reference"):
+        o, lse = fv.attend(q, k, v, pattern, return_lse=True, implementation=name)
+        seen = torch.where(lse.isfinite(), lse, 0.0)
+        gradients = torch.autograd.grad(o.sin().sum() + seen.cos().sum(), inputs)
+        results.append((o, lse, *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_not_seen_may_be_nan(source: torch.Generator) -> None:
+    pattern = random_lists(source, 12, 12, 3, 1) & fv.Causal()
+    q, k, v = (torch.randn(2, 12, 2, 4, generator=source) for _ in range(3))
+    k[:, 7], v[:, 7] = torch.nan, torch.inf
+    o = fv.attend(q, k, v, pattern)
+    sees = pattern.dense_mask(12, 12)[:, 0, :, 7]
+    assert torch.equal(o.isfinite().all(-1).all(-1), ~sees)
+
+
+def test_segments_hold_every_listing_once(source: torch.Generator) -> None:
+    mask = torch.rand(2, 3, 19, 6, generator=source) < 0.5
+    selection = fv.BlockSelection.from_block_mask(mask, 1, 4)
+    starts, stops = block_spans(24, 4, torch.device("cpu"))
+    lists = TokenLists(selection.indices, starts, stops, 4, False, 0)
+    found = segments(lists, 5)
+    flat = selection.indices.flatten()
+    places: list[int] = []
+    for block, first, stop in zip(found.block, found.first, found.stop, strict=True):
+        if int(block) == 6 * 6:
+            continue
+        own = found.order[int(first) : int(stop)]
+        assert 0 < len(own) <= 5
+        assert (own // (19 * lists.indices.shape[3]) == int(block) // 6).all()
+        assert (flat[own] == int(block) % 6).all()
+        places += own.tolist()
+    assert sorted(places) == torch.nonzero(flat >= 0).flatten().tolist()
+
+
+def test_windows_start_anew_in_documents() -> None:
+    cuts = torch.tensor([0, 5, 5, 14])
+    table = windows(14, 14, 4, 2, 4, torch.device("cpu"), cuts)
+    assert table.starts[:5].tolist() == [0, 4, 5, 9, 13]
+    assert table.stops[:5].tolist() == [4, 5, 9, 13, 14]
+    assert table.first.tolist() == [0] * 5 + [2] * 9
+    assert table.own.tolist() == [0] * 4 + [1] + [2] * 4 + [3] * 4 + [4]
+    assert table.seen.tolist() == [0, 0, 0, 1, 1, 4, 4, 4, 5, 5, 6, 6, 7, 7]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(torch.set_num_threads, 1).result()
+            yield pool
+
+
+@needs_triton
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 9, 9, 2, 1, 16, 16, 4, True),
+        (1, 11, 17, 6, 2, 8, 12, 5, True),
+        (1, 7, 20, 16, 1, 16, 16, 16, False),
+    ],
+)
+def test_kernels_agree_in_the_interpreter(
+    sizes: interpreted_tokens.Sizes, small: bool, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    found = interpreter.submit(interpreted_tokens.errors, sizes, run_seed, small).result()
+    assert max(found) < 2e-5, found
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "case",
+    [
+        (37, 37, 4, 1, (4, 2, 8, 3, 0)),
+        (30, 41, 4, 2, (2, 2, 2, 4, 0)),
+        (40, 40, 2, 1, (4, 2, 8, 3, 22)),
+        (33, 33, 3, 1, (8, 2, 4, 5, 0)),
+    ],
+)
+def test_choices_agree_in_the_interpreter(
+    case: tuple[Any, ...], interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    # Sums in another order may exchange two blocks whose scores are equal to the last bit.
+    assert interpreter.submit(interpreted_tokens.lists_differ, *(*case, run_seed)).result() <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [(53, (9, 4, 8, 2, 2, 16)), (40, (1, 40, 8, 1, 2, 16))])
+def test_columns_agree_in_the_interpreter(
+    case: tuple[int, tuple[int, ...]], interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    found = interpreter.submit(interpreted_tokens.column_errors, *(*case, run_seed)).result()
+    assert max(found) < 2e-5, found
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32)])
+def test_kernels_compile_for_gpus_that_are_not_here(
+    target: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
+    monkeypatch.setitem(compiled._TYPES, torch.int64, "*i64")
+    found: list[compiled.Launch] = []
+
+    def keep(self: Any) -> None:
+        found.append(compiled.Launch(self.kernel, self.arguments, self.options))
+
+    monkeypatch.setattr(launches.Launch, "__call__", keep)
+    q = torch.zeros(1, 256, 8, 128, dtype=torch.bfloat16)
+    k = v = torch.zeros(1, 256, 2, 128, dtype=torch.bfloat16)
+    table = windows(256, 256, 32, 16, 64, torch.device("cpu"))
+    lists = table.lists(torch.zeros(1, 2, 256, 16, dtype=torch.int32))
+    select._on_gpu(
+        q, k[:, : table.count], torch.zeros(1, 256, 8), table, select.Choice(16, 1, 2), 0.1
+    )
+    for by_key in (True, False):
+        o, lse = token_attend.forward(q, k, v, lists, 0.1, by_key)
+    token_attend.backward((q, k, v, o, lse), lists, 0.1, o, None)
+    starts = columns = torch.zeros(1, 8, 4, 3, dtype=torch.int32)
+    column_attend.forward(q, k, v, fv.ColumnSelection(starts[..., :1], columns[..., :1]), True, 0.1)
+    shared = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}[target[1]]
+    for launch in {each.name: each for each in found}.values():
+        assert launch.compile(GPUTarget(*target)).metadata.shared <= shared, launch.name

@@ -1,0 +1,174 @@
+"""Policies inside a model: what they keep, what they free, and what must not disturb them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from foveal import errors, hf
+from foveal.caches.policies import POLICIES, SnapKV
+from tests.hf.models import gemma, llama, tokens
+
+PROMPT, NEW = 96, 8
+DROPPING = ("arkv", "kv_compose", "kv_merger", "ltri_llm", "paged_eviction", "s3_attention")
+DROPPING += ("scale_kv", "snapkv", "task_kv")
+
+
+def written(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True} | options
+    if "attention_mask" not in options:
+        options["attention_mask"] = torch.ones_like(ids)
+    return model.generate(ids, **options)
+
+
+def held_bytes(answer: Any) -> int:
+    session = answer.past_key_values._foveal_session
+    found: int = session.bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_budget_that_covers_the_context_changes_nothing(
+    model: Any, name: str, padded: bool
+) -> None:
+    ids = tokens(2, PROMPT)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :31] = 0
+    expected = written(model, ids, attention_mask=mask).sequences
+    with hf.using(model, cache=name, budget=PROMPT + NEW):
+        assert torch.equal(written(model, ids, attention_mask=mask).sequences, expected)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_bytes_fall_with_the_budget(model: Any, name: str) -> None:
+    ids = tokens(2, PROMPT)
+    whole = (
+        2 * 2 * 2 * PROMPT * 2 * 8 * 4
+    )  # k and v, layers, rows, tokens, heads, head_dim, float32
+    for budget in (PROMPT // 2, PROMPT // 4, PROMPT // 8):
+        with hf.using(model, cache=name, budget=budget):
+            answer = written(model, ids, max_new_tokens=1)
+        positions = 4 / (2 * 8 * 4)  # one number per token beside k and v
+        assert (
+            held_bytes(answer) <= whole * budget / PROMPT * (1 + positions) + 2 * 2 * 2 * 2 * 8 * 4
+        )
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_pieces_beams_and_padding(model: Any, name: str) -> None:
+    ids = tokens(2, PROMPT)
+    mask = torch.ones_like(ids)
+    mask[0, :31] = 0
+    with hf.using(model, cache=name, budget=24):
+        for options in ({"prefill_chunk_size": 40}, {"num_beams": 2}, {}):
+            answer = written(model, ids, attention_mask=mask, **options)
+            assert answer.sequences.shape == (2, PROMPT + NEW)
+            if options.get("num_beams") is None:
+                seen = answer.past_key_values.get_seq_length()
+                assert seen == PROMPT + NEW - 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_row_is_the_same_alone_and_in_a_batch(model: Any, name: str) -> None:
+    ids = tokens(3, PROMPT)
+    with hf.using(model, cache=name, budget=24):
+        together = written(model, ids).sequences
+        alone = written(model, ids[1:2]).sequences
+    assert torch.equal(together[1:2], alone)
+
+
+def test_layers_with_a_window_keep_their_own_cache() -> None:
+    model = gemma(kv_heads=2)
+    with hf.using(model, cache="snapkv", budget=24):
+        answer = written(model, tokens(2, PROMPT))
+    kinds = [type(layer).__name__ for layer in answer.past_key_values.layers]
+    assert kinds == ["DynamicSlidingWindowLayer", "PolicyLayer", "PolicyLayer"]
+    with pytest.raises(errors.RefusedError, match="sliding window"):
+        hf.use(model, cache="snapkv", budget=24, layers="all")
+
+
+def test_an_interrupted_prefill_leaves_the_cache_as_it_was(model: Any) -> None:
+    ids = tokens(1, PROMPT)
+    with hf.using(model, cache="snapkv", budget=200), torch.no_grad():
+        cache = model(ids[:, :40]).past_key_values
+        last = model.model.layers[-1].self_attn.o_proj
+        hook = last.register_forward_pre_hook(_fails)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 40:], past_key_values=cache)
+        hook.remove()
+        again = model(ids[:, 40:], past_key_values=cache).logits[:, -1]
+        expected = model(ids).logits[:, -1]
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+
+
+def _fails(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_failing_kernel_leaves_the_layer_as_it_was(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveal.hf import cache as module
+
+    ids = tokens(1, PROMPT)
+    with hf.using(model, cache="snapkv", budget=200), torch.no_grad():
+        cache = model(ids[:, :40]).past_key_values
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "solve", _raises)
+            with pytest.raises(RuntimeError, match="no memory"):
+                model(ids[:, 40:], past_key_values=cache)
+        assert cache.get_seq_length() == 40
+        again = model(ids[:, 40:], past_key_values=cache).logits[:, -1]
+        expected = model(ids).logits[:, -1]
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+
+
+def _raises(*_: Any) -> None:
+    raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nan_in_one_sequence_stays_there(model: Any, name: str) -> None:
+    ids = tokens(2, PROMPT)
+    with hf.using(model, cache=name, budget=24), torch.no_grad():
+        clean = model(ids).past_key_values
+        expected = model(ids[:, -1:], past_key_values=clean).logits[1]
+        embedded = model.get_input_embeddings()(ids)
+        embedded[0, 50] = torch.nan
+        if name == "a_vl":
+            pytest.skip("A-VL needs token numbers; embeddings have none")
+        cache = model(inputs_embeds=embedded).past_key_values
+        found = model(ids[:, -1:], past_key_values=cache).logits[1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_misuse_is_an_error_that_says_what_to_do(model: Any) -> None:
+    ids = tokens(1, 40)
+    with pytest.raises(errors.UnknownNameError, match="did you mean"):
+        hf.use(model, cache="snapvk")
+    with pytest.raises(errors.SelectionError, match="budget"):
+        hf.use(model, cache="snapkv", budget=0)
+    with torch.no_grad():
+        used = model(ids).past_key_values
+        with hf.using(model, cache=SnapKV(budget=24)):
+            with pytest.raises(errors.CacheError, match="empty cache"):
+                model(ids, past_key_values=used)
+            cache = model(ids).past_key_values
+            with pytest.raises(errors.CacheError, match="can be dropped"):
+                cache.crop(-1)
+        model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(errors.CacheError, match="set_attn_implementation"):
+            model(ids[:, :1], past_key_values=cache)
+
+
+def test_hooks_are_gone_when_undone(model: Any) -> None:
+    hf.use(model, cache="snapkv")
+    hf.use(model, None)
+    assert not any(module._forward_pre_hooks for module in model.modules())
