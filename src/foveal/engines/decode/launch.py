@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal._recent import Recent
 from foveal.caches.view import Columns, View
 from foveal.engines.decode.attend import decode_attend_forward
 from foveal.engines.decode.loads import PACKED, loads_of
 from foveal.engines.decode.merge import decode_merge_forward
 from foveal.engines.decode.problem import Terms
-from foveal.engines.tile.replay import Replay, Results, launch, replayed
+from foveal.engines.tile.replay import launch
 
 
 @dataclass(frozen=True)
@@ -84,37 +84,13 @@ def decode_on_device(
     view: View, terms: Terms, q: Tensor, tiles: DecodeTiles | None = None, lean: bool = False
 ) -> tuple[Tensor, Tensor]:
     """o [B, Lq, Hq, Dv] in the dtype of q and lse [B, Lq, Hq] in float32; nothing waits for the device."""
-
-    def compute() -> Results:
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         return _compute(view, terms, q, tiles, lean)
 
-    if not q.is_cuda:
-        o, lse = compute()
-    else:
-        stored = (*view.keys.tensors, *(view.values.tensors if view.values else ()))
-        optional = (
-            *(view.after, view.bias, view.positions),
-            *(terms.sink, terms.key_bias, terms.slopes),
-        )
-        kind = (
-            *(view.keys.codec, view.values and view.values.codec, view.page_size, view.steps),
-            *(view.kv_heads, view.value_dim, view.guarded, *(x is None for x in optional)),
-            *(terms.scale, terms.soft_cap, terms.causal, terms.left, terms.sink_tokens),
-            *(tiles, lean),
-        )
-        given = (q, view.page_table, view.lengths, view.seen, *stored, *optional)
-        tensors = [x for x in given if x is not None]
-        with torch.cuda.device(q.device):
-            o, lse = replayed(_REPLAYS, kind, tensors, compute)
-    assert o is not None
-    assert lse is not None
-    return o, lse
 
-
-_REPLAYS: Recent[Replay | int] = Recent(64)
-
-
-def _compute(view: View, terms: Terms, q: Tensor, tiles: DecodeTiles | None, lean: bool) -> Results:
+def _compute(
+    view: View, terms: Terms, q: Tensor, tiles: DecodeTiles | None, lean: bool
+) -> tuple[Tensor, Tensor]:
     batch, Lq, q_heads, head_dim = q.shape
     groups = q_heads // view.kv_heads
     q = q if q.stride(-1) == 1 else q.contiguous()
