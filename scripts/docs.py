@@ -7,6 +7,7 @@ python scripts/docs.py --check    exit status 1 when a page on disk is stale, mi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import re
@@ -344,8 +345,15 @@ def _parameter(parameter: inspect.Parameter) -> str:
 def _value(default: object) -> str:
     if inspect.isclass(default):
         return str(default.__name__)
+    if dataclasses.is_dataclass(default) and _all_defaults(default):
+        return f"{type(default).__name__}()"
     key = getattr(default, "key", None)
     return (key if isinstance(key, str) else repr(default)).replace("'", '"')
+
+
+def _all_defaults(value: Any) -> bool:
+    fields = [field for field in dataclasses.fields(value) if field.init]
+    return all(getattr(value, field.name) == field.default for field in fields)
 
 
 def markdown(docstring: str) -> str:
@@ -479,7 +487,10 @@ def _call(entry: System) -> str:
     line = f'o = fv.system("{entry.name}").op({", ".join(arguments)})'
     if len(line) <= 100:
         return line
-    return f'o = fv.system("{entry.name}").op(\n    {", ".join(arguments)}\n)'
+    together = f"    {', '.join(arguments)}"
+    if len(together) > 100:
+        together = "\n".join(f"    {argument}," for argument in arguments)
+    return f'o = fv.system("{entry.name}").op(\n{together}\n)'
 
 
 def _drawing(entry: System) -> tuple[tuple[int, ...], str] | None:
