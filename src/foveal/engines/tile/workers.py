@@ -90,11 +90,13 @@ def _on_threads(
     spare: list[Scratch],
 ) -> None:
     turns = _Turns()
+    inference = torch.is_inference_mode_enabled()
 
     @torch.no_grad()
     def run(number: int) -> None:
         scratch = _borrow(spare)
-        with turns.of(number):
+        # Modes belong to threads, and what the caller allocated in this one is written in it only.
+        with torch.inference_mode(inference), turns.of(number):
             result = work(items[number], scratch)
             turns.wait(number)
             finish(items[number], result)
