@@ -229,19 +229,21 @@ def test_results_repeat_exactly(source: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("score", [fv.Softmax(), fv.Softmax(soft_cap=5.0)], ids=lambda s: s.key)
-def test_inference_mode_holds_in_the_worker_threads(
+def test_modes_of_the_caller_hold_in_the_worker_threads(
     score: fv.Score, source: torch.Generator
 ) -> None:
     q, k, v = qkv(Sizes((9000,), q_heads=2, head_dim=8), source)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = fv.attend(q, k, v, fv.Sliding(40), score)
+        expected = fv.attend(q.requires_grad_(), k, v, fv.Sliding(40), score)
+        (dq,) = torch.autograd.grad(expected.sum(), q)
         with torch.inference_mode():
             found = fv.attend(q, k, v, fv.Sliding(40), score)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(found, expected)
+    assert dq.isfinite().all()
 
 
 def test_inference_mode_and_no_grad(source: torch.Generator) -> None:

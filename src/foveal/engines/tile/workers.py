@@ -92,11 +92,11 @@ def _on_threads(
     turns = _Turns()
     inference = torch.is_inference_mode_enabled()
 
-    @torch.no_grad()
     def run(number: int) -> None:
         scratch = _borrow(spare)
-        # Modes belong to threads, and what the caller allocated in this one is written in it only.
-        with torch.inference_mode(inference), turns.of(number):
+        # Modes belong to threads, and what the caller allocated in inference mode is written in it
+        # only; where that mode is switched off, gradients are switched on.
+        with torch.inference_mode(inference), torch.no_grad(), turns.of(number):
             result = work(items[number], scratch)
             turns.wait(number)
             finish(items[number], result)
