@@ -66,6 +66,7 @@ PAGES = (
             "explain_decode",
             "DecodeExplanation",
             "convolve",
+            "Strips",
             "local_mix",
             "fftconv",
             "explain_convolve",
@@ -110,6 +111,7 @@ PAGES = (
             "SpanSelection",
             "ColumnSelection",
             "HeadSelection",
+            "Lifetimes",
         ),
     ),
     Page(

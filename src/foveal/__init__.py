@@ -17,6 +17,7 @@ from foveal.patterns import (
     Extent,
     Fixed,
     HeadSelection,
+    Lifetimes,
     Neighborhood,
     Partition,
     Pattern,
@@ -61,6 +62,7 @@ if _typing.TYPE_CHECKING:
     from foveal._scan_explain import ScanExplanation, explain_scan
     from foveal._scan_map import ChunkMap, scan_map
     from foveal._tiles import TileCounts, TileList, Tiles, tiles
+    from foveal.engines.convolution.strips_problem import Strips
     from foveal.rules import MLSTM, Additive, Delta, Rule, TwoState
 
 __version__ = "0.1.0"
@@ -84,6 +86,7 @@ _LATER = {
     "foveal._scan_explain": ("ScanExplanation", "explain_scan"),
     "foveal._scan_map": ("ChunkMap", "scan_map"),
     "foveal._tiles": ("TileCounts", "TileList", "Tiles", "tiles"),
+    "foveal.engines.convolution.strips_problem": ("Strips",),
     "foveal.rules": ("MLSTM", "Additive", "Delta", "Rule", "TwoState"),
 }
 
@@ -112,6 +115,7 @@ __all__ = [
     "Fixed",
     "HeadSelection",
     "KeyBias",
+    "Lifetimes",
     "LocalLinear",
     "Neighborhood",
     "Parallax",
@@ -129,6 +133,7 @@ __all__ = [
     "SpanSelection",
     "Sphere",
     "Strided",
+    "Strips",
     "System",
     "TileCounts",
     "TileList",

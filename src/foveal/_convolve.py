@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from foveal._convolve_plan import CONVOLUTION_IMPLEMENTATIONS, choose_convolution
+from foveal._convolve_plan import (
+    CONVOLUTION_IMPLEMENTATIONS,
+    STRIP_IMPLEMENTATIONS,
+    choose_convolution,
+)
 from foveal._errors import ShapeError
 from foveal.engines.convolution.problem import Axes, Convolution, Flags, Padding, describe
+from foveal.engines.convolution.strips_problem import Strips
 
-Filters = Tensor | Sequence[Tensor]
+Filters = Tensor | Sequence[Tensor] | Strips
 
 
 def convolve(
@@ -31,12 +37,13 @@ def convolve(
     Shapes: x [B, *grid, C], or [B, C, *grid] with `channels_first`; filter [F, *window], each of
     which serves C / F channels in a row, or [B, F, *window] with one for each sample; bias [C].
     Several filters [F_i, *window_i], of any sizes, serve F_1, F_2, ... channels, one each; they sum to C.
+    `Strips(row, column)` is a filter of images in two strips, one behind the other.
     Returns y like x, with the axes of the grid as the padding leaves them.
     Options: dilation, an integer or one per axis, >= 1; padding, the zeros around each axis (an integer,
     or per axis one or a pair before and after), None keeps the grid: dilation (window - 1) zeros
     in all, the odd one behind; causal, one truth value or one per axis, puts all of them in front, so that
-    the last tap meets the token itself; implementation names one of "triton", "cpu", "torch",
-    "reference", which then runs or raises RefusedError; None lets the plan choose.
+    the last tap meets the token itself; implementation names one of "toeplitz", "triton", "cpu",
+    "torch", "reference", of strips "triton", "in turn", "reference", which then runs or raises RefusedError; None lets the plan choose.
     Gradients flow to x, filter and bias; sums are in float32 at least.
     Cost: two FLOPs per tap, channel and token; x and y moved once.
     Limits: stride 1; the filter is no longer than the padded grid.  Raises a subclass of
@@ -45,7 +52,7 @@ def convolve(
     """
     options = (dilation, padding, causal, channels_first)
     x, filter, bias = _cast(x, filter, bias)
-    if isinstance(filter, Tensor):
+    if isinstance(filter, Tensor | Strips):
         return _convolve(x, filter, bias, *options, implementation)
     parts = split_channels(x, filter, channels_first)
     biases = [None] * len(parts) if bias is None else bias.split([len(each) for each in filter])
@@ -58,7 +65,7 @@ def convolve(
 
 def _convolve(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Strips,
     bias: Tensor | None,
     dilation: Axes,
     padding: Padding,
@@ -69,9 +76,11 @@ def _convolve(
     options = (dilation, padding, causal, channels_first)
     problem, name = _prepared(x, weight, bias, options, implementation)
     axis = -len(problem.grid) - 1
-    if weight.shape[axis] != problem.channels:
+    if isinstance(weight, Strips):
+        weight = weight.for_channels(problem.channels)
+    elif weight.shape[axis] != problem.channels:
         weight = weight.repeat_interleave(problem.channels // weight.shape[axis], dim=axis)
-    module = CONVOLUTION_IMPLEMENTATIONS[name]
+    module = implementations_of(weight)[name]
     last = x.movedim(1, -1) if channels_first else x
     y: Tensor = module.depthwise(problem, last, weight, bias)
     return y.movedim(-1, 1) if channels_first else y
@@ -82,21 +91,28 @@ _MOST_KEPT = 512
 """Problems whose plan is kept: finding one takes a tenth of a millisecond."""
 
 
+def implementations_of(weight: Tensor | Strips) -> dict[str, ModuleType]:
+    return STRIP_IMPLEMENTATIONS if isinstance(weight, Strips) else CONVOLUTION_IMPLEMENTATIONS
+
+
 def _prepared(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Strips,
     bias: Tensor | None,
     options: tuple[Axes, Padding, Flags, bool],
     implementation: str | None,
 ) -> tuple[Convolution, str]:
     """The checked problem and the implementation that runs it."""
-    tensors = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (x, weight, bias))
-    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    key = (tensors, repr(options), implementation, grad)
+    in_turn = isinstance(weight, Strips)
+    shown = weight.outline() if isinstance(weight, Strips) else weight
+    tensors = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in (x, shown, bias))
+    trained = weight.needs_grad if isinstance(weight, Strips) else weight.requires_grad
+    grad = torch.is_grad_enabled() and (x.requires_grad or trained)
+    key = (tensors, in_turn, repr(options), implementation, grad)
     found = _KEPT.get(key)
     if found is None:
         problem = described(x, weight, bias, *options)
-        plan = choose_convolution(problem, CONVOLUTION_IMPLEMENTATIONS, implementation)
+        plan = choose_convolution(problem, implementations_of(weight), implementation)
         if len(_KEPT) >= _MOST_KEPT:
             _KEPT.clear()
         found = _KEPT[key] = problem, plan.implementation
@@ -105,7 +121,7 @@ def _prepared(
 
 def described(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Strips,
     bias: Tensor | None,
     dilation: Axes,
     padding: Padding,
@@ -116,6 +132,11 @@ def described(
     channels = 0
     if x.dim() > 1:
         channels = x.shape[1 if channels_first else -1]
+    if isinstance(weight, Strips):
+        weight = weight.outline()
+        if x.dim() != 4:
+            needed = "a batch, two grid axes and channels are needed for strips"
+            raise ShapeError("x", list(x.shape), needed)
     problem = describe(x, weight, dilation, padding, causal, channels_first, channels)
     if bias is not None and (bias.shape != (channels,) or bias.dtype != x.dtype):
         got = f"{list(bias.shape)} of {bias.dtype}"
@@ -144,5 +165,9 @@ def _cast(x: Tensor, filter: Filters, bias: Tensor | None) -> tuple[Tensor, Filt
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
-    filters = cast(filter) if isinstance(filter, Tensor) else [cast(each) for each in filter]
+    filters: Filters
+    if isinstance(filter, Strips):
+        filters = filter if filter.row.dtype == torch.float64 else filter.to(dtype)
+    else:
+        filters = cast(filter) if isinstance(filter, Tensor) else [cast(each) for each in filter]
     return cast(x), filters, None if bias is None else cast(bias)

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal._convolve import Filters, described, split_channels
+from foveal._convolve import Filters, described, implementations_of, split_channels
 from foveal._convolve_plan import (
-    CONVOLUTION_IMPLEMENTATIONS,
     MIX_IMPLEMENTATIONS,
     SPECTRAL_IMPLEMENTATIONS,
     choose_convolution,
@@ -21,6 +20,7 @@ from foveal._convolve_plan import (
 from foveal.engines.convolution.mix_problem import Border, describe_mix
 from foveal.engines.convolution.problem import Axes, Flags, Padding
 from foveal.engines.convolution.spectral import describe_spectral
+from foveal.engines.convolution.strips_problem import Strips, column_of, row_of
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,34 @@ def explain_convolve(
 
     Shapes: as `convolve`; tensors on the meta device stand for a call on `device`.
     """
-    filters = [filter] if isinstance(filter, Tensor) else list(filter)
-    parts = [x] if isinstance(filter, Tensor) else split_channels(x, filters, channels_first)
-    own = bias if isinstance(filter, Tensor) else None
     found = []
-    for part, each in zip(parts, filters, strict=True):
+    if isinstance(filter, Tensor | Strips):
+        pairs: list[tuple[Tensor, Tensor | Strips]] = [(x, filter)]
+        own = bias
+    else:
+        pairs = list(zip(split_channels(x, filter, channels_first), filter, strict=True))
+        own = None
+    for part, each in pairs:
         problem = described(part, each, own, dilation, padding, causal, channels_first)
         elements = problem.batch * problem.channels
         elements *= math.prod(problem.grid) + math.prod(problem.out_grid)
-        window = "x".join(str(k) for k in problem.window)
+        if isinstance(each, Strips):
+            products = row_of(problem).products + column_of(problem).products
+            taps = each.row.numel() + each.column.numel()
+            window = f"{problem.window[1]} and then {problem.window[0]}"
+        else:
+            products, taps = problem.products, each.numel()
+            window = "x".join(str(k) for k in problem.window)
         grid = "x".join(str(n) for n in problem.grid)
         found.append(
             _explanation(
                 problem,
-                CONVOLUTION_IMPLEMENTATIONS,
+                implementations_of(each),
                 implementation,
                 device,
                 f"{problem.batch} x {grid} tokens, {problem.channels} channels, {window} taps",
-                2 * problem.products,
-                (elements + each.numel()) * problem.dtype.itemsize,
+                2 * products,
+                (elements + taps) * problem.dtype.itemsize,
             )
         )
     return ConvolutionExplanation(

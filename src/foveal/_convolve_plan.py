@@ -19,6 +19,9 @@ from foveal.engines.convolution import (
     spectral,
     spectral_reference,
     spectral_triton,
+    strips_library,
+    strips_reference,
+    strips_triton,
     triton,
 )
 
@@ -31,12 +34,17 @@ CONVOLUTION_IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
 }
 
+STRIP_IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "triton": strips_triton,
+    "in turn": strips_library,
+    "reference": strips_reference,
+}
+
 MIX_IMPLEMENTATIONS: dict[str, ModuleType] = {
     "triton": mix_triton,
     "torch": mix_library,
     "reference": mix_reference,
 }
-
 
 SPECTRAL_IMPLEMENTATIONS: dict[str, ModuleType] = {
     "triton": spectral_triton,

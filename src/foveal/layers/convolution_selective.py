@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from foveal._convolve import convolve
 from foveal._errors import ShapeError
+from foveal.engines.convolution.strips_problem import Strips
 from foveal.layers.convolution import ChannelNorm, DepthwiseConvolution, PointwiseConvolution
 
 
@@ -134,9 +135,15 @@ class LargeSeparableKernelAttention(nn.Module):
         self.conv1 = PointwiseConvolution(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        near = self.conv0v(self.conv0h(x))
-        gate: Tensor = self.conv1(self.conv_spatial_v(self.conv_spatial_h(near)))
+        near = _in_a_row(x, self.conv0h, self.conv0v)
+        far = _in_a_row(near, self.conv_spatial_h, self.conv_spatial_v)
+        gate: Tensor = self.conv1(far)
         return x * gate
+
+
+def _in_a_row(x: Tensor, row: DepthwiseConvolution, column: DepthwiseConvolution) -> Tensor:
+    strips = Strips(row.weight[:, 0, 0], column.weight[:, 0, :, 0], row.bias)
+    return convolve(x, strips, bias=column.bias, dilation=row.dilation)
 
 
 class LargeKernelPyramid(nn.Module):

@@ -9,6 +9,7 @@ from tests.engines.convolution.emulated import Emulated
 from tests.engines.convolution.problems import (
     LONG,
     MIXES,
+    ROWS,
     SHAPES,
     Shape,
     convolved,
@@ -40,6 +41,12 @@ def failures_of(name: str, implementation: str, first: bool, seed: int) -> list[
     source = torch.Generator().manual_seed(seed)
     tensors = draw(shape, source, torch.float32)
     return failures(convolved(shape, implementation), defined(shape), tensors, source)
+
+
+def failures_of_strips(name: str, first: bool, seed: int) -> list[str]:
+    case, source = ROWS[name], torch.Generator().manual_seed(seed)
+    tensors = case.draw(source, torch.float32)
+    return failures(case.call("triton", first), case.definition, tensors, source)
 
 
 def failures_of_mix(name: str, seed: int) -> list[str]:

@@ -145,6 +145,62 @@ def failures(got: Call, plain: Call, tensors: list[Tensor], source: torch.Genera
 
 
 @dataclass(frozen=True)
+class Row:
+    """x [batch, H, W, channels], taps of a row and of a column, and the options of `convolve`."""
+
+    x: tuple[int, ...]
+    taps: tuple[int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    filters: int | None = None
+
+    def draw(self, source: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
+        """x, row, column, what is added between them, and the bias."""
+        width, count = self.x[-1], self.filters or self.x[-1]
+        sizes = (self.x, *((count, k) for k in self.taps), (width,), (width,))
+        return [torch.randn(n, generator=source, dtype=torch.float64).to(dtype) for n in sizes]
+
+    def call(self, implementation: str | None, first: bool = False) -> Call:
+        def call(x: Tensor, row: Tensor, column: Tensor, between: Tensor, bias: Tensor) -> Tensor:
+            y = fv.convolve(
+                x.movedim(-1, 1).contiguous() if first else x,
+                fv.Strips(row, column, between),
+                bias=bias,
+                channels_first=first,
+                implementation=implementation,
+                **self.options,
+            )
+            return y.movedim(1, -1) if first else y
+
+        return call
+
+    def definition(
+        self, x: Tensor, row: Tensor, column: Tensor, between: Tensor, bias: Tensor
+    ) -> Tensor:
+        """By PyTorch's grouped convolution, one strip after the other."""
+        window = self.taps[1], self.taps[0]
+        down, across = padding_of(Shape(self.x, (1, *window), self.options), window)
+        step = self.options.get("dilation", 1)
+        steps = (step, step) if isinstance(step, int) else step
+        width = x.shape[-1]
+        row, column = (t.repeat_interleave(width // len(t), dim=0) for t in (row, column))
+        y = F.pad(x.movedim(-1, 1), across)
+        y = F.conv2d(y, row[:, None, None], between, dilation=(1, steps[1]), groups=width)
+        y = F.pad(y, (0, 0, *down))
+        y = F.conv2d(y, column[:, None, :, None], bias, dilation=(steps[0], 1), groups=width)
+        return y.movedim(1, -1)
+
+
+ROWS: dict[str, Row] = {
+    "eleven": Row((2, 13, 14, 5), (11, 11)),
+    "dilated": Row((1, 17, 9, 6), (5, 3), {"dilation": (3, 2)}),
+    "longer than the grid": Row((1, 5, 4, 3), (19, 23)),
+    "one axis causal": Row((1, 9, 7, 4), (4, 3), {"causal": (False, True)}),
+    "padding of two kinds": Row((1, 8, 10, 4), (3, 5), {"padding": ((5, 0), (0, 4))}, filters=2),
+    "one pixel": Row((2, 1, 1, 3), (3, 3)),
+}
+
+
+@dataclass(frozen=True)
 class Mix:
     """v [batch, *grid, heads, head_dim], a window, and the options of `local_mix`."""
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import foveal as fv
 from foveal.testing.poison import poisoned_allocations
 from tests.engines.convolution.problems import (
+    ROWS,
     SHAPES,
     convolved,
     defined,
@@ -74,6 +75,47 @@ def test_several_filters_serve_their_channels(source: torch.Generator) -> None:
     torch.testing.assert_close(got, torch.cat(wanted, -1))
     first = fv.convolve(x.movedim(-1, 1), filters, bias=bias, channels_first=True)
     torch.testing.assert_close(first.movedim(1, -1), got)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("implementation", ["reference", "in turn", None])
+def test_strips_agree_with_the_definition(
+    name: str, implementation: str | None, source: torch.Generator
+) -> None:
+    case = ROWS[name]
+    tensors = case.draw(source, torch.float64)
+    exact = results(case.definition, tensors)
+    for first in (False, True):
+        found = results(case.call(implementation, first), tensors)
+        for what, got in found.items():
+            torch.testing.assert_close(got, exact[what], rtol=1e-10, atol=1e-10, msg=what)
+
+
+def test_strips_are_their_product(source: torch.Generator) -> None:
+    x = torch.randn(2, 9, 8, 4, generator=source, dtype=torch.float64)
+    row, column = (torch.randn(4, k, generator=source, dtype=torch.float64) for k in (5, 7))
+    got = fv.convolve(x, fv.Strips(row, column))
+    torch.testing.assert_close(got, fv.convolve(x, column[:, :, None] * row[:, None, :]))
+    found = fv.explain_convolve(x, fv.Strips(row, column))
+    assert found.implementation == ("in turn",)
+    assert "5 and then 7 taps" in found.problem
+    whole = fv.explain_convolve(x, column[:, :, None] * row[:, None, :])
+    assert found.flops < whole.flops
+
+
+def test_strips_of_other_shapes_are_refused() -> None:
+    row, column = torch.ones(4, 3), torch.ones(4, 5)
+    for wrong in (torch.ones(3, 5), torch.ones(4, 5, 1)):
+        with pytest.raises(fv.errors.ShapeError, match="filter"):
+            fv.Strips(row, wrong)
+    with pytest.raises(fv.errors.DtypeError, match="column"):
+        fv.Strips(row, column.double())
+    with pytest.raises(fv.errors.ShapeError, match="two grid axes"):
+        fv.convolve(torch.ones(1, 9, 4), fv.Strips(row, column))
+    with pytest.raises(fv.errors.ShapeError, match="divisor"):
+        fv.convolve(torch.ones(1, 9, 9, 6), fv.Strips(row, column))
+    with pytest.raises(fv.errors.ShapeError, match="between"):
+        fv.convolve(torch.ones(1, 9, 9, 4), fv.Strips(row, column, torch.ones(3)))
 
 
 def test_equals_the_toeplitz_product(source: torch.Generator) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import foveal as fv
 from tests.engines.convolution import interpreted
-from tests.engines.convolution.problems import MIXES
+from tests.engines.convolution.problems import MIXES, ROWS, failures
 from tests.engines.tile import interpreted as tile_interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -70,6 +70,26 @@ def test_local_mix_agrees_with_the_definition(
     assert interpreter(interpreted.failures_of_mix, name, seed(source)) == []
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_strips_agree_with_the_definition(
+    name: str, interpreter: Run, source: torch.Generator
+) -> None:
+    assert interpreter(interpreted.failures_of_strips, name, name == "dilated", seed(source)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+def test_strips_agree_with_the_definition_on_a_gpu(
+    name: str, dtype: torch.dtype, source: torch.Generator
+) -> None:
+    case = ROWS[name]
+    for first in (False, True):
+        tensors = [t.cuda() for t in case.draw(source, dtype)]
+        assert failures(case.call("triton", first), case.definition, tensors, source) == []
+
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -81,18 +101,24 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("implementation", ["triton", "toeplitz", "mix"])
+@pytest.mark.parametrize("implementation", ["triton", "toeplitz", "strips", "mix"])
 def test_every_kernel_compiles(
     implementation: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.backends.compiler import GPUTarget
 
-    from foveal.engines.convolution import launch, launch_layout, launch_mix, launch_toeplitz
+    from foveal.engines.convolution import (
+        launch,
+        launch_layout,
+        launch_mix,
+        launch_strips,
+        launch_toeplitz,
+    )
     from foveal.engines.convolution import triton as edition
     from tests.engines.tile import compiled
 
     monkeypatch.setattr(edition, "interpreted", lambda: True)
-    modules = (launch, launch_toeplitz, launch_layout, launch_mix)
+    modules = (launch, launch_toeplitz, launch_layout, launch_mix, launch_strips)
     kernels = {
         name: module
         for module in modules
@@ -105,6 +131,9 @@ def test_every_kernel_compiles(
             v = x.unflatten(-1, (2, 32)).requires_grad_()
             weights = torch.zeros(2, 16, 16, 2, 25, dtype=torch.float16).requires_grad_()
             o = fv.local_mix(weights, v, 5, border="shift", implementation="triton")
+        elif implementation == "strips":
+            taps = torch.zeros(64, 5, dtype=torch.float16).requires_grad_()
+            o = fv.convolve(x.requires_grad_(), fv.Strips(taps, taps), implementation="triton")
         else:
             x = x.requires_grad_()
             filter = torch.zeros(64, 5, 5, dtype=torch.float16).requires_grad_()
@@ -118,6 +147,7 @@ def test_every_kernel_compiles(
     wanted = {
         "triton": {"convolution_direct_forward", "convolution_direct_filter_backward"},
         "toeplitz": {"convolution_toeplitz_forward", "convolution_products_backward"},
+        "strips": {"convolution_strips_forward", "convolution_direct_filter_backward"},
         "mix": {"convolution_mix_forward", "convolution_mix_values_backward"},
     }
     assert wanted[implementation] <= names

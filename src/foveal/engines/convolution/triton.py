@@ -125,7 +125,7 @@ class _Depthwise(torch.autograd.Function):
         ctx.problem, ctx.machine = problem, machine
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight)
-        return _stored_as(problem, machine.forward(problem, machine.ready(x), weight, bias))
+        return stored_as(problem, machine.forward(problem, machine.ready(x), weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -139,7 +139,7 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             axes = len(problem.grid)
             flipped = weight.flip(tuple(range(-axes, 0)))
-            dx = _stored_as(problem, machine.forward(turned(problem), dy, flipped, None))
+            dx = stored_as(problem, machine.forward(turned(problem), dy, flipped, None))
         if ctx.needs_input_grad[1]:
             found = machine.filter_gradient(problem, machine.ready(x), dy)
             dweight = found.reshape(weight.shape).to(weight.dtype)
@@ -159,7 +159,7 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _stored_as(problem: Convolution, y: Tensor) -> Tensor:
+def stored_as(problem: Convolution, y: Tensor) -> Tensor:
     """y [B, *grid, C] in the layout of the problem."""
     if not problem.channels_first:
         return last(y)
