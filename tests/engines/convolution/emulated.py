@@ -81,6 +81,13 @@ class Language:
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.stack([a, b], dim=-1)
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., 0], x[..., 1]
+
+    def convert_layout(self, x: Tensor, layout: Any, assert_trivial: bool) -> Tensor:
+        assert assert_trivial
+        return x
+
     def reshape(self, x: Tensor, shape: list[int]) -> Tensor:
         return x.reshape(shape)
 

@@ -49,6 +49,68 @@ def _layout(lanes: int, axis: int, warps: int, warp: int) -> gl.BlockedLayout:
     return gl.BlockedLayout([1, 1, 1], threads, groups, [2, axis, 1 - axis])
 
 
+@gluon.constexpr_function
+def _shared(first: int, second: int, lanes: int) -> gl.SharedLinearLayout:
+    """Rows of axis 1, turned by those of axis 0, so that neighbours along both lie in other banks."""
+    bases = [[0, 0, 1 << bit] for bit in range(_steps(lanes))]
+    bases += [[0, 1 << bit, 0] for bit in range(_steps(second))]
+    turned = min(max(32 // lanes, 1), second)
+    bases += [[1 << bit, (1 << bit) % turned, 0] for bit in range(_steps(first))]
+    return gl.SharedLinearLayout(bases)
+
+
+@gluon.jit
+def _joined(values, COUNT: gl.constexpr, AXIS: gl.constexpr):
+    """A tuple of COUNT tiles, one value wide along AXIS 0 or 1, as one tile."""
+    ROWS: gl.constexpr = values[0].shape[1 - AXIS]
+    LANES: gl.constexpr = values[0].shape[2]
+    for step in gl.static_range(_steps(COUNT)):
+        pairs = ()
+        for r in gl.static_range(COUNT >> (step + 1)):
+            pairs += (gl.join(values[r], values[r + (COUNT >> (step + 1))]),)
+        values = pairs
+    tile = gl.reshape(values[0], [ROWS, LANES, COUNT])
+    if AXIS == 0:
+        tile = gl.permute(tile, [2, 0, 1])
+    else:
+        tile = gl.permute(tile, [0, 2, 1])
+    return tile
+
+
+@gluon.jit
+def _parted(tile, COUNT: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The tile of `_joined` as a tuple again."""
+    ROWS: gl.constexpr = tile.shape[1 - AXIS]
+    LANES: gl.constexpr = tile.shape[2]
+    if AXIS == 0:
+        tile = gl.permute(tile, [1, 2, 0])
+    else:
+        tile = gl.permute(tile, [0, 2, 1])
+    values = (tile,)
+    for step in gl.static_range(_steps(COUNT)):
+        evens = ()
+        odds = ()
+        for r in gl.static_range(1 << step):
+            pairs = gl.reshape(values[r], [ROWS, LANES, COUNT >> (step + 1), 2])
+            even, odd = gl.split(pairs)
+            evens += (even,)
+            odds += (odd,)
+        values = evens + odds
+    flat = ()
+    for r in gl.static_range(COUNT):
+        one = gl.reshape(values[r], [1, ROWS, LANES] if AXIS == 0 else [ROWS, 1, LANES])
+        flat += (gl.convert_layout(one, LAYOUT, assert_trivial=True),)
+    return flat
+
+
+@gluon.constexpr_function
+def _held(layout: gl.BlockedLayout, axis: int, count: int) -> gl.BlockedLayout:
+    """As `layout` with `count` values per thread along `axis`."""
+    size = [1, 1, 1]
+    size[axis] = count
+    return gl.BlockedLayout(size, layout.threads_per_warp, layout.warps_per_cta, layout.order)
+
+
 @gluon.jit
 def _halved(re, im, HALF: gl.constexpr, STRIDE: gl.constexpr, SIGN: gl.constexpr):
     """One step of a transform: STRIDE of 2 HALF points each, to twice as many of half as many."""
@@ -81,6 +143,35 @@ def _transformed(re, im, COUNT: gl.constexpr, SIGN: gl.constexpr):
     return re, im
 
 
+@gluon.jit
+def _turned(re, im, p_turn, place, COUNT: gl.constexpr, PART: gl.constexpr, SIGN: gl.constexpr):
+    """z[r] exp(-SIGN i angle[r]), the turn of r as the product of those of r % 4 and r // 4."""
+    SINES: gl.constexpr = (4 + COUNT // 4) * PART
+    cosines = ()
+    sines = ()
+    for r in gl.static_range(4):
+        cosines += (gl.load(p_turn + r * PART + place),)
+        sines += (gl.load(p_turn + SINES + r * PART + place),)
+    new_re = ()
+    new_im = ()
+    for far in gl.static_range(COUNT // 4):
+        if far > 0:
+            cosine = gl.load(p_turn + (4 + far) * PART + place)
+            sine = gl.load(p_turn + SINES + (4 + far) * PART + place)
+        for r in gl.static_range(4):
+            if far > 0:
+                c = cosines[r] * cosine - sines[r] * sine
+                s = sines[r] * cosine + cosines[r] * sine
+            else:
+                c = cosines[r]
+                s = sines[r]
+            a = re[4 * far + r]
+            b = im[4 * far + r]
+            new_re += (a * c + SIGN * (b * s),)
+            new_im += (b * c - SIGN * (a * s),)
+    return new_re, new_im
+
+
 @gluon.jit(do_not_specialize=["length"])
 def convolution_fourier_forward(
     p_x, p_pre, p_z, p_filter, p_skip, p_post, p_plain, p_y, p_turn, p_near_turn,
@@ -95,8 +186,8 @@ def convolution_fourier_forward(
 
     x and y with their gates and plain (y before its gate) are [B, length, WIDTH]; z and the spectrum of the
     filter, EACH elements per sample apart, [B, 2, POINTS, WIDTH], real parts first.
-    turn [2, SIZE] and near_turn [2, SIZE / FIRST]: cosine and sine of what stands behind a transform of
-    FIRST and of SECOND points.  A program holds NEAR neighbouring tokens and CHANNELS.
+    turn and near_turn: cosines, then sines of what stands behind a transform of FIRST and of SECOND
+    points, as `_turned` reads them.  A program holds NEAR neighbouring tokens and CHANNELS.
     """
     STEP: gl.constexpr = SIZE // (FIRST * SECOND)
     PART: gl.constexpr = SIZE // FIRST
@@ -104,7 +195,9 @@ def convolution_fourier_forward(
     BLOCKS: gl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
     OUTER: gl.constexpr = _layout(LANES, 1, gl.num_warps(), WARP)
     INNER: gl.constexpr = _layout(LANES, 0, gl.num_warps(), WARP)
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    SHARED: gl.constexpr = _shared(FIRST, SECOND, LANES)
+    ALONG: gl.constexpr = _held(OUTER, 0, FIRST)
+    ACROSS: gl.constexpr = _held(INNER, 1, SECOND)
     item = gl.program_id(0)
     first_c = (item % BLOCKS) * CHANNELS
     rest = item // BLOCKS
@@ -120,7 +213,6 @@ def convolution_fourier_forward(
     outer = row * STEP + first_near + lane // CHANNELS
     left = gl.where(real, length - outer, 0)
     place = outer * WIDTH + c
-    turn = outer
     if p_z is not None:
         p_z += b * (2 * POINTS * WIDTH) + piece * WIDTH
     if FORWARD:
@@ -141,15 +233,7 @@ def convolution_fourier_forward(
                 re += (gl.load(p_own + place, mask=real, other=0.0),)
                 im += (gl.load(p_own + POINTS * WIDTH + place, mask=real, other=0.0),)
         re, im = _transformed(re, im, FIRST, 1)
-        new_re = ()
-        new_im = ()
-        for r in gl.static_range(FIRST):
-            cosine = gl.load(p_turn + r * PART + turn)
-            sine = gl.load(p_turn + SIZE + r * PART + turn)
-            new_re += (re[r] * cosine + im[r] * sine,)
-            new_im += (im[r] * cosine - re[r] * sine,)
-        re = new_re
-        im = new_im
+        re, im = _turned(re, im, p_turn, outer, FIRST, PART, 1)
         if SECOND == 1:
             for r in gl.static_range(FIRST):
                 gl.store(p_z + r * PART * WIDTH + place, re[r], mask=real)
@@ -164,14 +248,10 @@ def convolution_fourier_forward(
         real2 = c2 < WIDTH
         place2 = (row * PART + near) * WIDTH + c2
         if FORWARD:
-            for r in gl.static_range(FIRST):
-                shared_re.slice(r, 1, 0).store(re[r])
-                shared_im.slice(r, 1, 0).store(im[r])
-            re = ()
-            im = ()
-            for r in gl.static_range(SECOND):
-                re += (shared_re.slice(r, 1, 1).load(INNER),)
-                im += (shared_im.slice(r, 1, 1).load(INNER),)
+            shared_re.store(gl.convert_layout(_joined(re, FIRST, 0), ALONG, assert_trivial=True))
+            shared_im.store(gl.convert_layout(_joined(im, FIRST, 0), ALONG, assert_trivial=True))
+            re = _parted(shared_re.load(ACROSS), SECOND, 1, INNER)
+            im = _parted(shared_im.load(ACROSS), SECOND, 1, INNER)
             re, im = _transformed(re, im, SECOND, 1)
         else:
             re = ()
@@ -180,34 +260,27 @@ def convolution_fourier_forward(
                 p_own = p_z + r * STEP * WIDTH
                 re += (gl.load(p_own + place2, mask=real2, other=0.0),)
                 im += (gl.load(p_own + POINTS * WIDTH + place2, mask=real2, other=0.0),)
-        if STEP > 1 or p_filter is not None:
+        if p_filter is not None:
             new_re = ()
             new_im = ()
             for r in gl.static_range(SECOND):
-                if p_filter is not None:
-                    p_own = p_filter + b * EACH + (piece + r * STEP) * WIDTH
-                    cosine = gl.load(p_own + place2, mask=real2, other=0.0) * (1.0 / POINTS)
-                    sine = gl.load(p_own + POINTS * WIDTH + place2, mask=real2, other=0.0)
-                    sine *= (-1.0 if CONJUGATE else 1.0) / POINTS
-                else:
-                    cosine = gl.load(p_near_turn + r * STEP + near)
-                    sine = gl.load(p_near_turn + PART + r * STEP + near)
-                    if FORWARD:
-                        sine = -sine
-                new_re += (re[r] * cosine - im[r] * sine,)
-                new_im += (im[r] * cosine + re[r] * sine,)
+                p_own = p_filter + b * EACH + (piece + r * STEP) * WIDTH
+                x = gl.load(p_own + place2, mask=real2, other=0.0)
+                y = gl.load(p_own + POINTS * WIDTH + place2, mask=real2, other=0.0)
+                if CONJUGATE:
+                    y = -y
+                new_re += (re[r] * x - im[r] * y,)
+                new_im += (im[r] * x + re[r] * y,)
             re = new_re
             im = new_im
+        elif STEP > 1:
+            re, im = _turned(re, im, p_near_turn, near, SECOND, STEP, 1 if FORWARD else -1)
         if INVERSE:
             re, im = _transformed(re, im, SECOND, -1)
-            for r in gl.static_range(SECOND):
-                shared_re.slice(r, 1, 1).store(re[r])
-                shared_im.slice(r, 1, 1).store(im[r])
-            re = ()
-            im = ()
-            for r in gl.static_range(FIRST):
-                re += (shared_re.slice(r, 1, 0).load(OUTER),)
-                im += (shared_im.slice(r, 1, 0).load(OUTER),)
+            shared_re.store(gl.convert_layout(_joined(re, SECOND, 1), ACROSS, assert_trivial=True))
+            shared_im.store(gl.convert_layout(_joined(im, SECOND, 1), ACROSS, assert_trivial=True))
+            re = _parted(shared_re.load(ALONG), FIRST, 0, OUTER)
+            im = _parted(shared_im.load(ALONG), FIRST, 0, OUTER)
         else:
             for r in gl.static_range(SECOND):
                 p_own = p_z + r * STEP * WIDTH
@@ -221,17 +294,11 @@ def convolution_fourier_forward(
             re += (gl.load(p_own + place, mask=real, other=0.0),)
             im += (gl.load(p_own + POINTS * WIDTH + place, mask=real, other=0.0),)
     if INVERSE:
-        new_re = ()
-        new_im = ()
-        for r in gl.static_range(FIRST):
-            cosine = gl.load(p_turn + r * PART + turn)
-            sine = gl.load(p_turn + SIZE + r * PART + turn)
-            new_re += (re[r] * cosine - im[r] * sine,)
-            new_im += (im[r] * cosine + re[r] * sine,)
-        re, im = _transformed(new_re, new_im, FIRST, -1)
+        re, im = _turned(re, im, p_turn, outer, FIRST, PART, -1)
+        re, im = _transformed(re, im, FIRST, -1)
         for r in gl.static_range(FIRST):
             if TO_GRID:
-                y = re[r] * _cosine(r, 4 * FIRST) - im[r] * _sine(r, 4 * FIRST)
+                y = re[r] * (_cosine(r, 4 * FIRST) / POINTS) - im[r] * (_sine(r, 4 * FIRST) / POINTS)
                 own = b * length * WIDTH + r * PART * WIDTH
                 there = left > r * PART
                 if p_plain is not None:

@@ -128,9 +128,9 @@ def launch_direct(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor 
 
 
 def _registers(axes: Axes, tiles: Tiles, x: Tensor) -> dict[str, int]:
-    """96 per thread for rows of up to 7 taps in 16 bits, so that five programs share a processor."""
+    """128 per thread for rows of up to 7 taps in 16 bits, so that four programs share a processor."""
     small = tiles.taps <= 7 and axes.steps[2] == 1 and x.element_size() == 2
-    return {"maxnreg": 96} if small and x.is_cuda and torch.version.hip is None else {}
+    return {"maxnreg": 128} if small and x.is_cuda and torch.version.hip is None else {}
 
 
 def taps_first(problem: Convolution, weight: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ _INNER = 256
 """Points of the inner transforms of longer ones, up to its square; beyond, `_WHOLE`."""
 _REGISTERS = 32
 """Largest transform in registers."""
-_THREADS, _FEW = 256, 128
-"""Threads of a program; fewer share a processor better where two times 32 points fill the registers."""
+_THREADS, _MANY = 256, 512
+"""Threads of a program; where two times 32 points fill the registers, more of them read wider rows."""
 _FEWEST = 16
 _HELD = 1 << 27
 """Elements of spectra that the gradient of a filter holds at once."""
@@ -50,7 +50,7 @@ class Cut:
         rows = 1 if self.second == 1 else self.first
         channels = min(threads // rows, 32, 1 << max(width - 1, 0).bit_length())
         near = min(max(threads // (rows * channels), 1), self.step)
-        return near, channels, max(min(rows * near * channels // 32, 8), 1)
+        return near, channels, max(min(rows * near * channels, threads) // 32, 1)
 
 
 def cuts(points: int) -> tuple[Cut, ...]:
@@ -70,10 +70,14 @@ def _factors(points: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _turns(size: int, parts: int, quarter: bool, device: torch.device) -> Tensor:
-    """[2, size]: cosine and sine of 2 pi p (k + 1/4 if `quarter`) / size, k < parts, p < size / parts."""
-    k = torch.arange(parts, dtype=torch.float64)[:, None] + (0.25 if quarter else 0.0)
-    angle = 2 * math.pi / size * k * torch.arange(size // parts, dtype=torch.float64)
-    return torch.stack([angle.cos(), angle.sin()]).flatten(1).float().to(device)
+    """[2, 4 + parts / 4, size / parts]: cosine and sine of 2 pi p k / size for p < size / parts.
+
+    k = 0, 1, 2, 3, with 1/4 more if `quarter`, and behind them the multiples of 4 below `parts`.
+    """
+    near = torch.arange(4, dtype=torch.float64) + (0.25 if quarter else 0.0)
+    k = torch.cat([near, torch.arange(0, parts, 4, dtype=torch.float64)])
+    angle = 2 * math.pi / size * k[:, None] * torch.arange(size // parts, dtype=torch.float64)
+    return torch.stack([angle.cos(), angle.sin()]).float().to(device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def filter_gradient(
         samples = 1 if each else len(seen)
         product = seen.new_empty(len(seen) // samples, *seen.shape[1:])
         convolution_spectra_backward[(triton.cdiv(elements, 1024), len(product))](
-            seen, wanted, product, samples, elements, 1 / points,
+            seen, wanted, product, samples, elements,
             BLOCK=1024, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         if each or not found:
@@ -158,7 +162,7 @@ def _launch(
     like = z if grid is None else grid
     assert like is not None
     batch, width = len(like), like.shape[-1]
-    threads = _FEW if cut.first == _REGISTERS and cut.second > 1 and forward else _THREADS
+    threads = _MANY if cut.first == _REGISTERS and cut.second > 1 and forward else _THREADS
     near, channels, warps = cut.tile(width, threads)
     programs = triton.cdiv(width, channels) * (cut.step // near) * (cut.points // cut.size) * batch
     each = 0 if spectrum is None or len(spectrum) == 1 else spectrum.stride(0)

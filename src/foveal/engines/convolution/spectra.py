@@ -7,10 +7,8 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["samples", "elements"])
-def convolution_spectra_backward(
-    p_x, p_dy, p_found, samples, elements, factor, BLOCK: tl.constexpr
-):  # fmt: skip
-    """found [S, 2, elements] = factor sum_n conj(x) dy, both [S, samples n, 2, elements]."""
+def convolution_spectra_backward(p_x, p_dy, p_found, samples, elements, BLOCK: tl.constexpr):
+    """found [S, 2, elements] = sum_n conj(x) dy, both [S, samples n, 2, elements]."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = place < elements
     own = tl.program_id(1).to(tl.int64)
@@ -24,5 +22,5 @@ def convolution_spectra_backward(
         d = tl.load(p_dy + begin + elements, mask=there, other=0.0)
         re += a * c + b * d
         im += a * d - b * c
-    tl.store(p_found + own * 2 * elements + place, re * factor, mask=there)
-    tl.store(p_found + (own * 2 + 1) * elements + place, im * factor, mask=there)
+    tl.store(p_found + own * 2 * elements + place, re, mask=there)
+    tl.store(p_found + (own * 2 + 1) * elements + place, im, mask=there)
