@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import foveal as fv
 from foveal import caches
 from foveal.caches import Cache, KVShape, Paged
+from foveal.engines.decode.pairs import read_rows
 from foveal.testing.bounds import INPUTS, check, error
 
-DEVICE, BF16 = "cuda", torch.bfloat16
+DEVICE, BF16, WIDE = "cuda", torch.bfloat16, torch.float64
 HEADS, KV_HEADS, DIM = 32, 8, 128
 Run = Callable[[], object]
 
@@ -77,9 +78,10 @@ def quantised(lengths: list[int], bits: Any) -> Cache:
     return filled(caches.Quantised(shape(len(lengths)), pages=pages, bits=bits), lengths)
 
 
-def pruned(lengths: list[int]) -> Cache:
+def pruned(lengths: list[int], storage: Any = None) -> Cache:
     pages = pages_of(lengths, caches.Pruned.PAGE)
-    return filled(caches.Pruned(shape(len(lengths)), pages=pages, sparsity=0.7), lengths)
+    own = caches.Pruned(shape(len(lengths)), pages=pages, sparsity=0.7, storage=storage)
+    return filled(own, lengths)
 
 
 def shared_prefix() -> Cache:
@@ -92,20 +94,21 @@ def shared_prefix() -> Cache:
 CASES: dict[str, Callable[[], Cache]] = {
     "B16 L8192, pages of 16": lambda: paged([8192] * 16),
     "B1 L131072, pages of 16": lambda: paged([131072]),
+    "B16 L65536, pages of 16": lambda: paged([65536] * 16),
     "64 mixed lengths, pages of 16": lambda: paged(mixed_lengths()),
-    "B16 L8192, shuffled pages of 16": lambda: paged([8192] * 16, shuffled=True),
-    "64 mixed lengths, shuffled pages": lambda: paged(mixed_lengths(), shuffled=True),
+    "B16 L65536, 70 % pruned": lambda: pruned([65536] * 16),
+    "B16 L65536, fp8": lambda: quantised([65536] * 16, "fp8"),
     "prefix of 32,768 shared by 32": shared_prefix,
     "prefix of 32,768 in each of 32": lambda: paged([32768 + 256] * 32),
-    "B16 L65536, pages of 16": lambda: paged([65536] * 16),
-    "B16 L65536, shuffled pages of 16": lambda: paged([65536] * 16, shuffled=True),
-    "B16 L65536, fp8": lambda: quantised([65536] * 16, "fp8"),
-    "B16 L65536, int8": lambda: quantised([65536] * 16, "int8"),
     "B16 L65536, int4": lambda: quantised([65536] * 16, "int4"),
-    "B16 L65536, 70 % pruned": lambda: pruned([65536] * 16),
+    "B16 L65536, int8": lambda: quantised([65536] * 16, "int8"),
+    "B16 L8192, shuffled pages of 16": lambda: paged([8192] * 16, shuffled=True),
+    "64 mixed lengths, shuffled pages": lambda: paged(mixed_lengths(), shuffled=True),
+    "B16 L65536, shuffled pages of 16": lambda: paged([65536] * 16, shuffled=True),
     "B16 L8192, contiguous": lambda: filled(
         caches.Contiguous(shape(16), max_tokens=8192), [8192] * 16
     ),
+    "B16 L65536, 70 % pruned, bitmap": lambda: pruned([65536] * 16, "bitmap"),
 }
 
 
@@ -124,7 +127,7 @@ def replayed(run: Run, calls: int, samples: int = 9) -> list[float]:
     with torch.cuda.graph(graph):
         for _ in range(calls):
             run()
-    graph.replay()
+    timed(graph.replay, 3)
     return [x / calls for x in timed(graph.replay, samples)]
 
 
@@ -140,11 +143,21 @@ def timed(run: Run, samples: int) -> list[float]:
     return [start.elapsed_time(stop) for start, stop in events]
 
 
+def held(cache: Cache, b: int) -> list[Tensor]:
+    """Keys and values [1, L, heads, D] of sequence b as they are stored, in float64."""
+    found = []
+    for part in cache.parts():
+        own = 0 if part.shared else b
+        n = part.view.host_lengths[own][0]
+        found.append([x.transpose(0, 1)[None] for x in read_rows(part.view, own, 0, n, WIDE)[:2]])
+    return [torch.cat(x, 1) for x in zip(*found, strict=True)]
+
+
 def worst(q: Tensor, cache: Cache, o: Tensor) -> tuple[float, float]:
     """Error of the last sequence of o against float64, and what a plain computation may have."""
     b = len(cache.host_lengths) - 1
-    k, v = (x[b : b + 1, : cache.host_lengths[b][0]] for x in cache.dense())
-    wide = (x.double() for x in (q[b : b + 1], k, v))
+    wide = q[b : b + 1].double(), *held(cache, b)
+    k, v = (x.to(BF16) for x in wide[1:])
     exact = fv.attend(*wide, fv.Causal(), implementation="reference")
     plain = fv.attend(q[b : b + 1], k, v, fv.Causal(), implementation="reference")
     allowed = 2 * error(plain, exact) + torch.finfo(BF16).eps * float(exact.abs().max())
@@ -165,8 +178,8 @@ def cudnn(batch: int, length: int) -> Run:
     return run
 
 
-def ours(name: str) -> dict[str, Any]:
-    """A case in graph replays and call by call; checked where float64 keys fit beside it."""
+def time_case(name: str, write: Callable[[dict[str, object]], None]) -> None:
+    """A case in graph replays and call by call, a peer beside it, then its error."""
     cache = CASES[name]()
     lengths = [row[0] for row in cache.host_lengths]
     q = queries(len(lengths))
@@ -177,8 +190,7 @@ def ours(name: str) -> dict[str, Any]:
     o = run()
     moved = fv.explain_decode(q, cache).bytes
     calls = max(1, min(20, int(4e9 / moved)))
-    found, allowed = (None, None) if max(lengths) > 40000 else worst(q, cache, o)
-    return {
+    line: dict[str, Any] = {
         "case": name,
         "lengths": lengths if len(set(lengths)) > 1 else [lengths[0], len(lengths)],
         "heads": [HEADS, KV_HEADS, DIM],
@@ -187,26 +199,68 @@ def ours(name: str) -> dict[str, Any]:
         "calls_per_graph": calls,
         "samples_ms": replayed(run, calls),
         "eager_ms": timed(run, 20),
-        "error": found,
-        "allowed": allowed,
     }
-
-
-def time_case(name: str, write: Callable[[dict[str, object]], None]) -> None:
-    line = ours(name)
-    torch.cuda.empty_cache()
     middle, eager = (statistics.median(line[key]) for key in ("samples_ms", "eager_ms"))
-    text = f"{name:34} {middle:.4f} ms {line['bytes_read'] / middle / 1e6:5.0f} GB/s"
+    text = f"{name:34} {middle:.4f} ms {moved / middle / 1e6:5.0f} GB/s"
     text += f", call by call {eager:.4f}"
     length, batch = line["lengths"][:2]
     if name in (f"B{batch} L{length}, pages of 16", f"B{batch} L{length}, contiguous"):
         peer = cudnn(batch, length)
-        line["cudnn_samples_ms"] = replayed(peer, line["calls_per_graph"])
+        line["cudnn_samples_ms"] = replayed(peer, calls)
         text += f", cuDNN {statistics.median(line['cudnn_samples_ms']):.4f}"
-    if line["error"] is not None:
-        text += f", error {line['error']:.1e} of {line['allowed']:.1e}"
+    # Products in float64 last: they draw so much power that what follows runs slower for a while.
+    line["error"], line["allowed"] = worst(q, cache, o)
+    time.sleep(0.5)
     write(line)
-    print(text, flush=True)
+    print(f"{text}, error {line['error']:.1e} of {line['allowed']:.1e}", flush=True)
+
+
+def bandwidth(write: Callable[[dict[str, object]], None]) -> None:
+    """What this device reads, and copies, of 4 GiB."""
+    source = torch.ones(1 << 30, dtype=torch.float32, device=DEVICE)
+    target = torch.empty_like(source)
+    for name, run, moved in (
+        ("copy of 4 GiB, bytes read and written", lambda: target.copy_(source), 2),
+        ("sum of 4 GiB, bytes read", source.sum, 1),
+    ):
+        samples = replayed(run, 1)
+        found = moved * source.nbytes / statistics.median(samples) / 1e6
+        write({"case": name, "bytes": moved * source.nbytes, "samples_ms": samples})
+        print(f"{name:34} {statistics.median(samples):.4f} ms {found:5.0f} GB/s", flush=True)
+
+
+def changing(write: Callable[[dict[str, object]], None]) -> None:
+    """One graph of an append and a decode, replayed while sequences grow, end and begin."""
+    lengths = [8192 - 509 * i for i in range(16)]
+    cache = Paged(shape(16), pages=10000)
+    filled(cache, lengths)
+    k, v = (torch.randn(16, 1, KV_HEADS, DIM, device=DEVICE, dtype=BF16) for _ in range(2))
+    q = queries(16)
+    fv.decode(q, cache, implementation="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.append(k, v)
+        o = fv.decode(q, cache, implementation="triton")
+    samples, errors = [], []
+    for step in range(48):
+        for x in (k, v, q):
+            x.normal_()
+        if step % 16 == 8:
+            cache.free([step // 4])
+        cache.prepare()
+        samples += timed(graph.replay, 1)
+        if step % 12 == 11:
+            errors.append(worst(q, cache, o))
+    name = "graph of a changing batch"
+    found, allowed = (max(x) for x in zip(*errors, strict=True))
+    ended = [n for (n,) in cache.host_lengths]
+    line = {"case": name, "lengths": lengths, "ended": ended, "samples_ms": samples}
+    write(line | {"error": found, "allowed": allowed})
+    text = f"{name:34} {statistics.median(samples):.4f} ms with its append"
+    print(f"{text}, error {found:.1e} of {allowed:.1e}", flush=True)
+
+
+OTHERS = {"bandwidth": bandwidth, "graph of a changing batch": changing}
 
 
 def checks() -> Iterator[tuple[str, Callable[[], tuple[Cache, Tensor, fv.Score, fv.Pattern]]]]:
@@ -234,7 +288,9 @@ def checks() -> Iterator[tuple[str, Callable[[], tuple[Cache, Tensor, fv.Score, 
     yield "virtual", of(lambda s: caches.VirtualContiguous(s, max_tokens=4000))
     for bits in ("fp8", "int8", "int4"):
         yield bits, of(lambda s, n=bits: caches.Quantised(s, pages=100, bits=n), 2)
-    yield "pruned", of(lambda s: caches.Pruned(s, pages=40))
+    for storage in ("bitmap", "channels"):
+        yield f"pruned {storage}", of(lambda s, n=storage: caches.Pruned(s, pages=40, storage=n))
+    yield "pruned, 3 queries", of(lambda s: caches.Pruned(s, pages=40), 3, fv.Softmax(soft_cap=9.0))
 
 
 def run_check(build: Callable[[], tuple[Cache, Tensor, fv.Score, fv.Pattern]]) -> list[str]:
@@ -328,7 +384,8 @@ def main() -> int:
             writer(options.out)(json.loads(lines[-1]))
         return 0 if lines else 1
     torch.manual_seed(0)
-    work = checks() if options.what == "check" else ((name, name) for name in CASES)
+    named = ((name, name) for name in (*OTHERS, *CASES))
+    work = checks() if options.what == "check" else named
     write = writer(options.out)
     for name, item in work:
         if options.only not in name:
@@ -341,6 +398,8 @@ def main() -> int:
                 found = run_check(item)
                 failed += bool(found)
                 print(f"{name:20} {'; '.join(found) or 'ok'}", flush=True)
+            elif name in OTHERS:
+                OTHERS[name](write)
             else:
                 time_case(name, write)
         except Exception as failure:

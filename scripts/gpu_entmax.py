@@ -1,6 +1,6 @@
 """Checks and times alpha-entmax attention on a CUDA device; one line per case.
 
-python scripts/gpu_entmax.py check [--first 0] [--count N]      o and gradients against float64
+python scripts/gpu_entmax.py check [--only 0,3,7]               o and gradients against float64
 python scripts/gpu_entmax.py time [--seconds 40] [--out F]      ours, and adasplash where installed
 
 Times are medians of interleaved samples, in milliseconds; JSON lines hold every sample.
@@ -93,6 +93,11 @@ CHECKS = (
     Case(300, 2, 2, 80, value_dim=48),
     Case(300, 2, 2, 32, dtype=F32),
     Case(300, 2, 2, 256),
+    Case(1111, 8, 2, 128),
+    # Longer than lists of single keys and queries have room for; with small scores most keys count.
+    Case(8300, 1, 1, 64),
+    Case(8300, 1, 1, 64, spread=0.02),
+    Case(8300, 2, 1, 64, spread=1.7),
 )
 TIMES = (
     Case(8192, 16, 16, 64),
@@ -175,14 +180,14 @@ def main() -> int:
     )
     parser.add_argument("what", choices=("check", "time"))
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--only", help="numbers of cases, by comma")
     parser.add_argument("--peer", action="store_true", help="time adasplash beside it")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     end, failed = time.monotonic() + options.seconds, 0
     cases = CHECKS if options.what == "check" else TIMES
-    for case in cases[options.first : options.first + options.count]:
+    numbers = range(len(cases)) if options.only is None else map(int, options.only.split(","))
+    for case in (cases[number] for number in numbers):
         if time.monotonic() > end:
             print(f"{case}: the time was over", flush=True)
             continue

@@ -1,6 +1,6 @@
 """Checks and times local linear attention on a CUDA device; one line per case.
 
-python scripts/gpu_local_linear.py check [--part 0/4]             outputs and gradients against float64
+python scripts/gpu_local_linear.py check [--part 0/4] [--match A,B] outputs and gradients against float64
 python scripts/gpu_local_linear.py accuracy [--out F]             error by ridge, against a direct solve
 python scripts/gpu_local_linear.py time [--seconds 40] [--out F]  beside softmax, interleaved; JSON lines
 python scripts/gpu_local_linear.py decode [--out F]               one query against a cache, in a graph
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import foveal as fv
 from foveal.probe.solve import solve_report
+from foveal.testing import check as verdict
 from foveal.testing import check_attend
 
 DEVICE = "cuda"
@@ -60,11 +61,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     lists = fv.Blocks(fv.BlockSelection.from_block_mask(mask.to(DEVICE), 64, 64))
     cut = torch.tensor([0, 70, 70, 201], dtype=torch.int32, device=DEVICE)
     patterns: tuple[tuple[str, fv.Pattern, tuple[int, ...], Tensor | None], ...] = (
-        ("causal", fv.Causal(), (201,), None),
+        ("causal", fv.Causal(), (321,), None),
         ("dense", fv.Dense(), (150,), None),
-        ("window", fv.Sliding(40), (201,), None),
+        ("window", fv.Sliding(40), (321,), None),
         ("packed", fv.Causal(), (201,), cut),
-        ("grid", fv.Neighborhood((5, 7)), (13, 17), None),
+        ("grid", fv.Neighborhood((5, 7)), (17, 19), None),
         ("dilated", fv.Neighborhood((3, 3), dilation=2), (14, 16), None),
         ("lists", lists & fv.Causal(), (256,), None),
         ("spans", fv.Sliding(30, sink_tokens=3), (201,), None),
@@ -102,17 +103,54 @@ def _score(kind: str, q: Tensor) -> fv.Score:
     return fv.LocalLinear(ridge, ridge_grad="detached" if kind == "detached" else "exact")
 
 
-def check(part: str) -> None:
+def decode_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Steps against a cache, without gradients, by their names."""
+    for kind, dim, heads, kv_heads, queries, window in (
+        ("solved", 128, 8, 8, 1, None),
+        ("given", 128, 8, 8, 1, None),
+        ("solved", 128, 8, 2, 3, 700),
+        ("given", 64, 8, 2, 3, 700),
+        ("solved", 64, 4, 2, 1, None),
+    ):
+
+        def run(
+            kind: str = kind,
+            dim: int = dim,
+            heads: tuple[int, int] = (heads, kv_heads),
+            queries: int = queries,
+            window: int | None = window,
+        ) -> object:
+            q, _, _ = draw((queries,), heads[0], dim, batch=2)
+            _, k, v = draw((1531,), heads[1], dim, batch=2)
+            pattern = fv.Causal() if window is None else fv.Sliding(window)
+            ridge = torch.tensor([1.0, 10.0] * (heads[0] // 2), device=DEVICE)
+            score = _score(kind, q) if kind == "given" else fv.LocalLinear(ridge)
+
+            def result(wide: torch.dtype, implementation: str) -> Tensor:
+                own = q.to(wide), k.to(wide), v.to(wide)
+                mine = fv.Parallax(score.r.to(wide)) if isinstance(score, fv.Parallax) else score
+                return fv.attend(*own, pattern, mine, implementation=implementation)
+
+            o, same = result(BF16, "triton"), result(BF16, "reference")
+            return [verdict("o", o, same, result(torch.float64, "reference"))]
+
+        yield f"decode D{dim} {heads}/{kv_heads} x{queries} {kind}", run
+
+
+def check(part: str, match: str) -> None:
     number, count = (int(x) for x in part.split("/"))
-    for index, (name, run) in enumerate(cases()):
+    every = [*cases(), *decode_cases()]
+    every = [each for word in match.split(",") for each in every if word in each[0]]
+    for index, (name, run) in enumerate(every):
         if index % count != number:
             continue
         start = time.perf_counter()
         try:
             found = run()
             assert isinstance(found, list)
-            worst = max(v.error / max(v.allowed, 1e-30) for v in found)
-            line = f"ok     {worst:.2f} {name}"
+            worst = {v.name: v.error / max(v.allowed, 1e-30) for v in found}
+            shown = " ".join(f"{result} {x:.2f}" for result, x in worst.items())
+            line = f"{'ok' if all(v.ok for v in found) else 'FAILED'} {name}: {shown}"
         except Exception as failure:
             line = f"FAILED {name} {type(failure).__name__}: {str(failure)[:900]}"
         print(f"{line} ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -303,11 +341,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("task", choices=("check", "accuracy", "time", "decode"))
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--match", default="", help="words, any of which names of checks hold")
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--out")
     given = parser.parse_args()
     if given.task == "check":
-        check(given.part)
+        check(given.part, given.match)
     elif given.task == "accuracy":
         accuracy(writer(given.out))
     elif given.task == "time":

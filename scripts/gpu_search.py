@@ -1,22 +1,28 @@
-"""Searches sizes of shipped Triton kernels on a CUDA device, and confirms them on shapes that it never timed.
+"""Searches sizes of shipped Triton kernels on a CUDA device, and confirms them on shapes never timed before.
 
-python scripts/gpu_search.py compile NAME... [--seconds 90] --points P   every setting of every kernel
+python scripts/gpu_search.py compile NAME[=SIZES]... [--seconds 90] --points P [--known F]
+python scripts/gpu_search.py check NAME=SIZES... --points P [--whole]
+python scripts/gpu_search.py explore NAME[=SIZES[;SIZES]]... [--seconds 90] --points P
+python scripts/gpu_search.py landscape NAME... [--seconds 25] --points P --out F
 python scripts/gpu_search.py search NAME... [--seconds 25] --points P --archive A [--strategy full]
-python scripts/gpu_search.py confirm NAME... --archive A [--out F]       champion against shipped sizes
-python scripts/gpu_search.py race NAME... [--seconds 8] --points P [--out F]   strategies at equal time
+python scripts/gpu_search.py confirm NAME[=SIZES]... --points P [--against SIZES] [--archive A] [--out F]
+python scripts/gpu_search.py confirm all --points P [--seconds 25] [--out F]
 
-NAME: gated_delta, kimi_delta, fixed_decay (forward and backward of a recurrence), or
-STAGE/DIM such as forward/256, backward_kv/64 (a portable tile kernel).
-`compile` fills Triton's cache and writes to P which settings gave right results, in processes of its own;
-`search` combines settings that did, and `confirm` compares the champion with float64 once more, in a fresh
-process.
+NAME: STAGE/DIM or STAGE/DIM/float32, such as backward_kv/64 (a portable tile kernel, timed alone), or
+gated_delta, kimi_delta, fixed_decay (forward and backward of a recurrence).
+`compile` fills Triton's cache, compares every setting (with SIZES: these and their neighbours) with float64
+in processes of its own, and writes to P what is right, but for points of F; `landscape` times all of P, for
+`search_race.py` to replay strategies on; `check` compares sizes with float64 on every held-out problem, with
+--whole through the whole operator, gradients and repairs with it; `confirm` times sizes (those named, else
+the champion of the archive, else the shipped ones) against the shipped ones (or those of --against) on
+held-out shapes, beside a control: what is compared against, twice.
+`explore` compiles, times roughly beside whatever else runs, and checks the two best of each kernel, or the
+sizes that are named; `confirm all` takes everything that was checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import json
 import math
 import multiprocessing
@@ -24,382 +30,290 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import gpu_state
+from gpu_search_kernels import DEVICE, Tiles, kernels
 
-import foveal as fv
 from foveal.search.acceptance import decide
 from foveal.search.archive import Archive
 from foveal.search.controller import Search
 from foveal.search.device import DeviceEvaluator
-from foveal.search.space import Param, Point, Space, Value, steps
+from foveal.search.space import Point, Space, Value
 from foveal.search.strategies import strategy
 from foveal.search.task import Case, Input, Task
-from foveal.testing.agreement import check_attend
-from foveal.tuning import state as state_tuning
-from foveal.tuning import tile as tile_tuning
+from foveal.tuning.config import Config
 
-BF16 = torch.bfloat16
-DEVICE = "cuda"
-_TILES_OF = {
-    "additive": ("v_tile",),
-    "queries": ("gradient_tile",),
-    "keys": ("gradient_tile",),
-    "pairs": ("pairs_k_tile",),
-    "walk": ("v_tile",),
-    "walk_backward": ("backward_v_tile",),
-    "values_backward": ("gradient_v_tile",),
-    "keys_backward": ("gradient_k_tile", "gradient_v_tile"),
-}
-"""Tile sizes that kernels of the state engine are compiled with."""
+Write = Callable[[dict[str, object]], None]
+_DRAWN = 400
+_SAMPLES = 8
+_CONFIRMED = 20
+_PROMISING = 0.97
 
 
-def _space(start: Mapping[str, Value], values: Mapping[str, Sequence[Value]], fits: Any) -> Space:
-    """Ordered parameters; what is shipped belongs to the values and is the start."""
-    params: list[Param] = []
-    for name, known in values.items():
-        every = sorted({*known, start[name]})
-        params.append(steps(name, *every, begins=start[name]))
-    return Space(tuple(params), fits)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recurrences:
-    """Forward and backward of `scan` with one rule and one shape of decay."""
-
-    rule: Any
-    decay: str
-    kernels: tuple[str, ...]
-    tiles: Mapping[str, tuple[int, ...]]
-    gated: bool = True
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return ((1, 16384, 16, 16, 128, 128),)
-
-    @property
-    def held_out(self) -> tuple[tuple[int, ...], ...]:
-        return (
-            (1, 32768, 16, 16, 128, 128),
-            (4, 4096, 16, 16, 128, 128),
-            (2, 6000, 32, 32, 128, 128),
-        )
-
-    @property
-    def shipped(self) -> state_tuning.Tuning:
-        decay = {"none": 0, "fixed": 1, "token": 2, "channel": 3}[self.decay]
-        return state_tuning.tuning(BF16, 128, isinstance(self.rule, fv.Delta), decay)
-
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Parameters by the kernel that is compiled with them."""
-        return tuple(
-            (*_TILES_OF.get(kernel, ()), f"{kernel}_warps", f"{kernel}_stages")
-            for kernel in self.kernels
-        )
-
-    @property
-    def space(self) -> Space:
-        values: dict[str, Sequence[Value]] = dict(self.tiles)
-        for kernel in self.kernels:
-            walks = kernel.startswith("walk") or kernel == "additive"
-            values[f"{kernel}_warps"] = (2, 4, 8) if walks else (4, 8)
-            values[f"{kernel}_stages"] = (2, 3, 4) if walks else (1, 2)
-        return _space(self.point(self.shipped), values, lambda point: True)
-
-    def point(self, found: state_tuning.Tuning) -> dict[str, Value]:
-        names = [*self.tiles]
-        point: dict[str, Value] = {name: getattr(found, name) for name in names}
-        for kernel in self.kernels:
-            sizes = getattr(found, kernel)
-            point |= {
-                f"{kernel}_warps": sizes["num_warps"],
-                f"{kernel}_stages": sizes["num_stages"],
-            }
-        return point
-
-    def tuned(self, point: Point) -> state_tuning.Tuning:
-        changes: dict[str, Any] = {name: point[name] for name in self.tiles}
-        for kernel in self.kernels:
-            changes[kernel] = {
-                "num_warps": point[f"{kernel}_warps"],
-                "num_stages": point[f"{kernel}_stages"],
-            }
-        return dataclasses.replace(self.shipped, **changes)
-
-    def problem(self, sizes: tuple[int, ...]) -> gpu_state.Problem:
-        return gpu_state.Problem(
-            self.rule,
-            self.decay,
-            BF16,
-            sizes,
-            gated=self.gated,
-            initial=False,  # type: ignore[arg-type]
-        )
-
-    def call(self, point: Point, shape: tuple[int, ...]) -> Callable[[], object]:
-        leaves, do = _kept(self, shape)
-        tuned = self.tuned(point)
-
-        def run() -> None:
-            with state_tuning.forced(tuned):
-                o = fv.scan(**leaves, rule=self.rule, implementation="triton")
-                torch.autograd.grad(o, list(leaves.values()), do)
-
-        return run
-
-    def wrong(self, point: Point) -> str:
-        """What is out of bounds on a small problem of the same kind."""
-        problem = self.problem((1, 200, 2, 2, 128, 128))
-        inputs = problem.draw(random.randrange(1 << 30))
-        with state_tuning.forced(self.tuned(point)):
-            got = problem.run(inputs, "triton")
-            self.call(point, self.shapes[0])()
-        bad = [str(v) for v in gpu_state.verdicts(problem, inputs, got) if not v.ok]
-        return "; ".join(bad)[:300]
-
-
-_KEPT: dict[Any, Any] = {}
-
-
-def _kept(kernels: Any, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
-    key = kernels.decay, type(kernels.rule).__name__, shape
-    if key not in _KEPT:
-        inputs = kernels.problem(shape).draw(0)
-        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-        _KEPT[key] = leaves, torch.randn_like(leaves["v"])
-    found: tuple[dict[str, Tensor], Tensor] = _KEPT[key]
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """One stage of the portable tile kernels, at one head_dim: causal and a window in the plane."""
-
-    stage: str
-    dim: int
-
-    shapes = (("causal", (8192,), 8), ("window", (96, 96), 8))
-    held_out = (
-        ("causal", (4096,), 8),
-        ("causal", (5008,), 8),
-        ("window", (128, 80), 8),
-        ("sliding", (16384,), 8),
-    )
-    groups = (("queries", "keys", "warps", "stages"),)
-
-    @property
-    def shipped(self) -> tile_tuning.Config:
-        architecture = tile_tuning.architecture(torch.device(DEVICE))
-        return tile_tuning.shipped(self.stage, architecture, self.dim, BF16)
-
-    groups = (("queries", "keys", "warps", "stages"),)
-
-    @property
-    def space(self) -> Space:
-        found = self.shipped
-        start = {"queries": found.queries, "keys": found.keys, "warps": found.warps}
-        values: dict[str, Sequence[Value]] = {
-            "queries": (32, 64, 128),
-            "keys": (32, 64, 128),
-            "warps": (4, 8),
-            "stages": (1, 2, 3, 4),
-        }
-        limit = 232448
-        dim = self.dim
-
-        def fits(point: Point) -> bool:
-            q, k, w = (int(point[n]) for n in ("queries", "keys", "warps"))
-            own, other = (k, q) if self.stage == tile_tuning.BACKWARD_KV else (q, k)
-            shared = 2 * dim * (own * 2 + 2 * other * int(point["stages"]))
-            return 1024 <= q * k * 8 // w <= 32768 and shared <= limit * 1.5
-
-        return _space(start | {"stages": found.stages}, values, fits)
-
-    def call(self, point: Point, shape: Any) -> Callable[[], object]:
-        pattern, leaves, o, do = _attended(shape, self.dim)
-        config = self._config(point)
-
-        def run() -> None:
-            with tile_tuning.forced(self.stage, config):
-                if self.stage == tile_tuning.FORWARD:
-                    with torch.no_grad():
-                        fv.attend(*leaves, pattern, implementation="triton")
-                else:
-                    torch.autograd.grad(o, leaves, do, retain_graph=True)
-
-        return run
-
-    def wrong(self, point: Point) -> str:
-        with tile_tuning.forced(self.stage, self._config(point)):
-            for name, grid in (("causal", (300,)), ("window", (20, 21))):
-                pattern = _PATTERNS[name]
-                source = torch.Generator(DEVICE).manual_seed(random.randrange(1 << 30))
-                shape = (1, *grid, 2, self.dim)
-                q, k, v = (
-                    torch.randn(shape, device=DEVICE, generator=source).to(BF16) for _ in "qkv"
-                )
-                try:
-                    check_attend(q, k, v, pattern, implementation="triton")
-                except AssertionError as error:
-                    return str(error)[:300]
-        for shape in self.shapes:
-            self.call(point, shape)()
-        return ""
-
-    def _config(self, point: Point) -> tile_tuning.Config:
-        return tile_tuning.Config(
-            int(point["queries"]), int(point["keys"]), int(point["warps"]), int(point["stages"])
-        )
-
-
-_PATTERNS = {
-    "causal": fv.Causal(),
-    "window": fv.Neighborhood((17, 17)),
-    "sliding": fv.Sliding(1023),
-}
-
-
-def _attended(shape: Any, dim: int) -> Any:
-    key = shape, dim
-    if key not in _KEPT:
-        name, grid, heads = shape
-        source = torch.Generator(DEVICE).manual_seed(0)
-        q, k, v = (
-            torch.randn((1, *grid, heads, dim), device=DEVICE, generator=source)
-            .to(BF16)
-            .requires_grad_()
-            for _ in "qkv"
-        )
-        o = fv.attend(q, k, v, _PATTERNS[name], implementation="triton")
-        _KEPT[key] = _PATTERNS[name], (q, k, v), o, torch.randn_like(o)
-    return _KEPT[key]
-
-
-_DELTA = ("pairs", "walk", "output", "walk_backward", "values_backward", "keys_backward")
-_DELTA_TILES = {
-    "v_tile": (16, 32),
-    "backward_v_tile": (16, 32),
-    "pairs_k_tile": (64, 128),
-    "gradient_v_tile": (64, 128),
-    "gradient_k_tile": (32, 64, 128),
-}
-
-
-def kernels(name: str) -> Recurrences | Tiles:
-    """What a NAME of the command line is."""
-    if name == "gated_delta":
-        return Recurrences(fv.Delta(), "token", _DELTA, _DELTA_TILES)
-    if name == "kimi_delta":
-        return Recurrences(fv.Delta(), "channel", _DELTA, _DELTA_TILES)
-    if name == "fixed_decay":
-        tiles = {"v_tile": (32, 64, 128), "gradient_tile": (32, 64, 128), "piece": (16, 32, 64)}
-        return Recurrences(fv.Additive(), "fixed", ("additive", "queries", "keys"), tiles, False)
-    stage, _, dim = name.partition("/")
-    return Tiles(stage, int(dim))
-
-
-def checked(job: tuple[str, dict[str, Value]]) -> tuple[str, dict[str, Value], str, float]:
-    """The point, what is wrong with it ("" for nothing), seconds; in a process of its own."""
+def checked(job: tuple[str, dict[str, Value]]) -> dict[str, object]:
+    """What is wrong with a point ("" for nothing), facts, seconds; in a process of its own."""
     name, point = job
     start = time.perf_counter()
+    facts: dict[str, float] = {}
     try:
-        wrong = kernels(name).wrong(point)
-    except Exception as error:
+        wrong, facts = kernels(name).wrong(point)
+    except Exception as error:  # compilers and drivers raise what they like
         wrong = f"{type(error).__name__}: {error}"[:300]
-    return name, point, wrong, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return {"name": name, "point": point, "wrong": wrong, "facts": facts, "seconds": seconds}
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled(Space):
-    """The part of a space in which every kernel has a setting that was compiled and right."""
-
-    groups: tuple[tuple[str, ...], ...] = ()
-    known: tuple[frozenset[tuple[Value, ...]], ...] = ()
-
-    def valid(self, point: Point) -> bool:
-        settings = zip(self.groups, self.known, strict=True)
-        return super().valid(point) and all(
-            tuple(point[each] for each in group) in some for group, some in settings
+def roughly(job: tuple[str, dict[str, Value]]) -> dict[str, object]:
+    """`checked`, with the ratio to the shipped sizes as it is beside other work on the device."""
+    line = checked(job)
+    if not line["wrong"]:
+        found = kernels(job[0])
+        timer = DeviceEvaluator(
+            found, found.space.first, lambda p: ("", {}, 0.0), torch.device(DEVICE)
         )
-
-    def draw(self, source: random.Random) -> dict[str, Value]:
-        for _ in range(1000):
-            point = dict(self.first)
-            for group, some in zip(self.groups, self.known, strict=True):
-                point.update(zip(group, source.choice(sorted(some)), strict=True))
-            if self.valid(point):
-                return point
-        return dict(self.first)
+        pair = {"point": job[1], "shipped": found.space.first}
+        samples = timer.samples(pair, found.shapes[0], _SAMPLES)
+        ratios = [a / b for a, b in zip(samples["point"], samples["shipped"], strict=True)]
+        line["ratio"] = statistics.median(ratios)
+    return line
 
 
-def _coverage(name: str) -> list[dict[str, Value]]:
-    """Points in which every setting of every kernel stands twice, beside others."""
+def held_out(job: tuple[str, dict[str, Value]]) -> dict[str, object]:
+    """What is wrong with a point on held-out problems; compiles what `confirm` will time."""
+    name, point = job
     found = kernels(name)
-    space, source = found.space, random.Random(0)
-    values = {param.name: param.values for param in space.params}
-    points = [space.first]
-    for _ in range(2):
-        columns = []
-        for group in found.groups:
-            settings = list(itertools.product(*(values[each] for each in group)))
-            source.shuffle(settings)
-            columns.append(settings)
-        for row in range(max(map(len, columns))):
-            point = dict(space.first)
-            for group, settings in zip(found.groups, columns, strict=True):
-                point.update(zip(group, settings[row % len(settings)], strict=True))
-            if space.valid(point) and point not in points:
-                points.append(point)
-    return points
+    wrong = ""
+    start = time.perf_counter()
+    try:
+        for shape in found.held_out:
+            wrong = wrong or found.wrong(point, shape)[0]
+    except Exception as error:  # compilers and drivers raise what they like
+        wrong = f"{type(error).__name__}: {error}"[:300]
+    return {"name": name, "point": point, "wrong": wrong, "seconds": time.perf_counter() - start}
 
 
-def compile_points(names: Sequence[str], seconds: float, workers: int, path: Path) -> None:
+def explore(names: Sequence[str], seconds: float, workers: int, path: Path) -> None:
+    """Compiles and roughly times points for two thirds of the time, then checks the best of every kernel."""
+    start = time.monotonic()
+    chosen: list[tuple[str, dict[str, Value]]] = []
+    jobs: list[tuple[float, str, dict[str, Value]]] = []
+    for each in names:
+        name, _, sizes = each.partition("=")
+        if sizes:
+            chosen += [(name, _point(kernels(name), text)) for text in sizes.split(";")]
+        else:
+            for rank, point in enumerate(sorted(coverage(name), key=_aspect)):
+                jobs.append((rank, name, point))
+    jobs.sort(key=lambda job: job[0])
+    rough: dict[str, list[tuple[float, dict[str, Value]]]] = {}
+
+    def keep(line: dict[str, Any]) -> None:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, path.open("a") as file:
+        first = [pool.apply_async(held_out, (job,)) for job in chosen]
+        rest = pool.imap_unordered(roughly, [job[1:] for job in jobs])
+        until = start + seconds * (0.62 if jobs else 0.0)
+        for _ in jobs:
+            try:
+                line: dict[str, Any] = rest.next(timeout=max(until - time.monotonic(), 0.01))
+            except multiprocessing.TimeoutError:
+                break
+            keep(line)
+            if line["wrong"]:
+                print(f"{line['name']} {line['point']} {str(line['wrong'])[:160]}", flush=True)
+            else:
+                rough.setdefault(line["name"], []).append((line["ratio"], line["point"]))
+        for waiting in first:
+            line = waiting.get(timeout=max(start + seconds - time.monotonic(), 0.01))
+            keep(line)
+            print(f"{line['name']} {line['point']} {line['wrong'] or 'right'}", flush=True)
+        pool.terminate()
+    best = []
+    for name, found in rough.items():
+        found.sort(key=lambda pair: pair[0])
+        print(name, len(found), [(round(r, 3), *p.values()) for r, p in found[:5]], flush=True)
+        best += [(r, name, point) for r, point in found[:2] if r < _PROMISING]
+    if not best:
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, path.open("a") as file:
+        more = pool.imap_unordered(held_out, [job[1:] for job in sorted(best, key=lambda b: b[0])])
+        for _ in best:
+            try:
+                line = more.next(timeout=max(start + seconds - time.monotonic(), 0.01))
+            except multiprocessing.TimeoutError:
+                break
+            keep(line)
+            print(f"{line['name']} {line['point']} {line['wrong'] or 'right'}", flush=True)
+        pool.terminate()
+
+
+def _aspect(point: Point) -> float:
+    """Tiles that are nearly square first."""
+    sides = float(point["queries"]), float(point["keys"])
+    return max(sides) / min(sides)
+
+
+def coverage(each: str) -> list[dict[str, Value]]:
+    """The shipped sizes, then all others in random order, or the neighbours of sizes that are named."""
+    name, _, sizes = each.partition("=")
+    space, source = kernels(name).space, random.Random(0)
+    if sizes:
+        point = _point(kernels(name), sizes)
+        near = space.neighbours(point)
+        further = [other for neighbour in near for other in space.neighbours(neighbour)]
+        unique = {tuple(x.values()): x for x in (space.first, point, *near, *further)}
+        return list(unique.values())
+    if space.size <= _DRAWN:
+        points = [point for point in space.points() if point != space.first]
+        source.shuffle(points)
+    else:
+        points = [space.draw(source) for _ in range(_DRAWN)]
+    return [space.first, *points]
+
+
+def compile_points(
+    names: Sequence[str], seconds: float, workers: int, path: Path, known: Path | None
+) -> None:
     """Fills Triton's cache with what a search will ask for, and says what is right."""
     end = time.monotonic() + seconds
-    spaces = {name: _coverage(name) for name in names}
+    done = set()
+    if known is not None:
+        for line in map(json.loads, known.read_text().splitlines()):
+            if line["point"] != line.get("shipped"):
+                done.add((line["name"], tuple(line["point"].values())))
+    spaces = {each.partition("=")[0]: coverage(each) for each in names}
+    spaces = {
+        name: [point for point in points if (name, tuple(point.values())) not in done]
+        for name, points in spaces.items()
+    }
+    names = list(spaces)
     jobs: list[tuple[str, dict[str, Value]]] = []
     for turn in range(max(map(len, spaces.values()))):
         jobs += [(name, points[turn]) for name, points in spaces.items() if turn < len(points)]
-    done = failed = 0
+    failed = 0
+    took: dict[str, list[float]] = {name: [] for name in names}
     with multiprocessing.get_context("spawn").Pool(workers) as pool, path.open("a") as file:
         waiting = pool.imap_unordered(checked, jobs)
-        while done < len(jobs):
+        for _ in jobs:
             try:
-                name, point, wrong, took = waiting.next(timeout=max(end - time.monotonic(), 0.01))
+                line = waiting.next(timeout=max(end - time.monotonic(), 0.01))
             except multiprocessing.TimeoutError:
                 break
-            done += 1
-            failed += bool(wrong)
-            file.write(json.dumps([name, point, wrong]) + "\n")
+            failed += bool(line["wrong"])
+            took[str(line["name"])].append(float(line["seconds"]))  # type: ignore[arg-type]
+            file.write(json.dumps(line) + "\n")
             file.flush()
-            if wrong:
-                print(f"{took:.1f} s: {name} {wrong[:140]}", flush=True)
+            if line["wrong"]:
+                print(f"{line['name']} {line['point']} {str(line['wrong'])[:160]}", flush=True)
         pool.terminate()
-    print(f"{done} of {len(jobs)} points compiled, {failed} of them wrong", flush=True)
+    for name, all_seconds in took.items():
+        middle = statistics.median(all_seconds) if all_seconds else math.nan
+        print(f"{name}: {len(all_seconds)} of {len(spaces[name])} compiled, {middle:.1f} s each")
+    print(f"{failed} wrong", flush=True)
 
 
-def known_settings(name: str, path: Path) -> list[set[tuple[Value, ...]]]:
-    """Settings by kernel that stood in a point with right results."""
-    groups = kernels(name).groups
-    found: list[set[tuple[Value, ...]]] = [set() for _ in groups]
-    for line in path.read_text().splitlines():
-        whose, point, wrong = json.loads(line)
-        if whose == name and not wrong:
-            for settings, group in zip(found, groups, strict=True):
-                settings.add(tuple(point[each] for each in group))
-    return found
+def right_points(name: str, path: Path) -> list[dict[str, Any]]:
+    """Lines of points that were right."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        line for line in lines if line["name"] == name and "facts" in line and not line["wrong"]
+    ]
+
+
+def check(name: str, sizes: str, path: Path, whole: bool) -> None:
+    """Compares sizes with float64 on every held-out problem, and compiles what `confirm` will time."""
+    found = kernels(name)
+    point = _point(found, sizes) if sizes else found.space.first
+    shapes = (*found.shapes, *found.held_out)
+    start = time.monotonic()
+    wrong = ""
+    for shape in found.held_out:
+        wrong = wrong or found.wrong(point, shape)[0]
+    if whole:
+        wrong = wrong or found.checked(point, shapes)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"name": name, "point": point, "wrong": wrong}) + "\n")
+    took = time.monotonic() - start
+    print(f"{name} {sizes}: {wrong or 'right'}, {took:.0f} s, whole: {whole}", flush=True)
+
+
+def landscape(name: str, seconds: float, path: Path, write: Write) -> None:
+    """Times of all right points, each by turns with the shipped sizes."""
+    from triton.testing import do_bench
+
+    found = kernels(name)
+    end = time.monotonic() + seconds
+    shipped = found.space.first
+    timer = DeviceEvaluator(found, shipped, lambda p: ("", {}, 0.0), torch.device(DEVICE))
+    lines = right_points(name, path)
+    best: list[tuple[float, dict[str, Any]]] = []
+    for number, line in enumerate(lines):
+        if time.monotonic() > end:
+            print(f"{name}: {number} of {len(lines)} timed in time", flush=True)
+            break
+        point = line["point"]
+        row: dict[str, Any] = {"point": point, "shipped": shipped, "facts": line["facts"]}
+        start = time.perf_counter()
+        try:
+            for shape in found.shapes:
+                pair = {"point": point, "shipped": shipped}
+                samples = timer.samples(pair, shape, _SAMPLES)
+                row["samples"] = samples
+        except Exception as error:
+            print(f"{name} {point}: {type(error).__name__}: {str(error)[:160]}", flush=True)
+            continue
+        row["seconds"] = time.perf_counter() - start
+        row["compile_seconds"] = line["facts"].pop("compile_seconds", line["seconds"])
+        if number % 16 == 0:
+            start = time.perf_counter()
+            row["do_bench"] = do_bench(found.call(point, found.shapes[0])) / 1e3
+            row["do_bench_seconds"] = time.perf_counter() - start
+        middle = {key: statistics.median(x) for key, x in samples.items()}
+        best.append((middle["point"] / middle["shipped"], row))
+        write({"what": "landscape", "name": name, "shape": found.shapes[0], **row})
+    best.sort(key=lambda pair: pair[0])
+    control = [ratio for ratio, row in best if row["point"] == shipped]
+    print(f"{name}: {len(best)} timed, control {[round(x, 4) for x in control]}")
+    for ratio, row in best[:6]:
+        milliseconds = 1e3 * statistics.median(row["samples"]["shipped"])
+        print(
+            f"  {1 - ratio:+.1%} of {milliseconds:.3f} ms: {row['point']}", row["facts"], flush=True
+        )
+
+
+@dataclass(frozen=True)
+class Known(Space):
+    """The points of a space that were compiled and right."""
+
+    known: frozenset[tuple[Value, ...]] = frozenset()
+
+    def valid(self, point: Point) -> bool:
+        return tuple(point[p.name] for p in self.params) in self.known
+
+    def draw(self, source: random.Random) -> dict[str, Value]:
+        values = source.choice(sorted(self.known))
+        return dict(zip((p.name for p in self.params), values, strict=True))
+
+    def points(self) -> Iterator[dict[str, Value]]:
+        for values in sorted(self.known):
+            yield dict(zip((p.name for p in self.params), values, strict=True))
+
+
+def known_space(space: Space, points: Sequence[Point]) -> Known:
+    """A space of these points only."""
+    known = frozenset(tuple(point[p.name] for p in space.params) for point in points)
+    return Known(space.params, space.allows, known)
 
 
 def task_of(name: str, space: Space) -> Task:
@@ -409,103 +323,122 @@ def task_of(name: str, space: Space) -> Task:
     return Task(name, program, (case,), program, space, device=DEVICE)
 
 
-def search(
-    name: str, seconds: float, archive: Path, recipe: str, seed: int, points: Path
-) -> list[tuple[float, float]]:
-    """Searches, with the shipped sizes as the start and as the reference; (seconds, best speed-up)."""
+def search(name: str, seconds: float, archive: Path, recipe: str, seed: int, points: Path) -> None:
+    """Searches, with the shipped sizes as the start and as the reference."""
     found = kernels(name)
-    known = tuple(frozenset(each) for each in known_settings(name, points))
-    whole = found.space
-    space = Compiled(whole.params, whole.allows, found.groups, known)
-    print(f"{name}: settings by kernel {[len(each) for each in known]}", flush=True)
+    lines = right_points(name, points)
+    space = known_space(found.space, [line["point"] for line in lines])
+    facts = {tuple(sorted(line["point"].items())): line["facts"] for line in lines}
     with Archive(archive) as store:
         evaluator = DeviceEvaluator(
-            found, space.first, lambda point: ("", {}, 0.0), torch.device(DEVICE), seed=seed
+            found,
+            space.first,
+            lambda point: ("", facts.get(tuple(sorted(point.items())), {}), 0.0),
+            torch.device(DEVICE),
+            seed=seed,
         )
         run = Search(task_of(name, space), store, [evaluator], strategy(recipe), seed)
-        start = time.monotonic()
-        shown = 0.0
-
-        def show(state: Any) -> None:
-            nonlocal shown
-            if time.monotonic() - shown > 3:
-                shown = time.monotonic()
-                print(f"{shown - start:.0f} s: {state}", flush=True)
-
-        run.run(seconds, show)
+        run.run(seconds)
         entries = store.entries(evaluated=True)
-        bad = [e for e in entries if e.evaluation and not e.evaluation.ok]
-        champion = store.champion()
-        print(f"{name}: {len(entries)} judged, {len(bad)} wrong, {len(store.accepted())} accepted")
-        for e in bad[:3]:
-            print("  wrong:", e.evaluation.reason[:160] if e.evaluation else "")
+        print(
+            f"{name}: {len(entries)} of {len(lines)} judged, {len(store.accepted())} accepted, "
+            f"{len(store.elites())} niches"
+        )
         for each in store.accepted():
-            print(
-                f"  accepted after {each['spent']:.1f} s: {each['speedup']:.4f}, {each['gain']:.2%}"
-            )
-        if champion is not None:
-            changed = {
-                k: (space.first[k], v)
-                for k, v in champion.candidate.params.items()
-                if v != space.first[k]
-            }
-            print("  champion (shipped, found):", changed, flush=True)
-        clock, best, curve = 0.0, 0.0, []
-        for entry in entries:
-            if entry.evaluation is not None:
-                clock += entry.evaluation.seconds
-                best = max(best, entry.evaluation.speedup or 0.0)
-                curve.append((round(clock, 3), round(best, 4)))
-        return curve
+            point = dict(store.entry(each["candidate"]).candidate.params)
+            print(f"  after {each['spent']:.1f} s: {each['gain']:.2%}, {point}", flush=True)
 
 
-def confirm(name: str, archive: Path, write: Callable[[dict[str, object]], None]) -> None:
-    """The champion against the shipped sizes on held-out shapes; this process never searched."""
+def confirm(
+    name: str,
+    found_text: str,
+    against: str | None,
+    archive: Path | None,
+    points: Path,
+    write: Write,
+) -> None:
+    """Sizes against the shipped ones on held-out shapes; this process never searched.
+
+    Whether they are right `check` found out and wrote to `points`, else it is found out here.
+    """
     found = kernels(name)
-    with Archive(archive, readonly=True) as store:
-        champion = store.champion()
-        assert champion is not None
-        point = dict(champion.candidate.params)
-    _, _, wrong, _ = checked((name, point))
-    print(f"{name}: held-out, correct: {not wrong} {wrong}", flush=True)
-    timer = DeviceEvaluator(found, found.space.first, lambda p: ("", {}, 0.0), torch.device(DEVICE))
-    for shape in (*found.shapes, *found.held_out):
-        samples = timer._samples({"found": point, "shipped": found.space.first}, shape, 20)
-        ratios = [a / b for a, b in zip(samples["found"], samples["shipped"], strict=True)]
-        decision = decide({"": [math.log(r) for r in ratios]})
-        gain = 1 - statistics.median(ratios)
+    base = _point(found, against) if against else found.space.first
+    if found_text:
+        point = _point(found, found_text)
+    elif archive is not None and archive.exists():
+        with Archive(archive, readonly=True) as store:
+            champion = store.champion()
+            assert champion is not None
+            point = dict(champion.candidate.params)
+    else:
+        point = found.space.first
+    shapes = (*found.shapes, *found.held_out)
+    lines = [json.loads(x) for x in points.read_text().splitlines()] if points.exists() else []
+    own = [x for x in lines if x["name"] == name and x["point"] == point and "facts" not in x]
+    wrong = own[-1]["wrong"] if own else found.checked(point, shapes)
+    print(f"{name} {found_text}: correct: {not wrong} {wrong}", flush=True)
+    timer = DeviceEvaluator(found, base, lambda p: ("", {}, 0.0), torch.device(DEVICE))
+    for shape in shapes:
+        named = {"found": point, "shipped": base, "control": base}
+        try:
+            samples = timer.samples(named, shape, _CONFIRMED)
+        except Exception as error:
+            print(f"  {shape}: {type(error).__name__}: {str(error)[:160]}", flush=True)
+            continue
+        gains, verdicts = {}, {}
+        for which in ("found", "control"):
+            ratios = [a / b for a, b in zip(samples[which], samples["shipped"], strict=True)]
+            verdicts[which] = decide({"": [math.log(r) for r in ratios]}).verdict
+            gains[which] = 1 - statistics.median(ratios)
         held = shape not in found.shapes
         print(
-            f"  {shape} {'held out' if held else 'searched'}: {gain:+.2%} {decision.verdict}",
+            f"  {shape} {'held out' if held else 'searched'}: {gains['found']:+.2%} "
+            f"{verdicts['found']}, control {gains['control']:+.2%} {verdicts['control']}",
             flush=True,
         )
         write(
             {
+                "what": "confirm",
                 "name": name,
                 "shape": shape,
                 "held_out": held,
                 "found": point,
-                "shipped": found.space.first,
-                "gain": gain,
-                "verdict": decision.verdict,
+                "shipped": base,
+                "gain": gains["found"],
+                "verdict": verdicts["found"],
+                "control": gains["control"],
+                "control_verdict": verdicts["control"],
                 "correct": not wrong,
                 "samples": samples,
             }
         )
 
 
-def race(
-    name: str, seconds: float, points: Path, write: Callable[[dict[str, object]], None], seeds: int
-) -> None:
-    """First timings over device time of strategies, with seeds by turns."""
-    for seed in range(seeds):
-        for recipe in ("bayes", "random", "full"):
-            with tempfile.TemporaryDirectory() as folder:
-                curve = search(name, seconds, Path(folder) / "race.db", recipe, seed, points)
-            write({"name": name, "strategy": recipe, "seed": seed, "curve": curve})
+def checked_names(path: Path) -> list[str]:
+    """NAME=SIZES of what was right on held-out problems; of every kernel the first before the others."""
+    found: dict[str, dict[str, None]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        if "facts" not in line and not line["wrong"]:
+            point = line["point"]
+            sizes = Config(point["queries"], point["keys"], point["warps"], point["stages"])
+            found.setdefault(line["name"], {})[f"{line['name']}={sizes}"] = None
+    columns = [list(names) for names in found.values()]
+    turns = range(max(map(len, columns), default=0))
+    return [names[turn] for turn in turns for names in columns if turn < len(names)]
 
 
-def writer(path: Path | None) -> Callable[[dict[str, object]], None]:
+def _point(found: Any, text: str) -> dict[str, Value]:
+    assert isinstance(found, Tiles)
+    sizes = Config.parse(text)
+    return {
+        "queries": sizes.queries,
+        "keys": sizes.keys,
+        "warps": sizes.warps,
+        "stages": sizes.stages,
+    }
+
+
+def writer(path: Path | None) -> Write:
     """Appends JSON lines to a file, each with the command, the device and the versions."""
     import triton
 
@@ -528,30 +461,52 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("compile", "search", "confirm", "race"))
+    parser.add_argument(
+        "what", choices=("compile", "check", "explore", "landscape", "search", "confirm")
+    )
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=25.0)
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 12))
     parser.add_argument("--strategy", default="full")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--archive", type=Path, default=Path("search"), help="a folder")
+    parser.add_argument("--against", metavar="SIZES")
+    parser.add_argument("--archive", type=Path, help="a folder")
     parser.add_argument("--points", type=Path, default=Path("points.jsonl"))
+    parser.add_argument("--known", type=Path)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the host computes on tiny matrices only
     if options.what == "compile":
-        compile_points(options.names, options.seconds, options.workers, options.points)
+        compile_points(
+            options.names, options.seconds, options.workers, options.points, options.known
+        )
         return 0
-    for name in options.names:
-        archive = options.archive / f"{name.replace('/', '_')}.db"
+    if options.what == "explore":
+        explore(options.names, options.seconds, options.workers, options.points)
+        return 0
+    end = time.monotonic() + options.seconds
+    if options.names == ["all"]:
+        options.names = checked_names(options.points)
+    for number, each in enumerate(options.names):
+        if time.monotonic() > end:
+            print(f"{each} and what follows: no time left", flush=True)
+            break
+        share = (end - time.monotonic()) / (len(options.names) - number)
+        name, _, sizes = each.partition("=")
+        archive = None
+        if options.archive is not None:
+            archive = options.archive / f"{name.replace('/', '_')}.db"
         try:
-            if options.what == "confirm":
-                confirm(name, archive, writer(options.out))
-            elif options.what == "race":
-                race(name, options.seconds, options.points, writer(options.out), options.seeds)
+            if options.what == "check":
+                check(name, sizes, options.points, options.whole)
+            elif options.what == "confirm":
+                out = writer(options.out)
+                confirm(name, sizes, options.against, archive, options.points, out)
+            elif options.what == "landscape":
+                landscape(name, share, options.points, writer(options.out))
             else:
-                share = options.seconds / len(options.names)
+                assert archive is not None
                 search(name, share, archive, options.strategy, options.seed, options.points)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)

@@ -1,6 +1,6 @@
 """Times sparse attention by selection on a CUDA device beside our own dense causal forward.
 
-python scripts/gpu_sparse.py [--cases nsa,prefill] [--seconds 40] [--out FILE]
+python scripts/gpu_sparse.py [--cases nsa,prefill,decode] [--samples 7] [--seconds 40] [--out FILE]
 
 One line per case; with --out one JSON line per case, with the samples, shapes, device and versions.  q, k
 and v are normal random numbers: neighbouring tokens share none of their lists, which is the slowest
@@ -26,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import foveal as fv
 from foveal import selectors as fs
-from foveal.compose import SparseBranches, attend_segments, attend_selected, native_sparse
+from foveal.caches import KVShape, Paged
+from foveal.compose import (
+    SparseBranches,
+    attend_segments,
+    attend_selected,
+    decode_selected,
+    native_sparse,
+)
 from foveal.systems.sparse.prefill import minference
 
 HEAD_DIM = 128
@@ -35,17 +42,24 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Shape:
-    """Lengths and heads of a problem of batch 1, bfloat16."""
+    """Lengths and heads of a problem, bfloat16."""
 
     length: int
     heads: int
     kv_heads: int
+    batch: int = 1
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         source = torch.Generator("cuda").manual_seed(1)
         q, k, v = (
             torch.randn(
-                1, self.length, h, HEAD_DIM, generator=source, device="cuda", dtype=torch.bfloat16
+                self.batch,
+                self.length,
+                h,
+                HEAD_DIM,
+                generator=source,
+                device="cuda",
+                dtype=torch.bfloat16,
             )
             for h in (self.heads, self.kv_heads, self.kv_heads)
         )
@@ -54,9 +68,13 @@ class Shape:
 
 NATIVE = (Shape(16384, 64, 4), Shape(65536, 32, 8), Shape(65536, 16, 8))
 PREFILL = (Shape(65536, 32, 8), Shape(131072, 32, 8))
+DECODE = (Shape(65536, 32, 8, 16),)
+PAGE = 64
+# Steps in one replay of a CUDA graph.
+STEPS = 10
 
 
-def samples(call: Call, most: int = 7) -> list[float]:
+def samples(call: Call, most: int) -> list[float]:
     """Milliseconds of device time; the device waits while the host enqueues."""
     call()
     torch.cuda.synchronize()
@@ -79,6 +97,7 @@ def native_cases(shape: Shape) -> Iterator[tuple[str, Call]]:
     for name, branches in (
         ("windows of 32, every 16", SparseBranches()),
         ("windows of 64, every 64", SparseBranches(64, 64, 64, 16)),
+        ("windows of 64, every 64, no sliding window", SparseBranches(64, 64, 64, 16, window=0)),
     ):
 
         def forward(branches: SparseBranches = branches) -> object:
@@ -126,15 +145,54 @@ def prefill_cases(shape: Shape) -> Iterator[tuple[str, Call]]:
     yield "dense causal, forward", lambda: fv.attend(q, k, v, fv.Causal())
 
 
+def decode_cases(shape: Shape) -> Iterator[tuple[str, Call]]:
+    """Steps of one token for each sequence; a case is STEPS of them in one replay of a graph."""
+    sizes = KVShape(shape.batch, shape.kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    pages = shape.length // PAGE
+    cache = Paged(sizes, pages=shape.batch * pages, page_size=PAGE)
+    for _ in range(0, shape.length, 4096):
+        k, v = (
+            torch.randn(
+                shape.batch, 4096, shape.kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16
+            )
+            for _ in range(2)
+        )
+        cache.append(k, v)
+    q = torch.randn(shape.batch, 1, shape.heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    order = torch.rand(shape.batch, shape.kv_heads, 1, pages, device="cuda").argsort(-1)
+    chosen = order[..., : pages // 10].sort(-1).values.to(torch.int32)
+    tenth = fv.BlockSelection(chosen, 1, PAGE)
+    yield (
+        "decode, 10 % of the pages of each key head",
+        _graph(lambda: decode_selected(q, cache, tenth)),
+    )
+    yield "decode, all", _graph(lambda: fv.decode(q, cache))
+
+
+def _graph(step: Call) -> Call:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(STEPS):
+            step()
+    return graph.replay
+
+
 FAMILIES: dict[str, tuple[tuple[Shape, ...], Callable[[Shape], Iterator[tuple[str, Call]]]]] = {
     "nsa": (NATIVE, native_cases),
     "prefill": (PREFILL, prefill_cases),
+    "decode": (DECODE, decode_cases),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="nsa,prefill", help="families, by comma")
+    parser.add_argument("--cases", default="nsa,prefill,decode", help="families, by comma")
+    parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=40.0, help="no case starts after them")
     parser.add_argument("--out", type=Path, help="JSON lines are appended to it")
     args = parser.parse_args()
@@ -146,23 +204,25 @@ def main() -> int:
                 if time.monotonic() - began > args.seconds:
                     print("out of time", flush=True)
                     return 0
-                _run(family, shape, name, call, args.out)
+                _run(family, shape, name, call, args)
             torch.cuda.empty_cache()
     return 0
 
 
-def _run(family: str, shape: Shape, name: str, call: Call, out: Path | None) -> None:
+def _run(family: str, shape: Shape, name: str, call: Call, args: argparse.Namespace) -> None:
     try:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        times = samples(call)
+        times = samples(call, args.samples)
+        if family == "decode":
+            times = [x / STEPS for x in times]
     except (RuntimeError, ValueError) as error:
         print(f"{shape} {name}: {type(error).__name__} {error}"[:300], flush=True)
         return
     peak = torch.cuda.max_memory_allocated() - before
     print(f"{shape} {name}: {statistics.median(times):.3f} ms, {peak >> 20} MiB", flush=True)
-    if out is not None:
-        with out.open("a") as file:
+    if args.out is not None:
+        with args.out.open("a") as file:
             file.write(json.dumps(_line(family, shape, name, times, peak)) + "\n")
 
 
@@ -170,6 +230,7 @@ def _line(family: str, shape: Shape, name: str, times: list[float], peak: int) -
     return {
         "family": family,
         "case": name,
+        "batch": shape.batch,
         "length": shape.length,
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,

@@ -16,11 +16,13 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import foveal as fv
 from foveal.bench.heat import CHOSEN, Heat, heats
 from foveal.bench.measure import BACKWARD, FORWARD, ratio, summarise
 from foveal.bench.record import ABSENT, MEASURED, Record, RecordFile
+from foveal.bench.selection.markdown import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -32,7 +34,11 @@ TIMINGS = {
     name: ROOT / "benchmarks" / f"{name}_h100.jsonl"
     for name in ("tile", "locality", "state", "convolution")
 }
+POLICIES = ROOT / "benchmarks" / "policies.jsonl"
+POLICIES_GPU = ROOT / "benchmarks" / "policies_h100.jsonl"
+CONVERSIONS = ROOT / "benchmarks" / "conversions.jsonl"
 FUZZ = ROOT / "benchmarks" / "fuzz_h100.jsonl"
+SPARSE = ROOT / "benchmarks" / "sparse_quality.jsonl"
 OURS = "foveal"
 PASSES = ("forward", "forward+backward")
 SHOWN = {
@@ -53,6 +59,9 @@ def main() -> int:
     for name, path in TIMINGS.items():
         results = _between(results, name, _timings(path))
     results = _between(results, "fuzz", _fuzz())
+    results = _between(results, "sparse", markdown(_lines(SPARSE)))
+    results = _between(results, "policies", _policies())
+    results = _between(results, "conversions", _conversions())
     stale = []
     for path, content in ((README, text), (CHART, _chart(records)), (RESULTS, results)):
         if path.exists() and path.read_text(encoding="utf-8") == content:
@@ -186,6 +195,58 @@ def _fuzz() -> str:
             f"head_dim {', '.join(map(str, dims))}."
         )
     return "\n".join([*lines, "", *notes])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _policies() -> str:
+    """Share of the bytes and divergence by budget, on a real model; share of a GPU's memory."""
+    found: dict[tuple[str, float | None], dict[str, Any]] = {}
+    for line in _lines(POLICIES):
+        values = line["values"]
+        if line["task"] == "loss":  # its bytes are those behind the tokens that were predicted
+            values = {"divergence": values["divergence"]}
+        found.setdefault((line["variant"], line["budget"]), {}).update(values)
+    taken = {(x["policy"], x["budget"]): x["share"] for x in _lines(POLICIES_GPU)}
+    exact = found.get(("dense", None), {}).get("full_layer_bytes", math.nan)
+    names = list(dict.fromkeys(name for name, budget in found if budget is not None))
+    shares = (0.5, 0.25, 0.125)
+    rows = [
+        "| policy | written as exact at full budget | 1/2 | 1/4 | 1/8 | H100, memory at 1/2, 1/4, 1/8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        whole = found[name, 1.0]
+        cells = [
+            f"{found[name, b]['full_layer_bytes'] / exact:.3f} / {found[name, b]['divergence']:.3f}"
+            for b in shares
+        ]
+        memory = ", ".join(f"{taken[name, b]:.3f}" for b in shares if (name, b) in taken)
+        same = f"{whole['same_tokens']} of {whole['new_tokens']} tokens"
+        rows.append(f"| `{name}` | {same} | {' | '.join(cells)} | {memory} |")
+    return "\n".join(rows)
+
+
+def _conversions() -> str:
+    """Losses of held-out text by stage of a conversion."""
+    rows = [
+        "| kind | layers | as it was | new layers | layers taught | logits taught | "
+        "error of the layers, first and last step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in _lines(CONVERSIONS):
+        v = line["values"]
+        losses = " | ".join(f"{v[x]:.3f}" for x in ("teacher", "untrained", "layers", "logits"))
+        curves = list(v["layer_curves"].values())
+        first, last = (sum(c[at] for c in curves) / len(curves) for at in (0, -1))
+        numbers = ", ".join(map(str, v["numbers"]))
+        rows.append(f"| `{line['variant']}` | {numbers} | {losses} | {first:.2f}, {last:.3f} |")
+    return "\n".join(rows)
 
 
 _ABSENT = "absent"

@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", choices=("estimators", "trained"))
+    parser.add_argument("--task", help="only what is trained on the task of this name")
+    parser.add_argument("--models", help="only models of these names, with commas between them")
     parser.add_argument("--seconds", type=float, help="start no run after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/test_time_regression"))
     parser.add_argument(
@@ -97,6 +99,10 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 keep(record, f"{record['model']:15} dim {record['dim']:2} {record['error']:.3f}")
         size = "small" if options.small else options.device
         planned = [] if options.only == "estimators" else runs(size, seeds)
+        if options.task:
+            planned = [run for run in planned if run.task.name == options.task]
+        if options.models:
+            planned = [run for run in planned if run.model in options.models.split(",")]
         for number, run in enumerate(planned):
             if options.seconds and time.monotonic() - began > options.seconds:
                 print(f"{len(planned) - number} runs left out: the time is over", file=sys.stderr)

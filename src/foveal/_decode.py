@@ -71,6 +71,8 @@ def decode(
     if not isinstance(pattern, Pattern):
         raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
     terms = describe_terms(problem, score, pattern, parts)
+    if any(part.shared for part in parts) and terms.left is not None and terms.sink_tokens:
+        raise PatternError("pattern", pattern, "no sink tokens are needed behind a shared part")
     plan = choose_decode(problem, terms, implementation)
     stored, shift = cache.project(q)
     whole = len(parts) == 1 and stored is q
@@ -89,11 +91,16 @@ def decode(
 
 def _part(module: object, part: Part, terms: Terms, q: Tensor) -> tuple[Tensor, Tensor]:
     run = module.decode  # type: ignore[attr-defined]
+    found: tuple[Tensor, Tensor]
     if not part.shared:
-        found: tuple[Tensor, Tensor] = run(part.view, terms, q)
+        found = run(part.view, terms, q)
         return found
-    if terms.left is not None or terms.slopes is not None:
-        raise ShapeError("pattern", "a window or slopes", "a cache without a shared part is needed")
+    early = terms.causal and q.shape[1] - 1 > part.behind
+    if early or terms.left is not None or terms.slopes is not None:
+        if part.apart is None:
+            raise ShapeError("cache", "lengths per head", "one length per sequence is needed")
+        found = run(part.apart(), terms, q)
+        return found
     terms = dataclasses.replace(terms, causal=False)
     o, lse = run(part.view, terms, q.reshape(1, -1, *q.shape[2:]))
     return o.view(*q.shape[:3], -1), lse.view(q.shape[:3])

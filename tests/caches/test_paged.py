@@ -67,6 +67,30 @@ def test_running_out_changes_nothing_and_can_go_on(source: torch.Generator) -> N
     assert torch.equal(cache.dense()[0][0, 8:], k[0, :3])
 
 
+@pytest.mark.parametrize("at", ["reserve", "_encoded"])
+def test_an_interrupted_append_can_be_repeated(
+    at: str, source: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Paged(SHAPE, pages=12, page_size=4)
+    k = rows(source, 13)
+    cache.append(k[:, :6], k[:, :6])
+    before = [x.clone() for x in (*cache.dense(), cache.lengths, cache.seen)]
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.append(k[:, 6:], k[:, 6:])
+    after = (*cache.dense(), cache.lengths, cache.seen)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    cache.append(k[:, 6:], k[:, 6:])
+    assert torch.equal(cache.dense()[0], k)
+    cache.free()
+    assert cache.free_pages == 12
+
+
 def test_a_sequence_longer_than_its_table_is_refused(source: torch.Generator) -> None:
     cache = Contiguous(SHAPE, max_tokens=5)
     with pytest.raises(fv.errors.CacheError, match="max_tokens"):

@@ -70,7 +70,14 @@ def test_unknown_classes_come_with_close_names() -> None:
 def test_every_public_pattern_of_numbers_can_be_written() -> None:
     classes = {name for name in fv.__all__ if isinstance(getattr(fv, name), type)}
     patterns = {name for name in classes if issubclass(getattr(fv, name), fv.Pattern)}
-    assert set(arguments.PATTERNS) == patterns - {"Pattern", "Blocks", "Chosen", "Rows", "Tree"}
+    assert set(arguments.PATTERNS) == patterns - {
+        "Pattern",
+        "Blocks",
+        "Chosen",
+        "Lifetimes",
+        "Rows",
+        "Tree",
+    }
 
 
 def test_scores() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.compose import merge
+from foveal.compose.native_sparse import gated_sum
 from foveal.testing import check
 from foveal.testing.bounds import INPUTS, error
 
@@ -18,6 +19,26 @@ def _results(outputs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> l
     weights = [torch.linspace(-1, 2, x.numel(), dtype=dtype).view_as(x) for x in (o, seen)]
     gradients = torch.autograd.grad((o, seen), leaves, weights)
     return [o.detach(), lse.detach(), *gradients]
+
+
+def gated(seed: int) -> list[float]:
+    """Largest differences of a gated sum and its gradients from plain operations."""
+    from foveal.compose.gate_kernel import GatedSum
+
+    source = torch.Generator().manual_seed(seed)
+    gates = torch.rand(2, 7, 3, 3, generator=source).requires_grad_()
+    outputs = [torch.randn(2, 7, 3, 5, generator=source).requires_grad_() for _ in range(3)]
+    found: list[float] = []
+    for own, count in ((gates, 3), (gates[:, :, :1], 3), (gates, 2)):
+        some = outputs[:count]
+        ours = GatedSum.apply(own, *some)
+        plain = gated_sum(tuple(some), own)
+        weight = torch.randn(plain.shape, generator=source)
+        pairs = [(ours, plain)]
+        gradients = (torch.autograd.grad(x, [gates, *some], weight) for x in (ours, plain))
+        pairs += list(zip(*gradients, strict=True))
+        found += [float((a - b).abs().max()) for a, b in pairs]
+    return found
 
 
 def merged(shape: tuple[int, ...], seed: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Policies inside a model: what they keep, what they free, and what must not disturb them."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -59,6 +60,28 @@ def test_bytes_fall_with_the_budget(model: Any, name: str) -> None:
         assert (
             held_bytes(answer) <= whole * budget / PROMPT * (1 + positions) + 2 * 2 * 2 * 2 * 8 * 4
         )
+
+
+def live_bytes() -> int:
+    """Bytes of memory behind all tensors that Python can reach."""
+    gc.collect()
+    found = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_memory_is_given_back_not_only_counted(model: Any, name: str) -> None:
+    ids = tokens(2, PROMPT)
+    before = live_bytes()
+    with hf.using(model, cache=name, budget=PROMPT // 8), torch.no_grad():
+        cache = model(ids, logits_to_keep=1).past_key_values
+        held = cache._foveal_session.bytes()
+        taken = live_bytes() - before
+    tokens_and_notes = ids.numel() * 8 + 4096
+    memory = sum(x.numel() * 8 for y in cache.layers for x in (y.held.memo,) if x is not None)
+    host = sum(layer.held.host_bytes() for layer in cache.layers)
+    assert held <= taken <= held + host + memory + tokens_and_notes
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -149,10 +172,32 @@ def test_nan_in_one_sequence_stays_there(model: Any, name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("assistance", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_works_or_says_why_not(model: Any, assistance: str) -> None:
+    ids = tokens(1, PROMPT)
+    options: dict[str, Any] = {
+        assistance: llama() if assistance == "assistant_model" else 3,
+        "return_dict_in_generate": False,
+    }
+    expected = written(model, ids, return_dict_in_generate=False)
+    for attention in ("dense", "minference"):
+        with hf.using(model, attention):
+            assert torch.equal(written(model, ids, **options), expected)
+    with hf.using(model, cache="snapkv", budget=PROMPT + NEW):
+        assert torch.equal(written(model, ids, **options), expected)
+    with (
+        hf.using(model, cache="snapkv", budget=24),
+        pytest.raises(errors.CacheError, match="a budget that holds the text"),
+    ):
+        written(model, ids, **options)
+
+
 def test_misuse_is_an_error_that_says_what_to_do(model: Any) -> None:
     ids = tokens(1, 40)
     with pytest.raises(errors.UnknownNameError, match="did you mean"):
         hf.use(model, cache="snapvk")
+    with pytest.raises(errors.RefusedError, match="both ways"):
+        hf.use(model, cache="elastic_cache")
     with pytest.raises(errors.SelectionError, match="budget"):
         hf.use(model, cache="snapkv", budget=0)
     with torch.no_grad():

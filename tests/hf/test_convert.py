@@ -1,5 +1,6 @@
 """Converted layers: exact where they can be, better after training, gone when restored."""
 
+import json
 from typing import Any
 
 import pytest
@@ -40,6 +41,18 @@ def test_layers_learn_their_teacher(kind: str) -> None:
     hf.restore(model)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_curves_are_in_the_report() -> None:
+    from foveal.eval import report
+
+    model, data = llama(), tokens(3, 40)
+    done = hf.convert(model, "mla", data=data, schedule=hf.Schedule(3, 2))
+    line = {"subject": "tiny", "task": "conversion", "variant": "mla", "seconds": 1.0}
+    line |= {"status": "measured", "values": json.loads(json.dumps(done.as_dict()))}
+    page = report.build([line], [("device", "cpu")]).render()
+    assert "Learning the layers" in page
+    assert f"{done.logits:.3f}" in page
 
 
 @pytest.mark.parametrize("kind", ["kda", "mla"])

@@ -85,7 +85,7 @@ def test_lists_of_tiles_reach_all_when_they_may(source: torch.Generator) -> None
         ({"length": 5, "stride": 2}, "length"),
         ({"block": 9, "stride": 2, "length": 4}, "block"),
         ({"best": 2}, "best"),
-        ({"window": 0}, "window"),
+        ({"window": -1}, "window"),
         ({"granularity": "row"}, "granularity"),
     ],
 )

@@ -118,3 +118,12 @@ def test_keys_per_row_of_a_data_dependent_pattern(qkv: tuple[Tensor, ...]) -> No
     expected = (blocks & fv.Causal()).dense_mask(L, L).sum((-2, -1)) / L
     found = keys_per_row(blocks & fv.Causal(), fv.Extent((L,), (L,)))
     torch.testing.assert_close(found, expected.double())
+
+
+def test_lists_per_key_head_count_for_their_query_heads(source: torch.Generator) -> None:
+    q = torch.randn(1, 32, 4, 8, generator=source)
+    k, v = (torch.randn(1, 32, 2, 8, generator=source) for _ in range(2))
+    mask = torch.rand(1, 2, 4, 4, generator=source) < 0.6
+    kept = kept_mass(q, k, v, fv.Blocks(fv.BlockSelection.from_block_mask(mask, 8, 8)))
+    assert kept.keys.shape == kept.mass.shape == (1, 4)
+    assert torch.equal(kept.keys[:, 0], kept.keys[:, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -103,3 +105,14 @@ def test_processes_end_with_the_nursery() -> None:
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
         time.sleep(0.01)
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_process_without_a_namespace_of_its_own_is_told_from_others_by_its_session(
+    nursery: Nursery,
+) -> None:
+    with nursery.start(Limits(programs=True)) as process:
+        process._space = None
+        owned = process._pids()
+        assert owned == [process.pid]
+        process._session = os.getsid(0)
+        assert process._pids() == [process.pid]

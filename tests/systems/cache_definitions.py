@@ -78,19 +78,25 @@ def snapkv(source: torch.Generator) -> Example:
 
 
 def fastgen(source: torch.Generator) -> Example:
+    """Budgets of 11 per head; a head that no set serves has what the other one leaves of 22."""
+
     def choose(P: Tensor, k: Tensor, v: Tensor) -> list[list[int]]:
         L, lists = k.shape[1], []
-        for head in P:
-            mass = head.sum(1).mean(0)
-            mass = mass / mass.sum()
+        masses = [head.sum(1).mean(0) / head.sum(1).mean(0).sum() for head in P]
+        for mass in masses:
             special = {0}
             frequent = special | set(best(mass, 5, list(range(L))))
             local = frequent | set(range(L - 6, L))
-            for kept in (special, frequent, local, set(range(L))):
-                if sum(float(mass[j]) for j in kept) >= 0.5:
-                    break
-            lists.append(sorted(kept | {L - 1}))
-        return lists
+            kept = [x for x in (special, frequent, local) if sum(mass[list(x)]) >= 0.5]
+            lists.append(sorted(kept[0]) if kept else [])
+        sizes = [len(x) for x in lists]
+        for mass, kept in zip(masses, lists, strict=True):
+            if not kept:
+                each = (2 * 11 - sum(sizes)) // sizes.count(0)
+                near = list(range(L - each // 2, L))
+                middle = best(mass, each - len(near) - 1, list(range(1, L - each // 2)))
+                kept += [0, *middle, *near]
+        return [sorted({*kept, k.shape[1] - 1}) for kept in lists]
 
     return Example(_prompt(source), on_kept(choose), {"budget": 11, "recovery": 0.5})
 
@@ -185,7 +191,7 @@ def a_vl(source: torch.Generator) -> Example:
             lists.append(core + heavy + newest)
         return lists
 
-    return Example(_prompt(source), on_kept(choose), {"budget": 11, "image": 12})
+    return Example(_prompt(source), on_kept(choose), {"budget": 0.5, "image": 12})
 
 
 def mustafar(source: torch.Generator) -> Example:
@@ -435,6 +441,110 @@ def flash_svd(source: torch.Generator) -> Example:
     return Example(inputs, attention, {"piece": 3})
 
 
+def _on_all(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """o of every query on the keys that choose(q [G, L, D], k [L, D]) marks, bool [G, L, L]."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = []
+        for qb, kb, vb in zip(*(x.transpose(1, 2) for x in (q, k, v)), strict=True):
+            heads = []
+            for qh, kh, vh in zip(qb.unflatten(0, (len(kb), -1)), kb, vb, strict=True):
+                seen = choose(qh.detach(), kh.detach())
+                s = (qh @ kh.T / math.sqrt(kh.shape[-1])).masked_fill(~seen, -torch.inf)
+                heads.append(s.softmax(-1) @ vh)
+            rows.append(torch.cat(heads).transpose(0, 1))
+        return torch.stack(rows)
+
+    return attention
+
+
+_newest = on_kept(lambda P, k, v: [list(range(k.shape[1]))] * len(k))
+
+
+def lean_attention(source: torch.Generator) -> Example:
+    return Example(_prompt(source), _newest, {"tile": 4, "programs": 7})
+
+
+def dist_attention(source: torch.Generator) -> Example:
+    return Example(_prompt(source), _newest, {"segments": 4})
+
+
+def vattention(source: torch.Generator) -> Example:
+    return Example(_prompt(source), _newest)
+
+
+def eigen_attention(source: torch.Generator) -> Example:
+    """Keys and values in planes: that is where nearly all of their singular values are."""
+    q, k, v = _prompt(source)
+    planes = [draw(source, 2, x.shape[-1]) for x in (k, v)]
+
+    def spread(q: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        return q, *(y @ plane.to(y.dtype) for y, plane in zip(x, planes, strict=True))
+
+    inputs = q, *(x[..., :2] for x in (k, v))
+    return Example(inputs, lambda *x: _newest(*spread(*x)), {"energy": 1 - 1e-12}, spread)
+
+
+def matryoshka_kv(source: torch.Generator) -> Example:
+    q, k, v = _prompt(source)
+    bases = [torch.linalg.qr(draw(source, 2, x.shape[-1], 3))[0] for x in (k, v)]
+
+    def attention(*x: Tensor) -> Tensor:
+        keys, values = (
+            torch.stack([y[:, :, h] @ u[h, :, :2] @ u[h, :, :2].T for h in range(2)], 2)
+            for y, u in zip(x[1:3], x[3:], strict=True)
+        )
+        return _newest(x[0], keys, values)
+
+    return Example((q, k, v, *bases), attention, {"ranks": 2})
+
+
+def retrieval_attention(source: torch.Generator) -> Example:
+    def choose(q: Tensor, k: Tensor) -> Tensor:
+        seen = torch.zeros(*q.shape[:2], len(k), dtype=torch.bool)
+        for g in range(len(q)):
+            for i in range(len(k)):
+                near = [j for j in range(i + 1) if j < 2 or i - j < 5]
+                far = [j for j in range(i + 1) if j not in near]
+                seen[g, i, near + best(k @ q[g, i], 4, far)] = True
+        return seen
+
+    return Example(_prompt(source), _on_all(choose), {"keys": 4, "sinks": 2, "window": 5})
+
+
+def louis_kv(source: torch.Generator) -> Example:
+    def choose(q: Tensor, k: Tensor) -> Tensor:
+        seen = torch.zeros(*q.shape[:2], len(k), dtype=torch.bool)
+        unit, border, there = torch.nn.functional.normalize(q, dim=-1), 0, list[int]()
+        for i in range(len(k)):
+            if i == 0 or float((unit[:, i] * unit[:, border]).sum(-1).mean()) < 0.1:
+                border, old = i, max(i - 6 + 1, 0) // 3
+                means = [float(k[3 * p : 3 * p + 3].mean(0) @ q[:, i].sum(0)) for p in range(old)]
+                chosen = best(torch.tensor(means), 2, list(range(old)))
+                there = [3 * p + n for p in chosen for n in range(3)]
+            seen[:, i, there + list(range(3 * old, i + 1))] = True
+        return seen
+
+    options = {"alike": 0.1, "pages": 2, "page": 3, "window": 6}
+    return Example(_prompt(source), _on_all(choose), options)
+
+
+def elastic_cache(source: torch.Generator) -> Example:
+    shapes = (3, 4), (9, 2), (9, 2), (3, 2), (3, 2)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
+        rows = [*range(4), *range(7, 9)]
+        keys, values = (
+            torch.cat([x[:, rows], y], 1) for x, y in zip((k, v), (new_k, new_v), strict=True)
+        )
+        return torch.cat(
+            [_newest(q[:, i : i + 1].expand(-1, 9, -1, -1), keys, values) for i in range(3)], 1
+        )
+
+    inputs = tuple(draw(source, 2, length, heads, 8) for length, heads in shapes)
+    return Example(inputs, attention, {"start": 4})
+
+
 CACHE_DEFINITIONS: dict[str, list[Callable[[torch.Generator], Example]]] = {
     "snapkv": [snapkv],
     "fastgen": [fastgen],
@@ -448,6 +558,19 @@ CACHE_DEFINITIONS: dict[str, list[Callable[[torch.Generator], Example]]] = {
     "mustafar": [mustafar],
     "ltri_llm": [ltri_llm],
     "s3_attention": [s3_attention],
+    **{
+        make.__name__: [make]
+        for make in (
+            lean_attention,
+            dist_attention,
+            vattention,
+            eigen_attention,
+            matryoshka_kv,
+            retrieval_attention,
+            louis_kv,
+            elastic_cache,
+        )
+    },
     "cca": [cca],
     "head_embeddings": [head_embeddings, head_factors],
     "super_attention": [super_attention],

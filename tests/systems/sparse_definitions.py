@@ -19,36 +19,36 @@ Seen = Callable[[int, int, int], list[int]]
 """Keys that query t of head h in sequence b sees."""
 
 
-def _normal(source: torch.Generator, *shape: int) -> Tensor:
+def normal(source: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=source, dtype=torch.float64)
 
 
-def _qkv(
+def qkv(
     source: torch.Generator, length: int, heads: int, kv_heads: int, batch: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _normal(source, batch, length, heads, 4),
-        _normal(source, batch, length, kv_heads, 4),
-        _normal(source, batch, length, kv_heads, 3),
+        normal(source, batch, length, heads, 4),
+        normal(source, batch, length, kv_heads, 4),
+        normal(source, batch, length, kv_heads, 3),
     )
 
 
-def _scores(q: Tensor, k: Tensor, b: int, h: int, t: int) -> Tensor:
+def products(q: Tensor, k: Tensor, b: int, h: int, t: int) -> Tensor:
     return k[b, :, h * k.shape[2] // q.shape[2]] @ q[b, t, h] / math.sqrt(q.shape[-1])
 
 
-def _over(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def over(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     rows = []
     for b in range(q.shape[0]):
         for t in range(q.shape[1]):
             for h in range(q.shape[2]):
                 keys = seen(b, h, t)
-                weights = torch.softmax(_scores(q, k, b, h, t)[keys], 0)
+                weights = torch.softmax(products(q, k, b, h, t)[keys], 0)
                 rows.append(weights @ v[b, keys, h * k.shape[2] // q.shape[2]])
     return torch.stack(rows).view(*q.shape[:3], v.shape[-1])
 
 
-def _best(scores: dict[int, float], count: int) -> list[int]:
+def best_of(scores: dict[int, float], count: int) -> list[int]:
     return sorted(sorted(scores, key=lambda n: (-scores[n], n))[:count])
 
 
@@ -66,7 +66,7 @@ def _native(source: torch.Generator) -> Example:
             for t in range(length):
                 for h in range(4):
                     seen = [w for w in range(count) if w * d + size - 1 <= t]
-                    p = torch.softmax(_scores(q, keys, b, h, t)[seen], 0)
+                    p = torch.softmax(products(q, keys, b, h, t)[seen], 0)
                     probabilities[b, h, t] = p.tolist()
                     if seen:
                         total[b, t, h] = gates[b, t, h, 0] * (p @ values[b, seen, h // 2])
@@ -83,16 +83,16 @@ def _native(source: torch.Generator) -> Example:
                             for n in range(size // d):
                                 score += p * (inside.start + m + n == w)
                 scores[j] = math.inf if forced else score
-            blocks = _best(scores, best)
+            blocks = best_of(scores, best)
             return [i for j in blocks for i in range(j * block, (j + 1) * block) if i <= t]
 
-        total = total + gates[..., 1, None] * _over(q, k, v, chosen)
-        near = _over(q, k, v, lambda b, h, t: list(range(max(0, t - window + 1), t + 1)))
+        total = total + gates[..., 1, None] * over(q, k, v, chosen)
+        near = over(q, k, v, lambda b, h, t: list(range(max(0, t - window + 1), t + 1)))
         return total + gates[..., 2, None] * near
 
     gates = torch.rand(2, length, 4, 3, generator=source, dtype=torch.float64)
     branches = SparseBranches(size, d, block, best, window=window)
-    return Example((*_qkv(source, length, 4, 2), gates), expected, {"branches": branches})
+    return Example((*qkv(source, length, 4, 2), gates), expected, {"branches": branches})
 
 
 def _minference(source: torch.Generator) -> Example:
@@ -102,13 +102,13 @@ def _minference(source: torch.Generator) -> Example:
         def lists(b: int, h: int) -> tuple[list[int], list[int]]:
             column, offset = dict.fromkeys(range(length), 0.0), dict.fromkeys(range(length), 0.0)
             for t in range(length - last, length):
-                p = torch.softmax(_scores(q, k, b, h, t)[: t + 1], 0).tolist()
+                p = torch.softmax(products(q, k, b, h, t)[: t + 1], 0).tolist()
                 for j, weight in enumerate(p):
                     column[j] += weight
                     offset[t - j] += weight
             column |= dict.fromkeys(range(sinks), math.inf)
             offset |= dict.fromkeys(range(local), math.inf)
-            return _best(column, vertical), _best(offset, slash)
+            return best_of(column, vertical), best_of(offset, slash)
 
         found = {(b, h): lists(b, h) for b in range(2) for h in range(4)}
 
@@ -129,13 +129,13 @@ def _minference(source: torch.Generator) -> Example:
                 keys |= set(range(start, start + -(-(stop - start) // tile) * tile))
             return sorted(j for j in keys if j <= t)
 
-        return _over(q, k, v, seen)
+        return over(q, k, v, seen)
 
     options = {
         "vertical": vertical, "slash": slash, "queries": last, "sinks": sinks, "local": local,
         "tile": tile,
     }  # fmt: skip
-    return Example(_qkv(source, length, 4, 2), expected, options)
+    return Example(qkv(source, length, 4, 2), expected, options)
 
 
 def _prefix(scores: dict[int, float], mass: float) -> list[int]:
@@ -170,14 +170,14 @@ def _xattention(source: torch.Generator) -> Example:
             for h in range(4)
             for m in range(-(-length // block))
         }
-        return _over(
+        return over(
             q,
             k,
             v,
             lambda b, h, t: [j for j in range(t + 1) if j // block in found[b, h, t // block]],
         )
 
-    return Example(_qkv(source, length, 4, 2), expected, {"mass": 0.6, "stride": s, "block": block})
+    return Example(qkv(source, length, 4, 2), expected, {"mass": 0.6, "stride": s, "block": block})
 
 
 def _pbs(source: torch.Generator) -> Example:
@@ -188,7 +188,7 @@ def _pbs(source: torch.Generator) -> Example:
             mass = [0.0] * length
             for h in (2 * g, 2 * g + 1):
                 for t in range(length - last, length):
-                    p = torch.softmax(_scores(q, k, b, h, t)[: t + 1], 0).tolist()
+                    p = torch.softmax(products(q, k, b, h, t)[: t + 1], 0).tolist()
                     for j, weight in enumerate(p):
                         mass[j] += weight
             return sorted(range(length), key=lambda j: (j // segment, -mass[j], j))
@@ -217,10 +217,10 @@ def _pbs(source: torch.Generator) -> Example:
             own = range(t // segment * segment, t + 1)
             return sorted(found[b, h, t // block] | set(own))
 
-        return _over(q, k, v, seen)
+        return over(q, k, v, seen)
 
     options = {"segment": segment, "block": block, "mass": 0.5, "queries": last}
-    return Example(_qkv(source, length, 4, 2), expected, options)
+    return Example(qkv(source, length, 4, 2), expected, options)
 
 
 def _sale(source: torch.Generator) -> Example:
@@ -236,7 +236,7 @@ def _sale(source: torch.Generator) -> Example:
             for h in range(4):
                 mean_q, mean_k = q[b, :, h].mean(0), k[b, :, h // 2].mean(0)
                 for t in range(length):
-                    exact = _scores(q, k, b, h, t)
+                    exact = products(q, k, b, h, t)
                     near = [j for j in range(t + 1) if j < sink or j > t - local]
                     level = torch.logsumexp(exact[near], 0)
                     row, row_unit = whole(q[b, t, h] - mean_q)
@@ -247,7 +247,7 @@ def _sale(source: torch.Generator) -> Example:
                         estimate = (estimate + q[b, t, h] @ mean_k) / 2.0
                         if j in near or torch.exp(estimate - level).item() > threshold:
                             kept.add((b, h, t // q_block, j // kv_block))
-        return _over(
+        return over(
             q, k, v,
             lambda b, h, t: [j for j in range(t + 1) if (b, h, t // q_block, j // kv_block) in kept],
         )  # fmt: skip
@@ -255,7 +255,7 @@ def _sale(source: torch.Generator) -> Example:
     options = {
         "threshold": threshold, "sink": sink, "local": local, "q_block": q_block, "kv_block": kv_block,
     }  # fmt: skip
-    return Example(_qkv(source, length, 4, 2), expected, options)
+    return Example(qkv(source, length, 4, 2), expected, options)
 
 
 def _vggt(source: torch.Generator) -> Example:
@@ -276,17 +276,17 @@ def _vggt(source: torch.Generator) -> Example:
                 n: math.exp((mean @ k[b, keys, h // 2].mean(0)).item() / 2.0)
                 for n, keys in enumerate(blocks)
             }
-            kept = {*_prefix(shares, 0.4), *_best(shares, math.ceil(0.5 * len(blocks)))}
+            kept = {*_prefix(shares, 0.4), *best_of(shares, math.ceil(0.5 * len(blocks)))}
             tokens = [j for n in kept for j in blocks[n]]
             return sorted([*tokens, *(j for j in range(length) if j % frame < special)])
 
-        return _over(q, k, v, seen)
+        return over(q, k, v, seen)
 
     options = {
         "frame": frame, "special": special, "mass": 0.4, "least": 0.5, "q_block": q_block,
         "kv_block": kv_block,
     }  # fmt: skip
-    return Example(_qkv(source, length, 4, 2), expected, options)
+    return Example(qkv(source, length, 4, 2), expected, options)
 
 
 def _vdit(source: torch.Generator) -> Example:
@@ -305,11 +305,11 @@ def _vdit(source: torch.Generator) -> Example:
                 return [j for j in keys if j % frame < width]
             return list(keys)
 
-        o = _over(q, k, v, seen)
+        o = over(q, k, v, seen)
         return torch.where(torch.tensor([mode == "skip" for mode in modes])[:, None], 0.0, o)
 
     options = {"frame": frame, "modes": modes, "width": width}
-    return Example(_qkv(source, length, 5, 5), expected, options)
+    return Example(qkv(source, length, 5, 5), expected, options)
 
 
 def _squeezed(source: torch.Generator) -> Example:
@@ -317,7 +317,7 @@ def _squeezed(source: torch.Generator) -> Example:
     labels = torch.randint(0, 3, (2, 2, prefix), generator=source)
     labels[..., :3] = torch.arange(3)
     sizes = torch.stack([(labels == c).sum(-1) for c in range(3)], -1)
-    centroids = _normal(source, 2, 2, 3, 4)
+    centroids = normal(source, 2, 2, 3, 4)
 
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def seen(b: int, h: int, t: int) -> list[int]:
@@ -327,15 +327,15 @@ def _squeezed(source: torch.Generator) -> Example:
             kept = [j for j in range(prefix) if shares[labels[b, g, j]].item() > threshold]
             return [j for j in [*kept, *range(prefix, length)] if j <= position]
 
-        return _over(q, k, v, seen)
+        return over(q, k, v, seen)
 
-    q, k, v = _qkv(source, length, 4, 2)
+    q, k, v = qkv(source, length, 4, 2)
     clusters = Clusters(centroids, labels, sizes)
     return Example((q[:, -5:], k, v), expected, {"threshold": threshold}, lambda *x: (*x, clusters))
 
 
 def _loki(source: torch.Generator) -> Example:
-    basis = torch.linalg.qr(_normal(source, 2, 4, 4))[0]
+    basis = torch.linalg.qr(normal(source, 2, 4, 4))[0]
 
     def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def seen(b: int, h: int, t: int) -> list[int]:
@@ -343,12 +343,12 @@ def _loki(source: torch.Generator) -> Example:
             scores = {
                 j: ((q[b, t, h] @ low) @ (k[b, j, h // 2] @ low)).item() for j in range(t + 1)
             }
-            return _best(scores, math.ceil(0.3 * (t + 1)))
+            return best_of(scores, math.ceil(0.3 * (t + 1)))
 
-        return _over(q, k, v, seen)
+        return over(q, k, v, seen)
 
     return Example(
-        _qkv(source, 14, 4, 2),
+        qkv(source, 14, 4, 2),
         expected,
         {"share": 0.3, "rank_share": 0.5},
         lambda *x: (*x, basis),
@@ -365,7 +365,7 @@ def _superlinear(source: torch.Generator) -> Example:
             for t in range(length):
                 for h in range(4):
                     own_k, own_v = k[b, :, h // 2], v[b, :, h // 2]
-                    s = _scores(q, k, b, h, t)
+                    s = products(q, k, b, h, t)
                     near = [j for j in range(t + 1) if j > t - window]
                     steps = range(first + 1, length)
                     anchors = [t + 1 - i * i for i in steps if t + 1 - i * i >= 0]
@@ -384,7 +384,7 @@ def _superlinear(source: torch.Generator) -> Example:
         return torch.stack(rows).view(*q.shape[:3], -1)
 
     return Example(
-        (*_qkv(source, length, 4, 2), _normal(source, 2, length, 4, 4)),
+        (*qkv(source, length, 4, 2), normal(source, 2, length, 4, 4)),
         expected,
         {"anchors": count, "first": first},
     )
@@ -401,17 +401,37 @@ def _spatten(source: torch.Generator) -> Example:
             for t in range(length):
                 for h in range(4):
                     keys = [j for j in range(t + 1) if importance[b, j].item() > -math.inf]
-                    p = torch.softmax(_scores(q, k, b, h, t)[keys], 0)
-                    best = _best(dict(enumerate(p.tolist())), math.ceil(0.6 * len(keys)))
+                    p = torch.softmax(products(q, k, b, h, t)[keys], 0)
+                    best = best_of(dict(enumerate(p.tolist())), math.ceil(0.6 * len(keys)))
                     rows.append(p[best] @ v[b, keys, h // 2][best])
         return torch.stack(rows).view(*q.shape[:3], -1)
 
     return Example(
-        _qkv(source, length, 4, 2),
+        qkv(source, length, 4, 2),
         expected,
         {"value_keep": 0.6},
         lambda *x: (*x, importance.to(x[0].dtype)),
     )
+
+
+def _spatten_few_bits(source: torch.Generator) -> Example:
+    """Keys in 4 bits where a query is sure; values learn through both, keys as if they were whole."""
+    length, sure = 9, 0.45
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        unit = k.detach().abs().amax(-1, keepdim=True) / 7
+        few = k + (torch.round(k.detach() / unit) * unit - k.detach())
+        rows = []
+        for b in range(2):
+            for t in range(length):
+                for h in range(4):
+                    quick = torch.softmax(products(q, few, b, h, t)[: t + 1], 0)
+                    whole = torch.softmax(products(q, k, b, h, t)[: t + 1], 0)
+                    p = quick if float(quick.detach().max()) >= sure else whole
+                    rows.append(p @ v[b, : t + 1, h // 2])
+        return torch.stack(rows).view(*q.shape[:3], -1)
+
+    return Example(qkv(source, length, 4, 2), expected, {"bits": 4, "sure": sure})
 
 
 SPARSE_DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], ...]] = {
@@ -426,5 +446,5 @@ SPARSE_DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], ...]] 
     "squeezed_attention": (_squeezed,),
     "loki": (_loki,),
     "superlinear": (_superlinear,),
-    "spatten": (_spatten,),
+    "spatten": (_spatten, _spatten_few_bits),
 }

@@ -16,6 +16,7 @@ from tests.systems.definitions import DEFINITIONS, Example
 from tests.systems.local_linear_definitions import LOCAL_LINEAR_DEFINITIONS
 from tests.systems.sparse_definitions import SPARSE_DEFINITIONS
 from tests.systems.sparse_learned_definitions import SPARSE_LEARNED_DEFINITIONS
+from tests.systems.sparse_more_definitions import SPARSE_MORE_DEFINITIONS
 from tests.systems.state_definitions import STATE_DEFINITIONS
 
 ALL = (
@@ -25,6 +26,7 @@ ALL = (
     | LOCAL_LINEAR_DEFINITIONS
     | SPARSE_DEFINITIONS
     | SPARSE_LEARNED_DEFINITIONS
+    | SPARSE_MORE_DEFINITIONS
     | CACHE_DEFINITIONS
 )
 

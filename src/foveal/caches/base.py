@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +51,16 @@ class KVShape:
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of what a decode reads: a view, and whether one sequence of it serves all queries."""
+    """One piece of what a decode reads: a view, and whether one sequence of it serves all queries.
+
+    apart: makes a view of these tokens as every sequence's own, for queries that see different ones;
+    behind: the fewest tokens that a sequence has behind a shared piece.
+    """
 
     view: View
     shared: bool = False
+    apart: Callable[[], View] | None = None
+    behind: int = 0
 
 
 class Cache(ABC):

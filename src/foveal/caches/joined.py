@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal._errors import CacheError, ShapeError
 from foveal.caches.base import Cache, Part
+from foveal.caches.view import View
 
 
 class Joined(Cache):
@@ -103,7 +104,8 @@ class Shared(Cache):
 
     The prefix is a cache of one sequence.  Where it is long, a decode costs as if it were read once, not
     once per sequence.
-    Limits: `decode` refuses a sliding window and slopes; `keep` and `free` act on the suffix.
+    Limits: with a sliding window, slopes, or queries that stand in the prefix, every sequence reads the
+    prefix for itself; `decode` refuses a window with sink tokens; `keep` and `free` act on the suffix.
     Equals: a cache in which every sequence holds the prefix itself.
     Paper: cascade inference in FlashInfer (2501.01005).
     """
@@ -167,8 +169,27 @@ class Shared(Cache):
         return self.prefix.capacity_bytes() + self.suffix.capacity_bytes()
 
     def parts(self) -> tuple[Part, ...]:
-        prefix = tuple(dataclasses.replace(part, shared=True) for part in self.prefix.parts())
+        behind = min(n for row in self.suffix.host_lengths for n in row)
+        prefix = (self._shared(part, behind) for part in self.prefix.parts())
         return (*prefix, *self.suffix.parts())
+
+    def _shared(self, part: Part, behind: int) -> Part:
+        """A part of the prefix with `behind` or more tokens behind it."""
+        if self.suffix.lengths.shape[1] > 1:
+            return Part(part.view, shared=True, behind=behind)
+        return Part(part.view, True, lambda: self._apart(part.view), behind)
+
+    def _apart(self, view: View) -> View:
+        """The tokens of a part of the prefix as those of every sequence."""
+        batch, after = self.shape.batch, self.suffix.lengths[:, 0].contiguous()
+        return dataclasses.replace(
+            view,
+            lengths=view.lengths.repeat(batch, 1),
+            host_lengths=view.host_lengths * batch,
+            seen=self.seen,
+            page_table=view.page_table.expand(batch, -1, -1),
+            after=after if view.after is None else after + view.after,
+        )
 
 
 def _check_plain(argument: str, cache: Cache) -> None:

@@ -32,7 +32,8 @@ class View:
     (0 in place of h where the second axis of the table is Hkv: such a page holds one head).
     values None: the first value_dim channels of the keys are the values.
     positions None: token j of a sequence has position j plus what was dropped before it, seen - length.
-    after: how many tokens of the sequence are stored elsewhere behind these, its newest ones.
+    after: how many tokens of the sequence are stored elsewhere behind these, its newest ones; never fewer
+    than `behind` where there are tokens in this view.
     host_lengths: what lengths holds, without asking the device.
     guarded: slots behind the length of a sequence must not even be read.
     """
@@ -51,6 +52,7 @@ class View:
     positions: Tensor | None = None
     after: Tensor | None = None
     guarded: bool = False
+    behind: int = 0
 
     @property
     def batch(self) -> int:

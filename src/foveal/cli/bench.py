@@ -39,19 +39,41 @@ def add_parser(subparsers: Any) -> None:
         f"slowdown; 2 for bad usage. Results are kept in {RESULTS}/ and survive an interruption.",
     )
     parser.add_argument("name", nargs="?", help="a suite or a system of the catalogue")
-    parser.add_argument("--suite", help="a suite: cpu, demo, masks, smoke (default)")
-    parser.add_argument("--only", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.add_argument("--suite", help="a suite: cpu, demo, masks, smoke (default), sparse")
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        help="only cases with TEXT in their name; TEXT,TEXT for methods of the sparse suite",
+    )
     parser.add_argument(
         "--lengths",
         type=arguments.lengths,
         metavar="A,B",
-        help="tokens of the masks suite; default: 1024 to 49152 on cuda, 512 and 1024 on cpu",
+        help="tokens of the masks suite; default: 1024 to 49152 on cuda, 512 and 1024 on cpu; of "
+        "the sparse suite; default: 8192 and 4096",
     )
     parser.add_argument(
         "--max-tokens",
         type=arguments.positive,
         metavar="N",
-        help="leave longer cases of the masks suite out",
+        help="leave longer cases of the masks and sparse suites out",
+    )
+    parser.add_argument("--model", help="that the sparse suite reads with; default: gemma3-270m")
+    parser.add_argument(
+        "--parts",
+        type=arguments.positive,
+        default=1,
+        metavar="N",
+        help="texts per length of the sparse suite, the planted fact at another depth in each (1)",
+    )
+    parser.add_argument(
+        "--selector",
+        action="append",
+        metavar="FILE.py:NAME",
+        help="a selector of your own, measured beside the others by the sparse suite",
+    )
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="of the sparse suite: quality, agreement, speed (all)"
     )
     parser.add_argument(
         "--against", metavar="A,B", help="peers by name, or none; default: the suite's"
@@ -78,8 +100,14 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     if args.compare:
         return _compare(args.compare[0], args.compare[1], args.json)
+    if args.render and "sparse" in (args.suite, args.name):
+        from foveal.bench.selection.command import render
+
+        return render(args, _records_path(args.render))
     if args.render:
         return _render(args)
+    if "sparse" in (args.suite, args.name):
+        return _sparse(args)
     return _measure(args)
 
 
@@ -125,6 +153,16 @@ def _measure(args: argparse.Namespace) -> int:
         )
         return _INTERRUPTED
     return _status(records, judgements)
+
+
+def _sparse(args: argparse.Namespace) -> int:
+    import torch
+
+    from foveal.bench.selection.command import measure
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return measure(args, _folder(args, "sparse"))
 
 
 def _warn_if_busy() -> None:

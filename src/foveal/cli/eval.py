@@ -49,6 +49,9 @@ def add_parser(subparsers: Any) -> None:
         "--task", type=tasks, default=list(_TASKS), metavar="T,T", help=f"of {', '.join(_TASKS)}"
     )
     parser.add_argument("--parts", type=int, default=1, help="pieces of the text (default: 1)")
+    parser.add_argument(
+        "--new-tokens", type=several, default=32, help="written where time is taken (default: 32)"
+    )
     parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", default="eval.jsonl", help="results (default: eval.jsonl)")
@@ -79,6 +82,13 @@ def counts(text: str) -> list[int]:
     if not all(piece.isdecimal() and int(piece) >= 128 for piece in pieces):
         raise argparse.ArgumentTypeError(f"got {text!r}; lengths of at least 128 tokens are needed")
     return [int(piece) for piece in pieces]
+
+
+def several(text: str) -> int:
+    """A number of at least 2."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}; a number of at least 2 is needed")
+    return int(text)
 
 
 def tasks(text: str) -> list[str]:
@@ -116,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
         facts = environment(torch.device(args.device))
         facts = {name: value for name, value in facts.items() if name != "ceilings"}
         try:
-            found = measure(Bench(subject), plan, Lines(args.out), facts, progress)
+            bench = Bench(subject, new_tokens=args.new_tokens)
+            found = measure(bench, plan, Lines(args.out), facts, progress)
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on behind {args.out}", file=sys.stderr)
             return _INTERRUPTED

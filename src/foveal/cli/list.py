@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from foveal.cli._text import columns, field, table
 
 if TYPE_CHECKING:
-    from foveal.systems.base import System
+    from foveal.systems.base import System, Tool
+
+TOOLS = "search"
+"""The family whose entries are tools, not operators."""
 
 _WIDE = 110
 _FOOT = (
@@ -34,8 +38,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from foveal.systems import systems
+    from foveal.systems import systems, tools
 
+    if args.family == TOOLS:
+        found = [dataclasses.asdict(entry) | {"checks": None} for entry in tools()]
+        print(json.dumps(found, indent=2) if args.json else _tool_table(tools()))
+        return 0
     entries = systems(args.family)
     if args.json:
         print(json.dumps([as_dict(entry) for entry in entries], indent=2))
@@ -43,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     for family in dict.fromkeys(entry.family for entry in entries):
         members = [entry for entry in entries if entry.family == family]
         print(_family_table(family, members), end="\n\n")
+    if args.family is None:
+        print(_tool_table(tools()), end="\n\n")
     print(textwrap.fill(_FOOT, columns()))
     return 0
 
@@ -93,3 +103,12 @@ def _family_table(family: str, members: list[System]) -> str:
     summaries = (field("", entry.summary, 3) for entry in members)
     body = (f"{line}\n{summary}" for line, summary in zip(lines[1:], summaries, strict=True))
     return "\n".join([title, "", lines[0], *body])
+
+
+def _tool_table(entries: tuple[Tool, ...]) -> str:
+    title = f"{TOOLS}: {len(entries)} tools, which make or judge kernels"
+    if columns() >= _WIDE:
+        wide = [(entry.name, entry.command, entry.summary) for entry in entries]
+        return f"{title}\n\n{table(('name', 'command', 'what it does'), wide)}"
+    parts = [f"{entry.name}\n{field('', entry.summary, 3)}" for entry in entries]
+    return "\n".join([title, "", *parts])

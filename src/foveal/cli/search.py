@@ -49,6 +49,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, help="candidates judged at once (default: 1)"
     )
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="judge on workers of a Ray cluster; `local` starts one on this machine (extra cluster)",
+    )
     parser.add_argument("--strategy", default="full", metavar="NAME", help="(default: full)")
     parser.add_argument("--seed", type=int, default=0, help="of the random streams (default: 0)")
     parser.add_argument("--archive", metavar="FILE", help="where everything is kept")
@@ -65,6 +70,14 @@ def add_parser(subparsers: Any) -> None:
         help="another value for a constant that the task sets at its top level",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--compile-for",
+        action="append",
+        default=[],
+        metavar="ARCH",
+        help="every candidate of a Triton template must compile for this class of devices too: sm_80, "
+        "sm_86, sm_90, sm_100 or gfx942; on the CPU nothing is timed then",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     parser.add_argument(
         "--patience", type=float, default=20.0, metavar="S", help="seconds for one answer"
@@ -110,11 +123,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _task(args: argparse.Namespace, nursery: Any) -> Task:
+    from foveal._errors import TaskError
     from foveal.search.library import TEMPLATES, template_task
     from foveal.search.task import read_task
 
     if args.task in TEMPLATES:
-        return template_task(args.task, args.device, args.threads)
+        return template_task(args.task, args.device, args.threads, tuple(args.compile_for))
+    if args.compile_for:
+        raise TaskError("compile-for: only templates are compiled for devices that are not here")
     return read_task(args.task, nursery, dict(args.set), args.device, args.threads)
 
 
@@ -123,7 +139,7 @@ def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive
     from foveal.search import knowledge
     from foveal.search.controller import Search
     from foveal.search.endpoint import Allowance, Endpoint, Transcript
-    from foveal.search.evaluator import JudgedEvaluator
+    from foveal.search.evaluator import Evaluator, JudgedEvaluator
     from foveal.search.strategies import Means, strategy
     from foveal.search.verify.judge import Judge
 
@@ -136,16 +152,24 @@ def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress("search"))
         progress("asking whether the task can tell a kernel from nothing", 0.0)
-        judges = [
-            stack.enter_context(Judge(task, nursery, seconds=args.patience))
-            for _ in range(args.workers)
-        ]
-        judges[0].admit()
-        first = JudgedEvaluator(task, judges[0])
-        evaluators = [
-            first,
-            *(JudgedEvaluator(task, j, exclusive=first.exclusive) for j in judges[1:]),
-        ]
+        judge = stack.enter_context(Judge(task, nursery, seconds=args.patience))
+        judge.admit()
+        evaluators: list[Evaluator] = [JudgedEvaluator(task, judge)]
+        lost: list[str] = []
+        if args.cluster:
+            from foveal.search.cluster import workers
+
+            progress("starting workers", 0.0)
+            together = workers(
+                task, args.workers, args.cluster, patience=args.patience, note=lost.append
+            )
+            evaluators = list(stack.enter_context(together))
+            stack.callback(_note_all, archive, lost)
+        else:
+            exclusive = evaluators[0].exclusive  # type: ignore[attr-defined]
+            for _ in range(args.workers - 1):
+                other = stack.enter_context(Judge(task, nursery, seconds=args.patience))
+                evaluators.append(JudgedEvaluator(task, other, exclusive=exclusive))
         search = Search(task, archive, evaluators, chosen, args.seed)
         facts = environment(_device(args.device))
         archive.keep("environment", {k: v for k, v in facts.items() if k != "ceilings"})
@@ -163,6 +187,12 @@ def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive
 
         with _interruptible(search):
             search.run(args.budget, show)
+
+
+def _note_all(archive: Archive, lost: list[str]) -> None:
+    """Workers that were lost, for the report."""
+    for text in lost:
+        archive.note("cluster", text)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import textwrap
@@ -20,7 +21,7 @@ from foveal.cli.list import as_dict
 if TYPE_CHECKING:
     from foveal.patterns.base import Pattern
     from foveal.scores.base import Score
-    from foveal.systems.base import System
+    from foveal.systems.base import System, Tool
 
 GRIDS: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((64,), (128,), (256,), (512,), (1024,), (2048,), (4096,), (16384,)),
@@ -58,9 +59,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
+    from foveal.systems import tool, tools
+
     options = chosen_options(args)
     if arguments.reads_as_pattern(args.what):
         subject: _Subject = _PatternSubject(arguments.pattern(args.what), args.grid)
+    elif args.what in {entry.name for entry in tools()}:
+        print(_tool_text(tool(args.what), as_json=args.json))
+        return 0
     else:
         system = find(args.what)
         subject = _SystemSubject(system, check_options(system, options), args.grid)
@@ -74,6 +80,22 @@ def run(args: argparse.Namespace) -> int:
     for file in _draw(subject, args):
         print(field("picture", f"written to {file} ({grid_text(subject.grid)} tokens)"))
     return 0
+
+
+def _tool_text(entry: Tool, *, as_json: bool) -> str:
+    checks = {check.name: check.statement for check in entry.checks}
+    if as_json:
+        return json.dumps(dataclasses.asdict(entry) | {"checks": checks}, indent=2)
+    found = [
+        ("does", entry.summary),
+        ("paper", entry.paper),
+        ("family", f"{entry.family}, {entry.kind}"),
+        ("run it", entry.command),
+        ("in Python", entry.part.replace(":", ".")),
+        *(("check", f"{name}: {statement}") for name, statement in checks.items()),
+    ]
+    title = textwrap.fill(f"{entry.name}: {entry.title} ({entry.year})", columns())
+    return f"{title}\n\n{fields(found)}"
 
 
 def picture_grid(

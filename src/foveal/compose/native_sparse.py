@@ -31,8 +31,9 @@ class SparseBranches:
 
     Compressed keys are made of `length` tokens every `stride`; a list holds `best` blocks of `block`
     tokens, the first `sink_blocks` and the last `local_blocks` among them always; the window holds
-    `window` tokens, the query's own included.  granularity "token": one list per token and key head;
-    "tile": one per `block` tokens, chosen by the mean of their queries.
+    `window` tokens, the query's own included, and is left out with its gate where it is 0.
+    granularity "token": one list per token and key head; "tile": one per `block` tokens, chosen by the
+    mean of their queries.
     Limits: stride divides length and block; sink_blocks + local_blocks <= best.
     """
 
@@ -46,7 +47,9 @@ class SparseBranches:
     granularity: Literal["token", "tile"] = "token"
 
     def __post_init__(self) -> None:
-        for name in ("length", "stride", "block", "best", "local_blocks", "window"):
+        if self.window < 0:
+            raise SelectionError("window", self.window, "at least 0 is needed")
+        for name in ("length", "stride", "block", "best", "local_blocks"):
             if getattr(self, name) < 1:
                 raise SelectionError(name, getattr(self, name), "at least 1 is needed")
         for name in ("length", "block"):
@@ -64,6 +67,11 @@ class SparseBranches:
         return windows(
             q.shape[1], k.shape[1], self.length, self.stride, self.block, q.device, cu_seqlens
         )
+
+    @property
+    def near(self) -> tuple[int, int]:
+        """Blocks at the start and up to its own that every token lists."""
+        return self.sink_blocks, self.local_blocks
 
     @property
     def choice(self) -> Choice:
@@ -144,10 +152,12 @@ def native_sparse(
     far, lse = attend(q, *compressed, seen, score, return_lse=True)
     if branches.granularity == "token":
         indices = select(q, compressed[0], lse, table, branches.choice, scale)
-        chosen, _ = attend_lists(q, k, v, table.lists(indices), scale)
+        chosen, _ = attend_lists(q, k, v, table.lists(indices, branches.near), scale)
     else:
         pattern = Blocks(_per_tile(q, k, compressed, branches, scale, cu_seqlens)) & Causal()
         chosen = attend(q, k, v, pattern, score)
+    if not branches.window:
+        return gated_sum((far, chosen), gates)
     near = attend(q, k, v, Sliding(branches.window - 1), score, cu_seqlens=cu_seqlens)
     return gated_sum((far, chosen, near), gates)
 
@@ -159,11 +169,26 @@ def gated_sum(outputs: tuple[Tensor, ...], gates: Tensor | None) -> Tensor:
         for o in outputs[1:]:
             total = total + o
         return total
+    if _fused(outputs):
+        from foveal.compose.gate_kernel import GatedSum
+
+        found: Tensor = GatedSum.apply(gates, *outputs)  # type: ignore[no-untyped-call]
+        return found
     gates = gates.to(outputs[0].dtype)
     total = outputs[0] * gates[..., 0, None]
     for n, o in enumerate(outputs[1:], start=1):
         total = torch.addcmul(total, o, gates[..., n, None])
     return total
+
+
+def _fused(outputs: tuple[Tensor, ...]) -> bool:
+    """Whether one kernel adds them up: elementwise operations move the outputs three times as often."""
+    x = outputs[0]
+    if not x.is_cuda or len(outputs) not in (2, 3) or any(o.dtype != x.dtype for o in outputs):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return x.dtype == torch.bfloat16  # compared with float64 on a GPU
 
 
 def selected_blocks(

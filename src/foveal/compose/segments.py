@@ -8,6 +8,7 @@ from torch import Tensor
 from foveal._attend import attend
 from foveal._errors import SelectionError
 from foveal.compose.merge import merge
+from foveal.engines.tile.rows import places
 from foveal.patterns.blocks import Blocks, BlockSelection
 from foveal.patterns.dense import Causal
 from foveal.patterns.partition import Partition
@@ -75,4 +76,4 @@ def _earlier(
     first = (order == 0).to(torch.int8).argmax(-1) // block  # [B, Hkv]
     holds = torch.arange(tiling.kv_blocks, device=q.device) == first[..., None]
     holds = holds.repeat_interleave(q.shape[2] // k.shape[2], dim=1)[:, :, None]
-    return BlockSelection.from_block_mask((kept | holds) & earlier, block, block)
+    return BlockSelection(places((kept | holds) & earlier), block, block)

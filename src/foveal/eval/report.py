@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from foveal.bench.figures import Axis, Series, heat_map, lines
+from foveal.bench.figures import PALETTE, Axis, Series, heat_map, lines
 from foveal.bench.page import Page
 from foveal.eval.variants import EXACT
 
@@ -22,7 +22,7 @@ def build(found: Sequence[Line], facts: Sequence[tuple[str, str]]) -> Page:
         list(facts),
     )
     measured = [line for line in found if line["status"] == "measured"]
-    for task, add in (("loss", _loss), ("needle", _needle), ("recall", _recall), ("speed", _speed)):
+    for task, add in _SECTIONS.items():
         own = [line for line in measured if line["task"] == task]
         if own:
             add(page, own)
@@ -56,7 +56,7 @@ def _loss(page: Page, found: list[Line]) -> None:
                 (
                     _label(line),
                     f"{v['loss']:.3f}",
-                    f"{v['divergence']:.4f}",
+                    f"{max(v['divergence'], 0.0):.4f}",
                     f"{v['agreement']:.1%}",
                     f"{v['full_layer_bytes'] / 1e6:.2f}",
                     f"{v['cache_bytes'] / 1e6:.2f}",
@@ -77,21 +77,9 @@ def _needle(page: Page, found: list[Line]) -> None:
     lengths = _lengths(found)
     figures = []
     for label, own in groups.items():
-        cells = {(x["depth"], x["length"]): x["values"]["hits"] for x in _means(own)}
-        values = [[cells.get((depth, length)) for length in lengths] for depth in depths]
-        figures.append(
-            heat_map(
-                label,
-                values,
-                Axis("length", "tokens"),
-                Axis("depth", "%"),
-                "share",
-                x_labels=[f"{length:,}" for length in lengths],
-                y_labels=[f"{100 * depth:.0f}" for depth in depths],
-                limits=(0.0, 1.0),
-                height=280,
-            )
-        )
+        hits = {(x["depth"], x["length"]): x["values"]["hits"] for x in _means(own)}
+        values = [[hits.get((depth, length)) for length in lengths] for depth in depths]
+        figures.append(_depths_by_lengths(label, values, depths, lengths))
     for start in range(0, len(figures), 3):
         section.figure(*figures[start : start + 3])
     rows = []
@@ -99,6 +87,45 @@ def _needle(page: Page, found: list[Line]) -> None:
         means = (_mean(x["values"][name] for x in own) for name in _NEEDLE)
         rows.append((label, *(f"{mean:.3f}" for mean in means)))
     section.table(("variant", "tokens right", "answers right", "loss of the answer [nat]"), rows)
+
+
+def _depths_by_lengths(
+    title: str,
+    values: list[list[float | None]],
+    depths: Sequence[float],
+    lengths: Sequence[int],
+) -> Any:
+    """One cell per depth and length, its value in it."""
+    x_labels = [f"{length:,}" for length in lengths]
+    y_labels = [f"{100 * depth:.0f}" for depth in depths]
+    figure = heat_map(
+        title,
+        values,
+        Axis("length", "tokens"),
+        Axis("depth", "%"),
+        "right",
+        x_labels=x_labels,
+        y_labels=y_labels,
+        limits=(0.0, 1.0),
+        height=110 + 30 * len(depths),
+    )
+    figure["data"][0]["showscale"] = False
+    style = figure["layout"]
+    for axis in ("xaxis", "yaxis"):
+        style[axis] |= {"type": "category", "ticks": "", "showline": False, "showgrid": False}
+    style["annotations"] = [
+        {
+            "x": column,
+            "y": row,
+            "text": f"{value:.2g}",
+            "showarrow": False,
+            "font": {"size": 12, "color": "#fff" if value > 0.5 else "#1d2330"},
+        }
+        for row, line in enumerate(values)
+        for column, value in enumerate(line)
+        if value is not None
+    ]
+    return figure
 
 
 _NEEDLE = ("hits", "found", "answer_loss")
@@ -130,18 +157,61 @@ def _speed(page: Page, found: list[Line]) -> None:
                     f"{v['tokens_per_second']:.2f}",
                     f"{v['cache_bytes'] / 1e6:.2f}",
                     f"{v['cache_bytes_behind'] / 1e6:.2f}",
+                    f"{v['same_tokens']} of {v['new_tokens']}",
                 )
             )
     header = ("variant", "first token [s]", "tokens/s", "cache [MB]", "cache at the end [MB]")
-    section.table(header, rows)
+    caption = "As exact: tokens until the first that exact attention would not have written."
+    section.table((*header, "as exact"), rows, caption)
+
+
+STAGES = {
+    "teacher": "as it was",
+    "untrained": "new layers",
+    "layers": "layers taught",
+    "logits": "logits taught",
+}
+
+
+def _conversion(page: Page, found: list[Line]) -> None:
+    section = page.section(
+        "Other attention in its layers",
+        "New layers in the place of old ones learn first the output of the layer that was there, then all "
+        "together the logits. Losses are those of text that was held out.",
+    )
+    layers, logits = [], []
+    for line in found:
+        curves = line["values"]["layer_curves"].values()
+        mean = [sum(step) / len(step) for step in zip(*curves, strict=True)]
+        layers.append(Series(line["variant"], list(range(1, len(mean) + 1)), mean))
+        curve = line["values"]["logit_curve"]
+        logits.append(Series(line["variant"], list(range(1, len(curve) + 1)), curve))
+    error = Axis("relative squared error", log=True)
+    section.figure(
+        lines("Learning the layers", layers, Axis("step"), error),
+        lines("Learning the logits", logits, Axis("step"), Axis("KL divergence", "nat", log=True)),
+        caption="Left: relative squared error, mean over the layers. Right: KL(as it was, now).",
+    )
+    rows = [
+        (
+            line["variant"],
+            ", ".join(map(str, line["values"]["numbers"])),
+            *(f"{line['values'][stage]:.3f}" for stage in STAGES),
+            f"{line['seconds']:.0f}",
+        )
+        for line in found
+    ]
+    header = ("kind", "layers", *(f"{title} [nat]" for title in STAGES.values()), "seconds")
+    section.table(header, rows, text_columns=2)
 
 
 def _pareto(found: list[Line], name: str, title: str, unit: str, heading: str) -> Any:
     exact = [x["values"] for x in _means(found) if x["variant"] == EXACT]
-    series = []
+    series: list[Series] = []
     for label, own in _grouped(found, lambda line: str(line["variant"])).items():
         points = sorted(
-            (x["values"]["cache_bytes"] / 1e6, x["values"][name], _label(x)) for x in _means(own)
+            (x["values"]["full_layer_bytes"] / 1e6, x["values"][name], _label(x))
+            for x in _means(own)
         )
         if label != EXACT and exact and own[0]["budget"] is not None:
             points.append((exact[0]["full_layer_bytes"] / 1e6, exact[0][name], "exact"))
@@ -150,11 +220,14 @@ def _pareto(found: list[Line], name: str, title: str, unit: str, heading: str) -
                 label,
                 [point[0] for point in points],
                 [point[1] for point in points],
+                dashed=len(series) >= len(PALETTE),
                 notes=[f"{point[2]}: {point[1]:.4g} at {point[0]:.2f} MB" for point in points],
             )
         )
     x = Axis("cache of layers without a window", "MB")
-    return lines(heading, series, x, Axis(title, unit), height=480)
+    figure = lines(heading, series, x, Axis(title, unit), height=480)
+    figure["layout"]["yaxis"]["tickformat"] = "~g"
+    return figure
 
 
 def _lengths(found: Iterable[Line]) -> list[int]:
@@ -187,3 +260,12 @@ def _means(found: Iterable[Line]) -> list[Line]:
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
+
+
+_SECTIONS = {
+    "loss": _loss,
+    "needle": _needle,
+    "recall": _recall,
+    "speed": _speed,
+    "conversion": _conversion,
+}

@@ -38,12 +38,16 @@ class Case:
 
 @dataclass
 class Bench:
-    """Runs cases on a model; what exact attention answered is kept for one length at a time."""
+    """Runs cases on a model; what exact attention answered is kept for one length at a time.
+
+    targets: tokens predicted behind a document; new_tokens: tokens generated where time is taken.
+    """
 
     subject: Subject
     targets: int = 64
     new_tokens: int = 32
     exact: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    written: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, case: Case) -> dict[str, Any]:
         """The values of a case; raises FovealError where the variant cannot run."""
@@ -114,26 +118,46 @@ class Bench:
         }
 
     def _speed(self, case: Case) -> dict[str, Any]:
-        """Time to the first token, time per further token, bytes of the cache behind the prompt."""
+        """Time to the first token, tokens per second, bytes of the cache, and what is written.
+
+        `same_tokens` counts the tokens up to the first that exact attention would not have written.
+        """
         context = self._document(case)[0]
+        values, tokens = self._generated(case.variant, context)
+        if case.variant.name == EXACT:
+            self.written = {case.length: tokens}
+        elif case.length not in self.written:
+            self.written = {case.length: self._generated(Variant(EXACT), context)[1]}
+        pairs = zip(tokens, self.written[case.length], strict=True)
+        same = [ours == theirs for ours, theirs in pairs]
+        values["same_tokens"] = (*same, False).index(False)
+        values["new_tokens"] = len(tokens)
+        return values
+
+    def _generated(self, variant: Variant, context: Tensor) -> tuple[dict[str, Any], list[int]]:
+        """The values of a run, and the tokens written behind the context."""
         model = self.subject.model
-        with case.variant.installed(model):
+        with variant.installed(model):
             start = self._clock()
             out = model(self.subject.ids(context), use_cache=True, logits_to_keep=1)
             first = self._clock() - start
-            held = cache_bytes(out.past_key_values)
-            token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            cache = out.past_key_values
+            held, full = cache_bytes(cache), cache_bytes(cache, windows=False)
+            moved = host_bytes(cache)
+            written = [out.logits[:, -1:].argmax(-1)]
             start = self._clock()
-            for _ in range(self.new_tokens):
-                out = model(token, past_key_values=cache, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
+            for _ in range(self.new_tokens - 1):
+                out = model(written[-1], past_key_values=cache, use_cache=True)
+                written.append(out.logits[:, -1:].argmax(-1))
             spent = self._clock() - start
         return {
             "first_token_seconds": first,
-            "tokens_per_second": self.new_tokens / spent,
+            "tokens_per_second": (self.new_tokens - 1) / spent,
             "cache_bytes": held,
+            "full_layer_bytes": full,
+            "host_bytes": moved,
             "cache_bytes_behind": cache_bytes(cache),
-        }
+        }, [int(token) for token in written]
 
     def _document(self, case: Case) -> tuple[Tensor, Tensor]:
         """`length` tokens of the text and the `targets` behind them; `part` moves on."""
@@ -187,3 +211,8 @@ def cache_bytes(cache: Any, windows: bool = True) -> int:
         elif layer.keys is not None and (windows or not layer.is_sliding):
             total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
     return total
+
+
+def host_bytes(cache: Any) -> int:
+    """Bytes of keys and values that a policy moved to the host."""
+    return sum(layer.held.host_bytes() for layer in cache.layers if hasattr(layer, "held"))

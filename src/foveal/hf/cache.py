@@ -12,7 +12,8 @@ from torch import Tensor
 from foveal._errors import CacheError
 from foveal.caches.policies.base import Counts, Policy, Reading, Vote
 from foveal.caches.policies.held import Held
-from foveal.hf.attention import LayerCall, Selected, fewer, solve
+from foveal.hf.layer_call import LayerCall, solve
+from foveal.hf.selected import Selected
 from foveal.scores import Softmax
 
 
@@ -168,7 +169,7 @@ def attend_held(layer: Any, call: LayerCall, selected: Selected | None) -> Tenso
         else:
             padding = None if bool(held.tail_real.all()) else held.tail_real
             whole = LayerCall(call.q, held.tail_k, held.tail_v, call.pattern, score, padding)
-            o = solve(whole if selected is None else fewer(whole, selected))
+            o = solve(whole) if selected is None else selected.solve(whole)
     except BaseException:
         held.crop(new)
         raise

@@ -92,20 +92,14 @@ def convert(
     tell = progress or (lambda text, share: None)
     held, rows = data[-1:], data[:-1]
     places = _places(model, chosen_layers(model, layers))
-    with torch.no_grad():
-        teacher = model(held, use_cache=False).logits
-        expected = (
-            [model(row[None], use_cache=False).logits for row in rows]
-            if schedule.logit_steps
-            else []
-        )
+    teacher = _held_out(model, held)
     heard = _heard(model, [old for _, _, _, old in places], rows)
     students = {
         number: Converted(_BUILDERS[kind](old, model.config, **options), old.layer_idx)
         for number, _, _, old in places
     }
     _replace(model, places, students)
-    done = Conversion(kind, tuple(students), _loss(teacher, held), _held_out(model, held))
+    done = Conversion(kind, tuple(students), teacher, _held_out(model, held))
     own = schedule
     if kind == "gated_swa":
         own = replace(schedule, layer_rate=schedule.layer_rate / 10)
@@ -114,7 +108,7 @@ def convert(
         student = students[number].to(device=held.device)
         done.layer_curves[number] = _learn_layer(student, *heard[old], own)
     done.layers = _held_out(model, held)
-    done.logit_curve = _learn_logits(model, students, rows, expected, schedule, tell)
+    done.logit_curve = _learn_logits(model, places, students, rows, schedule, tell)
     done.logits = _held_out(model, held)
     return done
 
@@ -267,9 +261,9 @@ def _fit_size(student: Converted, x: Tensor, y: Tensor) -> None:
 
 def _learn_logits(
     model: Any,
+    places: Sequence[Any],
     students: dict[int, Converted],
     rows: Tensor,
-    expected: Sequence[Tensor],
     schedule: Schedule,
     tell: Progress,
 ) -> list[float]:
@@ -286,9 +280,9 @@ def _learn_logits(
         for step in range(schedule.logit_steps):
             tell("logits", 0.7 + 0.3 * step / schedule.logit_steps)
             _anneal(optimiser, schedule.logit_rate, step, schedule.logit_steps)
-            row = step % len(rows)
-            ours = model(rows[row][None], use_cache=False).logits.log_softmax(-1)
-            theirs = expected[row].log_softmax(-1)
+            row = rows[step % len(rows)][None]
+            theirs = _as_it_was(model, places, students, row).log_softmax(-1)
+            ours = model(row, use_cache=False).logits.log_softmax(-1)
             loss = (theirs.exp() * (theirs - ours)).sum(-1).mean()
             optimiser.zero_grad()
             loss.backward()
@@ -301,6 +295,21 @@ def _learn_logits(
     return curve
 
 
+@torch.no_grad()
+def _as_it_was(
+    model: Any, places: Sequence[Any], students: dict[int, Converted], row: Tensor
+) -> Tensor:
+    """Logits of the model with its old layers: those of all rows would take [N, L, vocabulary] numbers."""
+    for _, parent, name, old in places:
+        setattr(parent, name, old)
+    try:
+        logits: Tensor = model(row, use_cache=False).logits
+    finally:
+        for number, parent, name, _ in places:
+            setattr(parent, name, students[number])
+    return logits
+
+
 def _anneal(optimiser: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
     """Full rate for the first half, then linearly to a tenth."""
     left = min(1.0, 2.0 * (steps - step) / steps)
@@ -310,12 +319,8 @@ def _anneal(optimiser: torch.optim.Optimizer, rate: float, step: int, steps: int
 
 @torch.no_grad()
 def _held_out(model: Any, tokens: Tensor) -> float:
-    return _loss(model(tokens, use_cache=False).logits, tokens)
-
-
-def _loss(logits: Tensor, tokens: Tensor) -> float:
     """Mean loss of the next token in nat."""
-    rows = logits[0, :-1].float()
+    rows = model(tokens, use_cache=False).logits[0, :-1].float()
     return float(torch.nn.functional.cross_entropy(rows, tokens[0, 1:]))
 
 

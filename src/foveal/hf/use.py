@@ -9,9 +9,11 @@ from typing import Any
 
 from foveal._errors import MissingDependencyError, RefusedError, UnknownNameError
 from foveal.caches.policies import Policy, policy_class
-from foveal.hf.attention import NAME, Selected, attention
+from foveal.hf.attention import attention
 from foveal.hf.install import install
 from foveal.hf.masks import visibility
+from foveal.hf.prefill import NAME, check_options, operator
+from foveal.hf.selected import Selected
 from foveal.patterns import Pattern
 from foveal.scores import Softmax
 from foveal.systems import System, system
@@ -42,7 +44,10 @@ def use(
 
     attention: "dense" computes what the model computes, exactly, at the cost of the pairs its layers
     see; the name of a system of the catalogue that chooses pairs (`options` are the system's), or a
-    pattern, computes those pairs only.  Pairs that the layer itself hides stay hidden.
+    pattern, computes those pairs only.  Pairs that the layer itself hides stay hidden.  A system that finds
+    its pairs in a prompt ("minference", "xattention", "pbs_attention", "sale", ...) does so where the prompt
+    is read; tokens generated behind it see all of it, and so do those of later pieces where the system
+    needs a whole prompt.  With a cache policy beside it, `options` are the policy's.
     cache: a policy, or its name; then the layers it is used on hold at most what it keeps, in every
     `generate` and in every call with a cache that starts empty.  budget: tokens per key head (int) or
     share of the prompt (float), for a policy by name.
@@ -56,12 +61,12 @@ def use(
     if attention is None:
         return model
     policy = _policy(cache, budget, options)
-    selected = _selected(attention, {} if policy is not None else options)
     chosen = chosen_layers(model, layers)
-    if policy is not None and (sliding := [n for n, m in enumerate(chosen) if slides(m)]):
-        raise RefusedError(
-            NAME, f"layer {sliding[0]} has a sliding window; a policy needs all keys"
-        )
+    causal = all(module.is_causal for module in chosen)
+    selected = _selected(attention, causal, {} if policy is not None else options)
+    if (policy or (selected and selected.operator)) and (sliding := _first_sliding(chosen)):
+        what = "a policy" if policy else f"{attention}"
+        raise RefusedError(NAME, f"layer {sliding[0]} has a sliding window; {what} needs all keys")
     register()
     if not model._can_set_attn_implementation():
         reason = f"{type(model).__name__} does not ask transformers for its attention function"
@@ -132,14 +137,22 @@ def _names(config: Any) -> list[tuple[Any, str]]:
     return found
 
 
-def _selected(attention: str | Pattern, options: dict[str, Any]) -> Selected | None:
+def _first_sliding(modules: list[Any]) -> list[int]:
+    """The number of the first of the layers that has a window, if there is one."""
+    return [number for number, module in enumerate(modules) if slides(module)][:1]
+
+
+def _selected(attention: str | Pattern, causal: bool, options: dict[str, Any]) -> Selected | None:
     if isinstance(attention, Pattern):
         if options:
             raise UnknownNameError("option of a pattern", next(iter(options)), ())
         return Selected(pattern=lambda length: attention)
     if attention == "dense":
         return None
-    return Selected(pattern=_choice(system(attention), options))
+    entry = system(attention)
+    if entry.compose is None:
+        return Selected(operator=operator(entry, causal, options))
+    return Selected(pattern=_choice(entry, options))
 
 
 def _policy(
@@ -159,13 +172,7 @@ def _policy(
 
 def _choice(entry: System, options: dict[str, Any]) -> Callable[[int], Pattern]:
     """The pairs of a system on a sequence of some length."""
-    if entry.compose is None:
-        raise RefusedError(
-            NAME, f"{entry.name} computes something else than fewer pairs of softmax"
-        )
-    unknown = sorted(set(options) - set(entry.defaults))
-    if unknown:
-        raise UnknownNameError(f"option of {entry.name}", unknown[0], tuple(entry.defaults))
+    check_options(entry, options)
 
     def pattern(length: int) -> Pattern:
         assert entry.compose is not None

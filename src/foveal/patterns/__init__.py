@@ -6,6 +6,7 @@ from foveal.patterns.blocks import Blocks, BlockSelection
 from foveal.patterns.combine import Intersection, Union
 from foveal.patterns.dense import Causal, Dense
 from foveal.patterns.documents import Documents
+from foveal.patterns.lifetimes import Lifetimes
 from foveal.patterns.neighborhood import Neighborhood
 from foveal.patterns.partition import Partition
 from foveal.patterns.rectangle import Rectangle
@@ -36,6 +37,7 @@ __all__ = [
     "Fixed",
     "HeadSelection",
     "Intersection",
+    "Lifetimes",
     "Neighborhood",
     "Partition",
     "Pattern",

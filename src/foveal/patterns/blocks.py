@@ -12,6 +12,14 @@ from foveal._errors import SelectionError
 from foveal.patterns.base import FULL, Extent, Pattern
 
 
+def places(mask: Tensor) -> Tensor:
+    """Ascending places of the true entries of the last axis, -1 behind them.  int32 [..., most of them]"""
+    most = max(int(mask.sum(-1).max()), 1) if mask.numel() else 1
+    order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
+    chosen = order[..., :most]
+    return torch.where(mask.gather(-1, chosen), chosen, -1).to(torch.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSelection:
     """Which key blocks each query block visits, per head.
@@ -43,11 +51,7 @@ class BlockSelection:
     @classmethod
     def from_block_mask(cls, mask: Tensor, q_block: int = 64, kv_block: int = 64) -> BlockSelection:
         """The selection of the blocks that are true in `mask` [B, heads, q_blocks, kv_blocks]."""
-        width = int(mask.sum(-1).max()) if mask.numel() else 0
-        order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
-        chosen = order[..., : max(width, 1)]
-        kept = mask.gather(-1, chosen)
-        return cls(torch.where(kept, chosen, -1).to(torch.int32), q_block, kv_block)
+        return cls(places(mask), q_block, kv_block)
 
     @property
     def counts(self) -> Tensor:
@@ -135,6 +139,8 @@ class Blocks(Pattern):
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
         kv_blocks = -(-extent.Lk // self.selection.kv_block)
         states = self.selection.block_mask(kv_blocks).to(torch.uint8) * FULL
+        if (q_tile, kv_tile) == (self.selection.q_block, self.selection.kv_block):
+            return states
         q_tiles, kv_tiles = -(-extent.Lq // q_tile), -(-extent.Lk // kv_tile)
         device = states.device
         rows = torch.arange(q_tiles, device=device) * q_tile // self.selection.q_block

@@ -137,9 +137,9 @@ class HeadSelection:
 class Chosen(Pattern):
     """A query sees the keys that a `TokenSelection`, `SpanSelection` or `ColumnSelection` lists for it.
 
-    Cost: of the tiles of 64 x 64 that hold a listed key.
-    Limits: the CPU edition walks such lists; on a GPU the reference runs, or, where it is named, the
-    Triton edition along a `ColumnSelection`, forward only.
+    Cost: of the tiles of 64 x 64 that hold a listed key on a CPU; on a GPU of the listed keys, forward.
+    Limits: the gradient on a GPU meets all keys, some queries at a time; lists of more than 128 queries
+    run in the reference there.
     """
 
     selection: TokenSelection | SpanSelection | ColumnSelection

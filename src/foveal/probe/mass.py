@@ -78,8 +78,15 @@ def kept_mass(
     return Kept(
         mass=share.nanmean(1),
         error=lost.norm(dim=(1, 3)) / exact.norm(dim=(1, 3)),
-        keys=keys_per_row(kept, extent).expand(q.shape[0], q.shape[-2]),
+        keys=_of_heads(keys_per_row(kept, extent), q.shape[-2]).expand(q.shape[0], q.shape[-2]),
     )
+
+
+def _of_heads(keys: Tensor, heads: int) -> Tensor:
+    """Counts of the query heads, where they are those of the key heads."""
+    if keys.dim() < 2 or keys.shape[1] in (1, heads):
+        return keys
+    return keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
 def keys_per_row(pattern: Pattern, extent: Extent) -> Tensor:

@@ -290,35 +290,8 @@ class Archive:
                     time.time(),
                 ),
             )
-            for incumbent, kind, decision, samples in challenges:
-                self._db.execute(
-                    "INSERT INTO challenge (candidate, incumbent, kind, verdict, gain, count, reason, "
-                    "samples, seconds) VALUES (?,?,?,?,?,?,?,?,?)",
-                    (
-                        candidate,
-                        incumbent,
-                        kind,
-                        decision.verdict,
-                        decision.gain,
-                        decision.samples,
-                        decision.reason,
-                        json.dumps(samples),
-                        decision.seconds,
-                    ),
-                )
-            compared = sum(decision.seconds for _, _, decision, _ in challenges)
-            self.keep("spent", self.spent + evaluation.seconds + compared)
-            if place is not None:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO cell VALUES (?,?,?)",
-                    (_cell_text(place), candidate, evaluation.speedup),
-                )
-            if accepted is not None:
-                self._db.execute(
-                    "INSERT INTO accepted (candidate, before, gain, speedup, spent, at) "
-                    "VALUES (?,?,?,?,?,?)",
-                    (candidate, *accepted, evaluation.speedup, self.spent, time.time()),
-                )
+            self._compare(candidate, challenges, evaluation.seconds)
+            self._promote(candidate, evaluation.speedup, place, accepted)
             if transition is not None:
                 self._db.execute(
                     "INSERT INTO transition (parent, child, gain, won, at) VALUES (?,?,?,?,?)",
@@ -333,6 +306,96 @@ class Archive:
             self._db.execute("UPDATE candidate SET status=? WHERE id=?", (DONE, candidate))
 
         self._transaction(write)
+
+    def settle(
+        self,
+        candidate: str,
+        speedup: float | None,
+        *,
+        place: Cell | None = None,
+        challenges: Sequence[tuple[str, str, Decision, Mapping[str, Any]]] = (),
+        accepted: tuple[str | None, float] | None = None,
+    ) -> None:
+        """Stores what comparisons said of a candidate that was judged before; arguments as of `record`."""
+
+        def write() -> None:
+            self._db.execute(
+                "UPDATE evaluation SET speedup=? WHERE candidate=?", (speedup, candidate)
+            )
+            self._compare(candidate, challenges, 0.0)
+            self._promote(candidate, speedup, place, accepted)
+
+        self._transaction(write)
+
+    def contender(self, above: float) -> tuple[Entry, int, float] | None:
+        """The fastest candidate by its first timing that was never compared with a champion, if it is at
+        least `above` times as fast as the reference; how many were judged after it, and in how many seconds.
+        """
+        row = self._db.execute(
+            "SELECT candidate, rowid FROM evaluation WHERE ok AND speedup >= ? "
+            "AND candidate NOT IN (SELECT candidate FROM accepted) AND candidate NOT IN "
+            "(SELECT candidate FROM challenge WHERE kind='challenge') "
+            "ORDER BY speedup DESC, rowid LIMIT 1",
+            (above,),
+        ).fetchone()
+        if row is None:
+            return None
+        later, seconds = self._db.execute(
+            "SELECT COUNT(*), TOTAL(seconds) FROM evaluation WHERE rowid > ?", (row[1],)
+        ).fetchone()
+        return self.entry(row[0]), int(later), float(seconds)
+
+    @property
+    def comparing(self) -> float | None:
+        """Seconds that comparing a candidate with the champion took on average; None: none was."""
+        (seconds,) = self._db.execute(
+            "SELECT SUM(seconds) / COUNT(DISTINCT candidate) FROM challenge WHERE kind != 'elite'"
+        ).fetchone()
+        return None if seconds is None else float(seconds)
+
+    def _compare(
+        self,
+        candidate: str,
+        challenges: Sequence[tuple[str, str, Decision, Mapping[str, Any]]],
+        seconds: float,
+    ) -> None:
+        for incumbent, kind, decision, samples in challenges:
+            self._db.execute(
+                "INSERT INTO challenge (candidate, incumbent, kind, verdict, gain, count, reason, "
+                "samples, seconds) VALUES (?,?,?,?,?,?,?,?,?)",
+                (
+                    candidate,
+                    incumbent,
+                    kind,
+                    decision.verdict,
+                    decision.gain,
+                    decision.samples,
+                    decision.reason,
+                    json.dumps(samples),
+                    decision.seconds,
+                ),
+            )
+        compared = sum(decision.seconds for _, _, decision, _ in challenges)
+        self.keep("spent", self.spent + seconds + compared)
+
+    def _promote(
+        self,
+        candidate: str,
+        speedup: float | None,
+        place: Cell | None,
+        accepted: tuple[str | None, float] | None,
+    ) -> None:
+        if place is not None:
+            self._db.execute(
+                "INSERT OR REPLACE INTO cell VALUES (?,?,?)",
+                (_cell_text(place), candidate, speedup or 0.0),
+            )
+        if accepted is not None:
+            self._db.execute(
+                "INSERT INTO accepted (candidate, before, gain, speedup, spent, at) "
+                "VALUES (?,?,?,?,?,?)",
+                (candidate, *accepted, speedup, self.spent, time.time()),
+            )
 
     def champion(self) -> Entry | None:
         """The last accepted candidate."""

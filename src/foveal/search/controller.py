@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import threading
@@ -15,7 +16,7 @@ from foveal._errors import TaskError
 from foveal.search.acceptance import WON, Decision
 from foveal.search.archive import Archive, Entry, Evaluation
 from foveal.search.candidate import Candidate, Cell, Proposal
-from foveal.search.evaluator import Comparison, Evaluator
+from foveal.search.evaluator import Evaluator
 from foveal.search.knowledge import state_of
 from foveal.search.operators.base import Operator, View
 from foveal.search.strategies import Strategy
@@ -23,8 +24,8 @@ from foveal.search.task import Task
 
 START = "start"
 _IDLE_ROUNDS = 20
-_WORTH_A_RACE = 0.99
-"""A first timing at least this share as good as the champion's is worth a timed comparison."""
+_PATIENCE = 4
+"""The first candidate is compared with the start when so many after it were no better."""
 _REAL = 0.01
 _NEW_CELL = 0.01
 
@@ -94,7 +95,7 @@ class Search:
         if not self.archive.count():
             self.archive.add(Proposal(Candidate(self.task.space.first), START))
         end = self.clock() + seconds
-        if self.archive.champion() is None:
+        if not self.archive.entries(evaluated=True):
             self._begin(progress)
         if len(self.evaluators) == 1:
             self._alone(end, progress, most)
@@ -127,28 +128,40 @@ class Search:
             raise TaskError(
                 f"the start of the search fails at stage {evaluation.stage}: {evaluation.reason}"
             )
-        self.archive.record(entry.id, evaluation, place=evaluation.cell, accepted=(None, 0.0))
+        accepted = None if evaluation.speedup is None else (None, 0.0)
+        self.archive.record(entry.id, evaluation, place=evaluation.cell, accepted=accepted)
 
     def _alone(self, end: float, progress: Callable[[State], None], most: int | None) -> None:
         idle = 0
+        evaluator = self.evaluators[0]
         while self._goes_on(end, most) and idle < _IDLE_ROUNDS:
+            due = self._due()
+            if due is not None:
+                progress(self.state(f"comparing {due.id[:6]} with the champion"))
+                self._settle(due, self._comparison(due)(evaluator))
+                continue
             entry = self.archive.take() or self._next()
             if entry is None:
                 idle += 1
                 continue
             idle = 0
             progress(self.state(f"{entry.operator} {entry.id[:6]} {entry.note}".strip()))
-            self._record(entry, self._judge(entry, self.evaluators[0]))
-        progress(self.state("done"))
+            self._record(entry, self._placed(entry, evaluator.evaluate(entry.candidate), evaluator))
+        self._last(progress)
 
     def _together(self, end: float, progress: Callable[[State], None], most: int | None) -> None:
         """Candidates are judged side by side; everything is written by this thread."""
-        flying: dict[Future[Evaluation], tuple[Entry, Evaluator]] = {}
+        flying: dict[Future[Evaluation | _Outcome], tuple[Entry, Evaluator]] = {}
         free = list(self.evaluators)
         idle = 0
         with ThreadPoolExecutor(len(self.evaluators)) as pool:
             while True:
                 while free and self._goes_on(end, most) and idle < _IDLE_ROUNDS:
+                    due = self._due()
+                    if due is not None and due.id not in {e.id for e, _ in flying.values()}:
+                        evaluator = free.pop()
+                        flying[pool.submit(self._comparison(due), evaluator)] = due, evaluator
+                        continue
                     entry = self.archive.take() or self._next()
                     if entry is None:
                         idle += 1
@@ -164,9 +177,41 @@ class Search:
                 done = wait(flying, return_when=FIRST_COMPLETED).done
                 for future in done:
                     entry, evaluator = flying.pop(future)
-                    self._record(entry, self._compared(entry, future.result(), evaluator))
+                    found = future.result()
+                    if isinstance(found, _Outcome):
+                        self._settle(entry, found)
+                    else:
+                        self._record(entry, self._placed(entry, found, evaluator))
                     free.append(evaluator)
+        self._last(progress)
+
+    def _last(self, progress: Callable[[State], None]) -> None:
+        """The best candidate that was not compared yet, unless the search is asked to stop."""
+        due = None if self.stop.is_set() else self._due(ended=True)
+        if due is not None:
+            progress(self.state(f"comparing {due.id[:6]} with the champion"))
+            self._settle(due, self._comparison(due)(self.evaluators[0]))
         progress(self.state("done"))
+
+    def _due(self, ended: bool = False) -> Entry | None:
+        """The candidate to compare with the champion now.
+
+        A better one may follow, which makes the comparison of this one a waste: it waits until judging
+        others took as long as a comparison takes.
+        """
+        champion = self.archive.champion()
+        found = None if champion is None else self.archive.contender(_speedup(champion))
+        if found is None:
+            return None
+        entry, later, seconds = found
+        known = self.archive.comparing
+        due = ended or (later >= _PATIENCE if known is None else seconds >= known)
+        return entry if due else None
+
+    def _champion(self) -> Entry:
+        champion = self.archive.champion()
+        assert champion is not None
+        return champion
 
     def _goes_on(self, end: float, most: int | None) -> bool:
         if self.stop.is_set() or self.clock() >= end:
@@ -212,50 +257,60 @@ class Search:
 
         return max(operators, key=value)
 
-    def _judge(self, entry: Entry, evaluator: Evaluator) -> _Outcome:
-        return self._compared(entry, evaluator.evaluate(entry.candidate), evaluator)
-
-    def _compared(self, entry: Entry, evaluation: Evaluation, evaluator: Evaluator) -> _Outcome:
-        """Compares a valid candidate with the champion, and with the elite of its cell."""
+    def _placed(self, entry: Entry, evaluation: Evaluation, evaluator: Evaluator) -> _Outcome:
+        """Whether a judged candidate takes its cell; one that looks faster than the champion waits."""
         outcome = _Outcome(evaluation)
         champion = self.archive.champion()
-        if not evaluation.ok or not evaluation.speedup or champion is None:
+        if not evaluation.ok:
             return outcome
-        challenges: list[tuple[str, str, Decision, Mapping[str, Any]]] = []
-
-        def beats(
-            other: Entry, kind: str, how: Callable[[Candidate, Candidate], Comparison]
-        ) -> bool:
-            decision, samples = how(entry.candidate, other.candidate)
-            challenges.append((other.id, kind, decision, samples))
-            return decision.verdict == WON
-
-        assert champion.evaluation is not None
-        before = champion.evaluation.speedup or 0.0
-        if (
-            evaluation.speedup > _WORTH_A_RACE * before
-            and beats(champion, "challenge", evaluator.challenge)
-            and beats(champion, "confirmation", evaluator.confirm)
+        elite = None if evaluation.cell is None else self.archive.elite(evaluation.cell)
+        if elite is None:
+            outcome.place = evaluation.cell
+        elif (
+            evaluation.speedup is not None
+            and champion is not None
+            and evaluation.speedup < _speedup(champion)
+            and elite.id != champion.id
         ):
-            gain = min(decision.gain for _, _, decision, _ in challenges)
-            outcome.accepted = champion.id, gain
-            # Its speed-up follows from the comparison, which is more exact than the first timing.
-            known = dict(evaluation.__dict__) | {"speedup": before / (1 - gain)}
-            outcome.evaluation = Evaluation(**known)
-        if evaluation.cell is not None:
-            elite = self.archive.elite(evaluation.cell)
-            if (
-                elite is None
-                or outcome.accepted is not None
-                or (
-                    elite.id != champion.id
-                    and evaluation.speedup > (elite.evaluation.speedup or 0.0) * (1 + _REAL)  # type: ignore[union-attr]
-                    and beats(elite, "elite", evaluator.challenge)
-                )
-            ):
-                outcome.place = evaluation.cell
-        outcome.challenges = tuple(challenges)
+            _against_elite(entry.candidate, elite, outcome, evaluator)
         return outcome
+
+    def _comparison(self, entry: Entry) -> Callable[[Evaluator], _Outcome]:
+        """Compares a candidate with the champion, twice if it wins, else with the elite of its cell."""
+        assert entry.evaluation is not None
+        evaluation, champion = entry.evaluation, self._champion()
+        elite = None if evaluation.cell is None else self.archive.elite(evaluation.cell)
+
+        def compare(evaluator: Evaluator) -> _Outcome:
+            outcome = _Outcome(evaluation)
+            first, samples = evaluator.challenge(entry.candidate, champion.candidate)
+            outcome.challenges += ((champion.id, "challenge", first, samples),)
+            if first.verdict == WON:
+                second, samples = evaluator.confirm(entry.candidate, champion.candidate)
+                outcome.challenges += ((champion.id, "confirmation", second, samples),)
+                if second.verdict == WON:
+                    gain = min(first.gain, second.gain)
+                    outcome.accepted = champion.id, gain
+                    # This follows from the comparison, which is more exact than the first timing.
+                    known = _speedup(champion) / (1 - gain)
+                    outcome.evaluation = dataclasses.replace(evaluation, speedup=known)
+                    outcome.place = evaluation.cell
+            if outcome.accepted is None and elite and elite.id not in (entry.id, champion.id):
+                _against_elite(entry.candidate, elite, outcome, evaluator)
+            return outcome
+
+        return compare
+
+    def _settle(self, entry: Entry, outcome: _Outcome) -> None:
+        """Writes what a comparison with the champion came to, unless another one won meanwhile."""
+        if outcome.accepted is None or outcome.accepted[0] == self._champion().id:
+            self.archive.settle(
+                entry.id,
+                outcome.evaluation.speedup,
+                place=outcome.place,
+                challenges=outcome.challenges,
+                accepted=outcome.accepted,
+            )
 
     def _record(self, entry: Entry, outcome: _Outcome) -> None:
         parent = self.archive.entry(entry.parents[0]) if entry.parents else None
@@ -290,3 +345,19 @@ class Search:
                 mean = known["mean"] + step / uses
                 m2 = known["m2"] + step * (gain - mean)
                 self.archive.keep_prompt({**known, "mean": mean, "m2": m2})
+
+
+def _speedup(entry: Entry) -> float:
+    """That over the reference; 0 where it was not timed."""
+    return (entry.evaluation.speedup if entry.evaluation else None) or 0.0
+
+
+def _against_elite(
+    candidate: Candidate, elite: Entry, outcome: _Outcome, evaluator: Evaluator
+) -> None:
+    """A candidate that looks faster than the elite of its cell takes the cell when a comparison agrees."""
+    if (outcome.evaluation.speedup or 0.0) > _speedup(elite) * (1 + _REAL):
+        decision, samples = evaluator.challenge(candidate, elite.candidate)
+        outcome.challenges += ((elite.id, "elite", decision, samples),)
+        if decision.verdict == WON:
+            outcome.place = outcome.evaluation.cell

@@ -22,8 +22,9 @@ from foveal.search.candidate import Candidate, cell_of
 from foveal.search.evaluator import Comparison
 from foveal.search.space import Point
 
-_WAIT_CYCLES = 12_000_000
-# The host needs some milliseconds for a forward and a backward; the device waits longer than that.
+_CYCLES_PER_SECOND = 2e9
+_MARGIN = 1.5
+# The device waits for longer than the host needs for a launch, so that only the device is timed.
 _FIRST = 5
 
 
@@ -66,7 +67,7 @@ class DeviceEvaluator:
             begun = time.perf_counter()
             try:
                 points = {"candidate": candidate.params, "reference": self.reference}
-                samples = {str(s): self._samples(points, s, _FIRST) for s in self.kernels.shapes}
+                samples = {str(s): self.samples(points, s, _FIRST) for s in self.kernels.shapes}
             except Exception as error:  # compilers and drivers raise what they like
                 reason = f"{type(error).__name__}: {error}"[:300]
                 return Evaluation(False, "timing", reason, None, time.perf_counter() - start)
@@ -95,7 +96,7 @@ class DeviceEvaluator:
             while decision.verdict == OPEN:
                 more = samples_to_next_look(decision.samples)
                 for shape in self.kernels.shapes:
-                    for name, seconds in self._samples(points, shape, more).items():
+                    for name, seconds in self.samples(points, shape, more).items():
                         found.setdefault(str(shape), {}).setdefault(name, []).extend(seconds)
                 decision = decide(
                     {
@@ -114,13 +115,21 @@ class DeviceEvaluator:
             return Decision(LOST, 0.0, 0, f"not confirmed: {wrong}"), {}
         return self.challenge(candidate, incumbent)
 
-    def _samples(
+    def samples(
         self, points: Mapping[str, Point], shape: Any, count: int
     ) -> dict[str, list[float]]:
+        """Seconds of `count` calls of each point, in turns in random order, each with a cold cache."""
         calls = {name: self.kernels.call(point, shape) for name, point in points.items()}
         for call in calls.values():
             call()
         torch.cuda.synchronize(self.device)
+        wait = 0.0
+        for call in calls.values():
+            start = time.perf_counter()
+            call()
+            wait = max(wait, time.perf_counter() - start)
+        torch.cuda.synchronize(self.device)
+        cycles = int(_MARGIN * wait * _CYCLES_PER_SECOND)
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
         for _ in range(count):
             order = list(calls)
@@ -128,7 +137,7 @@ class DeviceEvaluator:
             for name in order:
                 pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self.flush.zero_()
-                torch.cuda._sleep(_WAIT_CYCLES)
+                torch.cuda._sleep(cycles)
                 pair[0].record()
                 calls[name]()
                 pair[1].record()

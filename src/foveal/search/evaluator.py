@@ -67,9 +67,9 @@ class JudgedEvaluator:
         start = time.perf_counter()
         program = self.task.program(candidate)
         with self.exclusive:
-            verdict = self.judge.verify(program, self.effort.first)
+            verdict = self.judge.verify(program, self.effort.first if self.task.timed else None)
         speedup = None
-        if verdict.ok:
+        if verdict.ok and self.task.timed:
             each = [statistics.median(ratios(samples)) for samples in verdict.samples.values()]
             speedup = statistics.geometric_mean(each)
         return Evaluation(

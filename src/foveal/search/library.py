@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveal._errors import UnknownNameError
+from foveal._errors import TaskError, UnknownNameError
+from foveal.search.compiling import check_target
 from foveal.search.space import Point, Space, choice, flag, powers, steps
 from foveal.search.task import HIDDEN, TIMED, VERIFIED, Case, Input, Task
 
@@ -137,11 +138,24 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def template_task(name: str, device: str = "cpu", threads: int = 1) -> Task:
-    """The task of a template.  Raises UnknownNameError."""
+def template_task(
+    name: str, device: str = "cpu", threads: int = 1, targets: tuple[str, ...] = ()
+) -> Task:
+    """The task of a template.
+
+    targets: classes of devices that every candidate must compile for as well; on the CPU, where the
+    kernels run in Triton's interpreter, nothing is timed then.  Raises UnknownNameError, and TaskError for a
+    target that is not known or a template that is not written in Triton.
+    """
     if name not in TEMPLATES:
         raise UnknownNameError("template", name, tuple(TEMPLATES))
     template = TEMPLATES[name]
+    if targets and not template.interpreted:
+        raise TaskError(
+            f"compile-for: {name} is not written in Triton, so there is nothing to compile"
+        )
+    for target in targets:
+        check_target(target)
     program: dict[str, Any] = {"kind": "template", "module": _MODULES + template.module}
     if template.interpreted and device == "cpu":
         program["environment"] = {"TRITON_INTERPRET": "1"}
@@ -167,4 +181,6 @@ def template_task(name: str, device: str = "cpu", threads: int = 1) -> Task:
         gradients=template.gradients,
         device=device,
         threads=threads,
+        targets=targets,
+        timed=device != "cpu" or not targets,
     )

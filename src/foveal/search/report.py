@@ -13,7 +13,24 @@ from foveal.search.archive import Archive, Entry
 from foveal.search.task import Task
 from foveal.search.verify.judge import STAGES
 
-_ROWS = ("little", "some", "more", "much")
+_Labels = tuple[tuple[str, tuple[str, ...]], tuple[str, tuple[str, ...]]]
+_CPU_LABELS: _Labels = (
+    (
+        "memory traffic over what is compulsory",
+        ("under 2 times", "2 to 5 times", "5 to 12 times", "12 times and more"),
+    ),
+    ("number of operators", ("under 4", "4 to 11", "12 to 39", "40 and more")),
+)
+_GPU_LABELS: _Labels = (
+    (
+        "shared memory of a program",
+        ("under a quarter", "to a half", "to three quarters", "over three quarters"),
+    ),
+    (
+        "programs that a multiprocessor holds at once",
+        ("1 program", "2 programs", "3 or 4 programs", "5 or more"),
+    ),
+)
 _SHOWN = 60
 _LONGEST = 160
 
@@ -26,7 +43,7 @@ def write(archive: Archive, task: Task, path: str | Path, command: str = "") -> 
     passed = sum(bool(e.evaluation and e.evaluation.ok) for e in entries)
     page = Page(
         f"Search: {task.name}",
-        f"{len(entries)} candidates were judged in {archive.spent:,.0f} s, {passed} of them passed every "
+        f"{len(entries)} candidates were judged in {archive.spent:,.3g} s, {passed} of them passed every "
         f"stage, {len(archive.accepted())} were accepted one after the other (the start is the first). "
         + (f"The champion takes {1 / best:.1%} of the time of the reference." if best else ""),
     )
@@ -98,11 +115,15 @@ def _niches(page: Page, archive: Archive) -> None:
                 note = f"{found[0]:.3f} times as fast: {found[1].operator} {found[1].note}"
                 row.append(Cell(found[0], f"{found[0]:.2f}", note))
         cells.append(row)
+    compiled = any(
+        e.evaluation and "shared" in e.evaluation.facts for e in archive.elites().values()
+    )
+    rows, columns = _GPU_LABELS if compiled else _CPU_LABELS
     page.section(
         "Archive",
-        "The best of every niche. Rows: memory traffic (shared memory on a GPU); columns: number of "
-        "operators (resident programs on a GPU); both measured on the candidate. Niches that differ in "
-        f"the two other measures only share a square: {len(archive.elites())} are filled in all.",
+        f"The best of every niche. Rows: {rows[0]}; columns: {columns[0]}; both measured on "
+        f"{'what was compiled' if compiled else 'the candidate'}. Niches that differ in the two other "
+        f"measures only share a square: {len(archive.elites())} are filled in all.",
     ).figure(
         labelled_map(
             "times as fast as the reference",
@@ -110,8 +131,8 @@ def _niches(page: Page, archive: Archive) -> None:
             Axis(""),
             Axis(""),
             "speed-up",
-            x_labels=[f"{x} operators" for x in ("few", *_ROWS[1:])],
-            y_labels=[f"{y} traffic" for y in _ROWS],
+            x_labels=list(columns[1]),
+            y_labels=list(rows[1]),
             height=330,
         )
     )
@@ -186,7 +207,7 @@ def _accepted(page: Page, archive: Archive) -> None:
                 f"{each['gain']:.1%}",
                 f"{each['speedup']:.3f}",
                 sum(c["count"] for c in races) or "first",
-                f"{each['spent']:,.0f} s",
+                f"{each['spent']:,.3g} s",
             )
         )
     page.section("Accepted").table(
@@ -241,7 +262,7 @@ def _operators(page: Page, archive: Archive, entries: list[Entry]) -> None:
                 passed,
                 len(won),
                 f"{math.expm1(sum(gains.get(e.id, 0.0) for e in own)):.1%}",
-                f"{seconds:,.0f} s",
+                f"{seconds:,.3g} s",
             )
         )
     section = page.section("Operators")

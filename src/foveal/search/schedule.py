@@ -10,6 +10,7 @@ Agent-Driven Search, 2026, arXiv 2603.21331.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,3 +79,25 @@ def profiled(run: Callable[[], object], warm_up: int = 1) -> list[Part]:
     total = sum(own.values()) or 1.0
     parts = [Part(name, seconds / total) for name, seconds in own.items()]
     return sorted(parts, key=lambda part: part.share, reverse=True)
+
+
+def work_down(
+    parts: Sequence[Part],
+    improve: Callable[[Part, float], Part],
+    seconds: float,
+    slice_seconds: float = 300.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Part]:
+    """Works on the part that is worth most, for a slice of time, again and again; returns all parts.
+
+    improve(part, seconds) searches one part and returns it as it is then (speedup, rejected, of_roofline);
+    ends after `seconds`, or when no part is worth more work.
+    """
+    end = clock() + seconds
+    known = {part.name: part for part in parts}
+    while True:
+        left = end - clock()
+        order = ranked(list(known.values()))
+        if left <= 0 or not order:
+            return list(known.values())
+        known[order[0].name] = improve(order[0], min(slice_seconds, left))

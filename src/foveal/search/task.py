@@ -65,7 +65,8 @@ class Task:
     begins with, None where there is none yet.  `tolerance` is the factor on the error of the reference in
     the type of the case, as measured against float64.  `gradients`: whether they are judged;
     `deterministic`: whether two runs must agree in every bit; `own_inputs`: whether only inputs that the task
-    makes itself are valid.
+    makes itself are valid.  `targets`: classes of devices that every candidate must compile for; `timed`:
+    whether there is a device to time on.
     """
 
     name: str
@@ -79,6 +80,8 @@ class Task:
     own_inputs: bool = False
     device: str = "cpu"
     threads: int = 1
+    targets: tuple[str, ...] = ()
+    timed: bool = True
 
     @property
     def key(self) -> str:
@@ -86,7 +89,13 @@ class Task:
         parts = {
             "reference": self.reference,
             "cases": [(c.name, c.role, [(i.shape, i.dtype) for i in c.inputs]) for c in self.cases],
-            "demands": [self.tolerance, self.gradients, self.deterministic, self.device],
+            "demands": [
+                self.tolerance,
+                self.gradients,
+                self.deterministic,
+                self.device,
+                *self.targets,
+            ],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import SelectionError
+from foveal.engines.tile.rows import places
 from foveal.patterns.blocks import BlockSelection
 
 
@@ -94,7 +95,7 @@ def select(
             )
         scores = scores.to(wide).masked_fill(~visible, -torch.inf)
         kept = budget.keep(scores, tiling) & visible
-    return BlockSelection.from_block_mask(kept, q_block, kv_block)
+    return BlockSelection(places(kept), q_block, kv_block)
 
 
 def group_queries(q: Tensor, k: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import SelectionError
+from foveal.engines.tile.rows import best
 from foveal.selectors.base import Budget, Tiling
 
 
@@ -25,7 +26,7 @@ class TopK:
         _at_least("blocks", self.blocks, 0)
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
-        return _best(scores, torch.full_like(scores[..., :1], self.blocks))
+        return best(scores, torch.full_like(scores[..., :1], self.blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class TopRatio:
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         allowed = (scores > -torch.inf).sum(-1, keepdim=True)
-        return _best(scores, torch.ceil(allowed * self.ratio))
+        return best(scores, torch.ceil(allowed * self.ratio))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +177,6 @@ def load_plan(path: str | Path) -> Mapping[str, Any]:
 
 def save_plan(plan: Mapping[str, Sequence[Any]], path: str | Path) -> None:
     Path(path).write_text(json.dumps(plan, indent=1, sort_keys=True))
-
-
-def _best(scores: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` best of the last axis, ties to the lower place, -inf never."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(scores.shape[-1], device=scores.device).to(counts.dtype)
-    kept = (place < counts).expand_as(order)
-    found = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept)
-    return found & (scores > -torch.inf)
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 
 from foveal._errors import UnknownNameError
-from foveal.systems.base import Identity, System
+from foveal.systems.base import Check, Identity, System, Tool
 
-__all__ = ["Identity", "System", "system", "systems"]
+__all__ = ["Check", "Identity", "System", "Tool", "system", "systems", "tool", "tools"]
 
 _FAMILIES = (
     "locality",
@@ -34,3 +34,17 @@ def systems(family: str | None = None) -> tuple[System, ...]:
     chosen = _FAMILIES if family is None else (family,)
     modules = (importlib.import_module(f"foveal.systems.{each}") for each in chosen)
     return tuple(entry for module in modules for entry in module.SYSTEMS)
+
+
+def tool(name: str) -> Tool:
+    """The tool of that name, for papers on making and judging kernels; raises UnknownNameError."""
+    entries = {entry.name: entry for entry in tools()}
+    if name not in entries:
+        raise UnknownNameError("tool", name, tuple(entries))
+    return entries[name]
+
+
+def tools() -> tuple[Tool, ...]:
+    """Entries of the catalogue that are no operators."""
+    found: tuple[Tool, ...] = importlib.import_module("foveal.systems.search").TOOLS
+    return found

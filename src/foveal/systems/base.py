@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -171,6 +172,34 @@ class System:
         if self.compose is None:
             raise PatternError("pattern", self.name, "a system that selects pairs is needed")
         return self.compose(tuple(grid), **options)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A statement about a tool, executable: `holds` with a random stream says whether it is so."""
+
+    name: str
+    statement: str
+    holds: Callable[[random.Random], bool] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A paper whose subject is no operator on tensors but a way to make or to judge kernels.
+
+    `command` is how it is run here, `part` the public object behind it ("module:name").
+    """
+
+    name: str
+    title: str
+    year: int
+    paper: str
+    summary: str
+    command: str
+    part: str
+    checks: tuple[Check, ...] = field(repr=False)
+    family: str = "search"
+    kind: str = "tool"
 
 
 _COMMON = ("return_lse", "implementation")

@@ -20,6 +20,15 @@ REACH = 96
 LEAST_PIECE = 16
 """Chunks of the shortest piece that a sequence of the delta rule is cut in."""
 
+BULK_STAGES = 3
+"""Chunks that bulk copies run ahead of the warps that multiply, of additive rules."""
+
+WALK_STAGES = 4
+"""As BULK_STAGES, of the walk of the delta rule."""
+
+LEAST_BULK_PIECE = 8
+"""Chunks of the shortest piece of a scan by bulk copies without gradients."""
+
 STEP_TILE = 32
 """Value channels of a program of the decode step."""
 
@@ -27,9 +36,9 @@ STEP_TILE = 32
 @dataclass(frozen=True)
 class Tuning:
     """v_tile, backward_v_tile: value channels of a walk, forward and backward; split_v_tile: of the walks
-    of a sequence that is cut in pieces; pairs_k_tile: key channels
-    of a product inside a chunk; gradient_v_tile, gradient_k_tile: channels of the tiles of the
-    gradients; the rest: warps and stages of each kernel."""
+    of a sequence that is cut in pieces; bulk_v_tile, bulk_split_v_tile: the same with bulk copies;
+    pairs_k_tile: key channels of a product inside a chunk; gradient_v_tile, gradient_k_tile:
+    channels of the tiles of the gradients; the rest: warps and stages of each kernel."""
 
     v_tile: int
     piece: int = 32
@@ -45,6 +54,8 @@ class Tuning:
     pairs: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     walk: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     split_v_tile: int = 64
+    bulk_v_tile: int = 32
+    bulk_split_v_tile: int = 64
     split_walk: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     output: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     walk_backward: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
@@ -71,6 +82,7 @@ def tuning(dtype: torch.dtype, head_dim: int, delta: bool, decay: int) -> Tuning
         v_tile = 64
     return Tuning(
         v_tile=v_tile,
+        bulk_v_tile=16 if decay == 2 and head_dim > 64 else 32,
         split_v_tile=32 if wide else 64,
         gradient_tile=32 if wide else 128,
         gradient_v_tile=32 if wide else 64,
@@ -105,14 +117,26 @@ def piece_of(
     in pieces, since the maps of these come first: only long sequences of few heads, which leave most
     of the device idle, are split.
     """
-    if not delta:
+    if not delta and found.piece > 0:
         return found.piece
     heads, channels = columns
     chunks = [-(-length // CHUNK) for length in lengths]
+    if not delta:
+        return _piece_of_bulk(chunks, heads, processors)
     longest = max(chunks, default=1)
     programs = heads * -(-channels // found.split_v_tile)
     each = max(-(-sum(chunks) * programs // (2 * processors)), LEAST_PIECE)
     return each if longest >= 6 * each else max(longest, 1)
+
+
+def _piece_of_bulk(chunks: list[int], heads: int, processors: int) -> int:
+    """Chunks per piece, so that there is one piece per multiprocessor, or one per sequence and head."""
+    if heads * len(chunks) >= processors:
+        return max(*chunks, 1)
+    each = max(-(-sum(chunks) * heads // processors), LEAST_BULK_PIECE)
+    while heads * sum(-(-count // each) for count in chunks) > processors:
+        each += 1
+    return each
 
 
 def processors(device: str) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import foveal as fv
 from foveal import errors
 from foveal.caches.policies import (
     ARKV,
@@ -29,7 +30,6 @@ from foveal.caches.policies import (
     SnapKV,
     TaskKV,
 )
-from foveal.caches.policies.payload import Eight, Sparse, Whole
 from foveal.patterns import Causal
 from foveal.scores import Softmax
 
@@ -158,33 +158,6 @@ def test_equal_neighbours_merge_without_a_trace() -> None:
     torch.testing.assert_close(left, expected)
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.99])
-def test_packed_rows_come_back(sparsity: float) -> None:
-    x = torch.randn(11, 24, generator=torch.Generator().manual_seed(0))
-    x[0], x[1, :] = 0.0, torch.arange(24.0)
-    x[2, 3], x[3, 4] = torch.nan, -0.0
-    packed = Sparse.of(x, sparsity)
-    back, kept = packed.dense(0, 11), 24 - int(sparsity * 24)
-    assert packed.values.shape[1] == kept
-    assert bool(((back == x) | (back == 0) | (back.isnan() & x.isnan())).all())
-    assert bool(back[2, 3].isnan())
-    assert torch.equal(packed.select(torch.tensor([4, 2])).dense(0, 1), back[4:5])
-    lost = (x[4:] - back[4:]).abs()
-    assert bool((lost.amax(-1) <= back[4:].abs().where(back[4:] != 0, 9.0).amin(-1)).all())
-    assert packed.bytes() == 11 * (kept * 4 + 3)
-    again = Sparse.of(back.nan_to_num(0.0), sparsity).dense(0, 11)
-    assert torch.equal(again, back.nan_to_num(0.0))
-
-
-def test_eight_bits_are_within_a_sixteenth_and_stay_put() -> None:
-    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
-    packed = Eight.of(x)
-    back = packed.dense(0, 50)
-    assert bool(((back - x).abs() <= x.abs() / 16 + x.abs().amax(-1, keepdim=True) / 2**9).all())
-    torch.testing.assert_close(Eight.of(back).dense(0, 50), back, rtol=1e-6, atol=1e-7)
-    assert packed.bytes() < Whole(x).bytes() / 3
-
-
 def test_what_is_held_attends_as_the_kept_tokens_do() -> None:
     given = reading()
     held = Held()
@@ -204,6 +177,49 @@ def test_what_is_held_attends_as_the_kept_tokens_do() -> None:
                 weights = (rows @ q[b, i, h] * D**-0.5).softmax(0)
                 torch.testing.assert_close(o[b, i, h], weights @ values, rtol=1e-4, atol=1e-5)
     assert held.bytes() == int(keep.sum()) * (2 * D * 4 + 4) + 2 * 3 * HEADS * 2 * D * 4
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_reduced_tokens_attend_as_what_comes_back(sparsity: float) -> None:
+    given, held = reading(), Held()
+    held.append(given.k, given.v)
+    keep = torch.rand(2, HEADS, L, generator=torch.Generator().manual_seed(2)) < 0.7
+    reduced = torch.rand(2, HEADS, L, generator=torch.Generator().manual_seed(3)) < 0.5
+    whole = held.bytes()
+    held.settle(Decision(keep, reduced=reduced, sparsity=sparsity))
+    assert held.bytes() < whole  # rows of 8 entries, of which bitmaps pad fewer to 8
+    k, v, real, _ = held.everything()
+    for x, before in ((k, given.k), (v, given.v)):
+        near = x[:, :, 0][real[:, 0]]
+        far = before[:, :, 0][keep[:, 0]]
+        if sparsity == 0:
+            torch.testing.assert_close(near, far, rtol=0.07, atol=0.02)
+        else:
+            assert bool(((near == far) | (near == 0)).all())
+    q = given.q[:, -2:]
+    products = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * D**-0.5
+    hidden = ~real.repeat_interleave(2, 1)[:, :, None]
+    weights = products.masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2))
+    torch.testing.assert_close(held.attend(q, Softmax()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_are_caches_of_the_decode_engine() -> None:
+    given, held = reading(), Held()
+    held.append(given.k, given.v)
+    held.settle(decide(FastGen(budget=12, recovery=0.6), given))
+    (piece,) = held.pieces
+    assert piece.lengths.shape == (2, HEADS)
+    q = given.q[:, -3:]
+    found = [fv.decode(q, piece, pattern=fv.Dense(), implementation=name) for name in ("cpu", None)]
+    exact = fv.decode(q, piece, pattern=fv.Dense(), implementation="reference")
+    for o in found:
+        torch.testing.assert_close(o, exact, rtol=1e-4, atol=1e-5)
+    k, v = piece.dense()
+    assert torch.equal(k, held.everything()[0])
+    assert v.shape == k.shape
+    with pytest.raises(errors.CacheError, match="takes them"):
+        piece.append(k, v)
 
 
 def test_beams_take_their_tokens_along() -> None:

@@ -18,6 +18,7 @@ from foveal.caches import (
     Quantised,
     Shared,
 )
+from foveal.engines.decode import cpu
 from tests.engines.decode.problems import assert_agrees
 
 B, L, HKV, HQ, D, DV = 3, 61, 2, 4, 12, 20
@@ -88,7 +89,10 @@ def caches(source: torch.Generator) -> dict[str, fv.caches.Cache]:
         bits: Quantised(shape(), pages=90, bits=bits, page_size=5)
         for bits in ("fp8", "int8", "int4")
     }
-    found["pruned"] = Pruned(shape(), pages=20, sparsity=0.6, recent=3, group=64)
+    for storage in ("bitmap", "channels"):
+        found[storage] = Pruned(
+            shape(), pages=20, sparsity=0.6, recent=3, group=64, storage=storage
+        )
     found["joined"] = Joined(
         [Quantised(shape(), pages=90), Contiguous(shape(), max_tokens=9), Paged(shape(), pages=90)]
     )
@@ -96,7 +100,7 @@ def caches(source: torch.Generator) -> dict[str, fv.caches.Cache]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "pruned", "joined"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "bitmap", "channels", "joined"])
 def test_other_rows_are_attention_on_what_they_hold(
     name: str, implementation: str, source: torch.Generator
 ) -> None:
@@ -166,14 +170,22 @@ def test_absorbed_queries_are_expanded_heads(Lq: int, source: torch.Generator) -
     assert torch.allclose(o, expected, rtol=0, atol=1e-12)
 
 
-def test_a_shared_prefix_is_a_prefix_of_each(source: torch.Generator) -> None:
+@pytest.mark.parametrize("Lq", [1, 3])
+@pytest.mark.parametrize("pattern", [fv.Causal(), fv.Dense(), fv.Sliding(30)], ids=str)
+def test_a_shared_prefix_is_a_prefix_of_each(
+    pattern: fv.Pattern, Lq: int, source: torch.Generator
+) -> None:
     k, v = kv(source)
     prefix = Contiguous(shape(batch=1), max_tokens=40)
     prefix.append(k[:1, :40], v[:1, :40])
     suffix = Paged(shape(), pages=30)
     suffix.append(k, v, counts=(21, 4, 0))
     score = fv.Softmax(soft_cap=3.0, sink=rows(source, HQ))
-    assert_agrees(rows(source, B, 1, HQ, D), Shared(prefix, suffix), score)
+    cache = Shared(prefix, suffix)
+    assert_agrees(rows(source, B, Lq, HQ, D), cache, score, pattern)
+    assert_agrees(rows(source, B, Lq, HQ, D), cache, fv.Softmax() + fv.Alibi(torch.ones(HQ)))
+    with pytest.raises(fv.errors.PatternError, match="sink tokens"):
+        fv.decode(rows(source, B, 1, HQ, D), cache, pattern=fv.Sliding(30, 0, 2))
 
 
 def test_chunks_of_a_prefill_are_the_prefill(source: torch.Generator) -> None:
@@ -223,6 +235,26 @@ def test_pages_with_old_nan_are_clean_when_taken_again(
     cache.append(k, v, counts=(50, 1, 0))
     o = fv.decode(rows(source, B, 3, HQ, D), cache, implementation=implementation)
     assert bool(o.isfinite().all())
+
+
+def test_a_kernel_that_fails_leaves_the_cache_as_it_was(
+    source: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Paged(shape(), pages=50)
+    cache.append(*kv(source))
+    before = [x.clone() for x in (*cache.dense(), cache.lengths, cache.seen)]
+    q = rows(source, B, 1, HQ, D)
+
+    def failing(*arguments: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu, "decode", failing)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            fv.decode(q, cache, implementation="cpu")
+    after = (*cache.dense(), cache.lengths, cache.seen)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert_agrees(q, cache, implementation="cpu")
 
 
 def test_a_future_nan_is_not_seen(source: torch.Generator) -> None:

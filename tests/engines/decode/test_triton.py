@@ -98,19 +98,19 @@ def test_every_kernel_compiles_and_fits(
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
 
-    from foveal.engines.decode import launch
+    from foveal.engines.decode import launch, parts
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
     kind = TARGETS[target][0]
     if ("amd" if kind == "hip" else "nvidia") not in backends:
         pytest.skip(f"this Triton has no backend for {kind}")
-    monkeypatch.setattr(launch, "starts_early", lambda device: target in ("sm_90", "sm_100"))
+    monkeypatch.setattr(parts, "starts_early", lambda device: target in ("sm_90", "sm_100"))
     monkeypatch.setattr(launch, "shared_memory", lambda device: SHARED[target])
     cache, Lq, terms = COMPILED[name]()
     heads = 16 if name == "latent" else 8
     q = torch.zeros(2, Lq, heads, cache.shape.head_dim, dtype=torch.float16)
     names = ("decode_attend_forward", "decode_merge_forward")
-    with recorded(dict.fromkeys(names, launch)) as found:
+    with recorded(dict(zip(names, (launch, parts), strict=True))) as found:
         launch.decode_on_device(cache.parts()[0].view, terms, q)
     assert [one.name for one in found] == list(names)
     for one in found:

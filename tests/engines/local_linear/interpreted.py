@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 import foveal as fv
-from foveal.testing.bounds import check
+from foveal.testing.bounds import check, error
 from tests.engines.local_linear.cases import agree as agree_by
 from tests.engines.tile.interpreted import ready, start
 
-__all__ = ["agree", "contained", "decoded", "first_rows", "ready", "start"]
+__all__ = ["agree", "contained", "decoded", "first_rows", "ready", "small_gradients", "start"]
 
 
 def agree(name: str, kind: str, dtype: torch.dtype, seed: int) -> None:
@@ -22,20 +22,46 @@ def _draw(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=source) for shape in shapes]
 
 
-def decoded(seed: int, pattern: fv.Pattern, ridge: float) -> list[bool]:
-    """Whether o and lse of few queries on many keys are as good as float32 allows."""
-    q, k, v = _draw(seed, (2, 2, 4, 12), (2, 531, 2, 12), (2, 531, 2, 20))
-    score = fv.LocalLinear(ridge)
-    results = [
-        fv.attend(
-            *(x.to(dtype) for x in (q, k, v)), pattern, score,
-            return_lse=True, implementation=implementation,
+def decoded(seed: int, pattern: fv.Pattern, ridge: float | None) -> list[bool]:
+    """Whether o and lse of few queries on many keys are as good as float32 allows; without a ridge of
+    one query with a given r."""
+    queries = 1 if ridge is None else 2
+    shapes = (2, queries, 4, 12), (2, 531, 2, 12), (2, 531, 2, 20), (2, queries, 4, 12)
+
+    def result(seed: int, dtype: torch.dtype, implementation: str) -> tuple[torch.Tensor, ...]:
+        q, k, v, r = (x.to(dtype) for x in _draw(seed, *shapes))
+        score = fv.Parallax(0.3 * r) if ridge is None else fv.LocalLinear(ridge)
+        o, lse = fv.attend(
+            q, k + 1, v, pattern, score, return_lse=True, implementation=implementation
         )
-        for implementation, dtype in (
-            ("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64),
-        )
-    ]  # fmt: skip
-    return [check("", *each).ok for each in zip(*results, strict=True)]
+        return o, lse
+
+    exact = result(seed, torch.float64, "reference")
+    got = result(seed, torch.float32, "triton")
+    errors = [
+        [
+            error(plain, wide)
+            for plain, wide in zip(
+                result(other, torch.float32, "reference"),
+                result(other, torch.float64, "reference"),
+                strict=True,
+            )
+        ]
+        for other in range(seed, seed + 8)
+    ]
+    most = [max(each) for each in zip(*errors, strict=True)]
+    return [check("", *each).ok for each in zip(got, most, exact, strict=True)]
+
+
+def small_gradients(seed: int) -> bool:
+    """Whether gradients of an output whose own is tiny are those of a large one, made as small."""
+    tensors = _draw(seed, *((1, 21, 1, 8),) * 4)
+    found = []
+    for size in (1.0, 1e-20):
+        q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
+        o = fv.attend(q, k, v, fv.Causal(), fv.LocalLinear(0.5), implementation="triton")
+        found.append([x / size for x in torch.autograd.grad(o, (q, k, v), size * tensors[3])])
+    return all(torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in zip(*found, strict=True))
 
 
 def first_rows(seed: int, ridge: float) -> float:

@@ -66,7 +66,12 @@ def test_rows_with_fewer_keys_than_dimensions(interpreter: Run, source: torch.Ge
 
 @pytest.mark.parametrize("pattern", [fv.Causal(), fv.Sliding(300)], ids=repr)
 def test_decodes(pattern: fv.Pattern, interpreter: Run, source: torch.Generator) -> None:
-    assert all(interpreter(interpreted.decoded, seed(source), pattern, 0.5))
+    for ridge in (0.5, None):
+        assert all(interpreter(interpreted.decoded, seed(source), pattern, ridge))
+
+
+def test_small_gradients(interpreter: Run, source: torch.Generator) -> None:
+    assert interpreter(interpreted.small_gradients, seed(source))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import foveal as fv
-from foveal.engines.tile.lists import boxes, walk_lists
+from foveal.engines.tile.lists import walk_lists
 from foveal.patterns.base import Extent, Pattern
 from foveal.testing import check
 
@@ -53,26 +53,25 @@ def _repaired(
 ) -> list[str]:
     """Verdicts on gradients all of whose rows were marked and NaN."""
     from foveal.engines.tile.hopper_backward_repair import launch_repair
+    from foveal.engines.tile.hopper_launch import intervals
 
     q, k, v, do = tensors
     lse, delta, *exact = _gradients(mask, tensors, torch.float64)
     *_, dq, dk, dv = _gradients(mask, tensors, torch.float32)
     statistics = lse.float(), delta.float()
-    found = boxes(static, extent, CPU)
-    assert found is not None
-    grids = [(*found.extent.q_grid, 1, 1)[:3], (*found.extent.kv_grid, 1, 1)[:3]]
-    none = torch.zeros(1, dtype=torch.int32)
+    sides = [intervals(static, extent, CPU, by_key) for by_key in (False, True)]
+    grids = [side[0][0] for side in sides]
     got = []
     for by_key in (False, True):
-        ends = (found.q_lower, found.q_upper) if by_key else (found.lower, found.upper)
-        pairs = [*zip(*ends, strict=True), *[(none, none + 1)] * (3 - len(ends[0]))]
+        (_, _, bounds), second = sides[by_key]
         own, others = ((k, v), (q, do)) if by_key else ((q, do), (k, v))
         marks = torch.ones(1, own[0].shape[2], own[0].shape[1], dtype=torch.int8)
         outs = tuple(torch.full_like(x, math.nan) for x in own[: 1 + by_key])
         rows, columns = grids[::-1] if by_key else grids
         launch_repair(
-            marks, own, others, statistics, outs, torch.cat([end for pair in pairs for end in pair]),
-            rows, columns, (q.shape[1],) * 3, (SCALE / math.log(2), SCALE), *lists[by_key],
+            marks, own, others, statistics, outs, bounds, rows, columns, (q.shape[1],) * 3,
+            (SCALE / math.log(2), SCALE), *((*listed, *second) for listed in lists[by_key][:1]),
+            *lists[by_key][1:],
         )  # fmt: skip
         got += outs
     return [
@@ -85,6 +84,18 @@ def boxes_repaired(name: str, seed: int) -> list[str]:
     pattern, q_grid, kv_grid, heads, kv_heads = BOXES[name]
     tensors = _tensors(math.prod(q_grid), math.prod(kv_grid), heads, kv_heads, seed)
     return _repaired(pattern, Extent(q_grid, kv_grid), tensors, pattern.dense_mask(q_grid, kv_grid))
+
+
+def two_intervals_repaired(seed: int) -> list[str]:
+    from foveal.engines.tile.hopper_launch import list_arguments
+
+    pattern, extent = fv.Sliding(9, sink_tokens=3), Extent((40,), (40,))
+    lists = []
+    for by_key in (False, True):
+        found = walk_lists(pattern, extent, 16, 32, 2, CPU, by_key)
+        lists.append((list_arguments(found), *((32, 16) if by_key else (16, 32))))
+    mask = pattern.dense_mask(40, 40)
+    return _repaired(pattern, extent, _tensors(40, 40, 2, 1, seed), mask, tuple(lists))
 
 
 def lists_repaired(seed: int) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import foveal as fv
-from foveal.engines.tile import cpu_tokens, select, token_attend
+from foveal.engines.tile import column_attend, cpu_tokens, rows, select, token_attend
 from foveal.engines.tile.token_lists import TokenLists, block_spans
 from foveal.engines.tile.windows import windows
 from foveal.selectors import VerticalSlash
@@ -37,7 +39,7 @@ def problem(sizes: Sizes, seed: int) -> tuple[list[Tensor], TokenLists]:
 def errors(sizes: Sizes, seed: int, small: bool) -> list[float]:
     """Largest differences from float64 of o, lse, dq, dk, dv, by key and by token."""
     if small:  # several rounds and segments
-        token_attend._PART_BYTES, token_attend._SEGMENT = 400, 3
+        _make_small()
     (q, k, v, do, dlse), lists = problem(sizes, seed)
     scale = sizes[5] ** -0.5
     exact = cpu_tokens.forward(q.double(), k.double(), v.double(), lists, scale)
@@ -52,6 +54,92 @@ def errors(sizes: Sizes, seed: int, small: bool) -> list[float]:
             same = torch.where(a == b, 0.0, a - b)  # both -inf
             found.append(float(same.abs().max()))
     return found
+
+
+def _make_small() -> None:
+    token_attend._PART_BYTES, token_attend._SEGMENT, token_attend._CHUNK_BYTES = 400, 3, 640
+
+
+def near_errors(sizes: tuple[int, ...], seed: int, small: bool) -> list[float]:
+    """Largest differences from float64 where what is near to a token is computed with the sums."""
+    if small:
+        _make_small()
+    Lq, Lk, heads, kv_heads, block, *near = sizes
+    source = torch.Generator().manual_seed(seed)
+    shapes = ((2, Lq, heads, 16), (2, Lk, kv_heads, 16), (2, Lk, kv_heads, 16))
+    q, k, v = (torch.randn(shape, generator=source) for shape in shapes)
+    starts, stops = block_spans(Lk, block, torch.device("cpu"))
+    own = (torch.arange(Lq) + Lk - Lq)[:, None] // block
+    number = torch.arange(len(starts))
+    mask = torch.rand(2, kv_heads, Lq, len(starts), generator=source) < 0.4
+    mask = (mask | (number < near[0]) | (number > own - near[1])) & (number <= own)
+    place = torch.where(mask, number, len(starts)).sort(-1).values
+    indices = torch.where(place == len(starts), -1, place).to(torch.int32)
+    lists = TokenLists(indices, starts, stops, block, True, Lk - Lq, (near[0], near[1]))
+    o, lse = token_attend.forward(q, k, v, lists, 0.25, True)
+    exact = cpu_tokens.forward(q.double(), k.double(), v.double(), lists, 0.25)
+    pairs = zip((o, lse * LN2), exact, strict=True)
+    return [float((a - b).abs().max()) for a, b in pairs]
+
+
+def rows_differ(width: int, seed: int) -> list[str]:
+    """What the kernels of rows find otherwise than sorts."""
+    source = torch.Generator().manual_seed(seed)
+    scores = torch.randn(2, 3, 7, width, generator=source).round(decimals=1)
+    scores[0, 0, 0], scores[..., -1] = -torch.inf, -torch.inf
+    scores[0, 1, 2, : width // 2] = torch.inf
+    counts = torch.randint(0, width + 2, (2, 3, 7, 1), generator=source).float()
+    mask = torch.rand(2, 3, 7, width, generator=source) < 0.3
+    states = torch.randint(0, 3, (2, 3, 7, width), generator=source).to(torch.uint8)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "best": lambda: rows.best(scores, counts),
+        "places": lambda: rows.places(mask),
+        "walk": lambda: rows.walk_words(states, 3),
+    }
+    ours = {name: call() for name, call in calls.items()}
+    kept, rows._has_kernels = rows._has_kernels, lambda x: False
+    differ = [name for name, call in calls.items() if not torch.equal(call(), ours[name])]
+    rows._has_kernels = kept
+    return differ
+
+
+def key_errors(kind: str, block: int, heads: int, sizes: tuple[int, ...], seed: int) -> list[float]:
+    """Largest differences of o, lse and gradients from float64 along keys, runs and columns."""
+    Lq, Lk, q_heads, kv_heads = sizes
+    source = torch.Generator().manual_seed(seed)
+    shapes = ((2, Lq, q_heads, 16), (2, Lk, kv_heads, 16), (2, Lk, kv_heads, 8))
+    q, k, v = (torch.randn(shape, generator=source) for shape in shapes)
+    listed = fv.Chosen(key_lists(kind, block, (2, heads, -(-Lq // block)), Lk, source))
+    column_attend._PAIRS = 700
+
+    def run(name: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        o, lse = fv.attend(*leaves, listed & fv.Causal(), return_lse=True, implementation=name)
+        seen = torch.where(lse.isfinite(), lse, 0.0)
+        gradients = torch.autograd.grad(o.sin().sum() + seen.cos().sum(), leaves)
+        return [o.detach(), lse.detach(), *gradients]
+
+    pairs = zip(run("triton", torch.float32), run("reference", torch.float64), strict=True)
+    return [float(torch.where(a == b, 0.0, a - b).abs().max()) for a, b in pairs]
+
+
+def key_lists(
+    kind: str, block: int, shape: tuple[int, int, int], keys: int, source: torch.Generator
+) -> fv.TokenSelection | fv.SpanSelection | fv.ColumnSelection:
+    """Lists of each kind; the first is empty, runs overlap, columns lie in blocks."""
+    if kind == "spans":
+        starts = torch.randint(0, keys, (*shape, 5), generator=source)
+        stops = starts + torch.randint(-keys // 4, keys // 2, starts.shape, generator=source)
+        stops[0, 0, 0] = -1
+        return fv.SpanSelection(starts, stops, block)
+    drawn = torch.rand(*shape, keys, generator=source) < 0.1
+    drawn[0, 0, 0] = False
+    tokens = fv.TokenSelection.from_mask(drawn, block)
+    if kind == "tokens":
+        return tokens
+    drawn = torch.rand(*shape, keys, generator=source) < 0.03
+    starts = fv.TokenSelection.from_mask(drawn, block).indices
+    return fv.ColumnSelection(starts, tokens.indices, block, 12)
 
 
 def column_errors(length: int, options: tuple[int, ...], seed: int) -> list[float]:

@@ -14,9 +14,11 @@ from foveal.engines.tile import hopper
 from foveal.engines.tile.hopper_plan import forward_walk, keys_walk, queries_walk, shared_heads
 from foveal.engines.tile.lists import walk_lists
 from foveal.patterns.base import Extent
+from foveal.patterns.documents import Packed
 from foveal.scores.base import Geometry
 from foveal.scores.normal import normal_form
 from foveal.testing import Sizes, check_attend, poisoned_allocations, qkv
+from foveal.testing.agreement import Agreement
 
 gpu = [
     pytest.mark.gpu,
@@ -125,9 +127,16 @@ def test_boxes_hold_what_the_kernels_expect() -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (12, 3), (24, 1), (7, 7)])
-def test_heads_that_run_together_divide_all_heads(heads: int, groups: int) -> None:
-    for columns in (1, 1000, 100_000):
-        assert heads % shared_heads(heads, groups, columns, 128) == 0
+@pytest.mark.parametrize("even", [False, True])
+def test_heads_that_run_together_divide_all_heads(heads: int, groups: int, even: bool) -> None:
+    for columns in (1, 1000, 50_000, 100_000):
+        assert heads % shared_heads(heads, groups, columns, 128, even) == 0
+
+
+def test_two_heads_run_together_where_one_would_end_with_its_longest_items() -> None:
+    assert shared_heads(8, 1, 32_768, 128) == 1
+    assert shared_heads(8, 1, 32_768, 128, even=False) == 2
+    assert shared_heads(8, 1, 262_144, 128, even=False) == 1
 
 
 @pytest.mark.parametrize("by_key", [False, True])
@@ -275,6 +284,59 @@ class TestOnAGpu:
                 score = fv.Softmax(soft_cap=soft_cap) + term
                 check_attend(q, k, v, pattern, score, implementation="hopper")
 
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize(
+        "pattern",
+        [
+            Packed(fv.Causal(), (87, 124, 159, 130)) | fv.Rectangle((87, 500), (0, 87)),
+            fv.Sliding(60, 60) | fv.Rectangle((0, 60), (0, 500)) | fv.Rectangle((0, 500), (0, 60)),
+            fv.Sliding(60, sink_tokens=5),
+        ],
+        ids=["shared question", "global window", "sinks"],
+    )
+    def test_two_intervals_per_token(
+        self, pattern: fv.Pattern, head_dim: int, source: torch.Generator
+    ) -> None:
+        sizes = Sizes((500,), batch=2, q_heads=4, kv_heads=2, head_dim=head_dim)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        check_attend(q, k, v, pattern, implementation="hopper")
+
+    @pytest.mark.parametrize(
+        ("pattern", "grid", "head_dim", "biases"),
+        [
+            (fv.Dense(), (300,), 64, (2, 4)),
+            (fv.Dense(), (12, 13), 128, (1, 1)),
+            (fv.Causal(), (500,), 64, (1, 2)),
+            (fv.Neighborhood((5, 6, 7)), (9, 10, 11), 64, (2, 1)),
+            (fv.Sliding(60, sink_tokens=5), (500,), 64, (2, 2)),
+            (fv.Neighborhood((5, 5), dilation=2), (20, 18), 64, (2, 1)),
+        ],
+        ids=str,
+    )
+    def test_gradients_beside_a_bias_that_needs_none(
+        self,
+        pattern: fv.Pattern,
+        grid: tuple[int, ...],
+        head_dim: int,
+        biases: tuple[int, int],
+        source: torch.Generator,
+    ) -> None:
+        sizes = Sizes(grid, batch=2, q_heads=4, kv_heads=2, head_dim=head_dim)
+        q, k, v = qkv(sizes, source, torch.bfloat16, device="cuda")
+        bias = torch.randn(*biases, math.prod(grid), generator=source).cuda()
+        bias[..., torch.rand(math.prod(grid), generator=source) < 0.2] = -math.inf
+        for score in (fv.KeyBias(bias), fv.KeyBias(bias.nan_to_num(neginf=-60.0))):
+            problem = Agreement(q, k, v, pattern, score)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            o, lse = fv.attend(*leaves, pattern, score, return_lse=True, implementation="hopper")
+            weights = problem._weights({"o": o, "lse": lse})
+            cotangents = [weights["o"].to(o), weights["lse"].to(lse)]
+            gradients = torch.autograd.grad([o, lse], leaves, cotangents)
+            found = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+            exact = problem._evaluate("reference", torch.float64)
+            verdicts = problem.verdicts({**exact, **found, "o": o.detach(), "lse": lse.detach()})
+            assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
+
     @pytest.mark.parametrize("grid", [(12, 13), (5, 6, 7)])
     def test_biases_on_grids(self, grid: tuple[int, ...], source: torch.Generator) -> None:
         sizes = Sizes(grid, batch=2, q_heads=2, head_dim=64)
@@ -341,7 +403,12 @@ class TestOnAGpu:
     @pytest.mark.parametrize("head_dim", [64, 128])
     @pytest.mark.parametrize("where", ["q", "k", "v", "do"])
     @pytest.mark.parametrize(
-        ("pattern", "grid"), [(fv.Causal(), (300,)), (fv.Neighborhood((5, 7)), (20, 19))]
+        ("pattern", "grid"),
+        [
+            (fv.Causal(), (300,)),
+            (fv.Neighborhood((5, 7)), (20, 19)),
+            (fv.Sliding(40, sink_tokens=3), (300,)),
+        ],
     )
     def test_nan_reaches_the_gradients_of_what_it_is_seen_with(
         self,

@@ -210,19 +210,26 @@ def test_backward_of_keys(case: tuple[Any, ...], hides: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sides", "axes", "head_dim", "hides", "lists"),
+    ("sides", "axes", "head_dim", "hides", "intervals", "biased"),
     [
-        (LINE, 1, 128, False, False),
-        (LINE, 1, 64, False, False),
-        (LINE, 1, 128, True, False),
-        (LINE, 1, 128, True, True),
-        (SQUARE, 2, 128, True, False),
-        (LINE, 1, 64, True, False),
+        (LINE, 1, 128, False, 0, False),
+        (LINE, 1, 64, False, 0, False),
+        (LINE, 1, 128, True, 0, False),
+        (LINE, 1, 128, True, 1, True),
+        (LINE, 1, 128, True, 2, False),
+        (SQUARE, 2, 128, True, 0, False),
+        (LINE, 1, 64, True, 0, True),
     ],
 )
 def test_backward_in_one_kernel(
-    sides: tuple[int, int, int], axes: int, head_dim: int, hides: bool, lists: bool
+    sides: tuple[int, int, int],
+    axes: int,
+    head_dim: int,
+    hides: bool,
+    intervals: int,
+    biased: bool,
 ) -> None:
+    """Along lists where their tested tiles hide one or two intervals, else along boxes."""
     from triton.experimental.gluon import language as gl
 
     from foveal.engines.tile.hopper_backward_joint import tile_attend_backward_joint
@@ -235,11 +242,12 @@ def test_backward_in_one_kernel(
     signature |= {"lse_desc": numbers, "delta_desc": numbers, "dk_desc": box, "dv_desc": box}
     signature["dq_desc"] = f"tensordesc<fp32[{','.join(map(str, shape))}],{layout!r}>"
     signature |= {"p_bounds": "*i32", "p_spoilt": "*i8"}
-    signature["lists"] = ("*i32", *("i32",) * 5) if lists else ()
+    signature["lists"] = ("*i32", *("i32",) * 5, *("*i32",) * (intervals - 1)) if intervals else ()
     signature |= dict.fromkeys(INTS, "i32") | {"scale_log2": "fp32", "scale": "fp32"}
     # Of items that are cut no pair is hidden.
     signature["parts"] = () if hides else ("*fp32", "*fp32")
     signature["split"] = () if hides else ("i32",) * 3
+    signature["biases"] = ("*fp32", *("i32",) * 3) if biased else ()
     constants = {"W": 2, "R": sides, "C": sides, "AXES": axes, "HIDES": hides}
     constants["STAGES"] = 2 if apart else 3
     result = compiled(tile_attend_backward_joint, signature, constants | {"APART": apart})

@@ -41,6 +41,12 @@ def test_marked_rows_of_boxes(name: str, interpreter: Run, source: torch.Generat
 
 
 @pytest.mark.slow
+def test_marked_rows_of_two_intervals(interpreter: Run, source: torch.Generator) -> None:
+    verdicts = interpreter(interpreted_repair.two_intervals_repaired, seed(source))
+    assert all("<=" in verdict for verdict in verdicts), verdicts
+
+
+@pytest.mark.slow
 def test_marked_rows_of_lists(interpreter: Run, source: torch.Generator) -> None:
     verdicts = interpreter(interpreted_repair.lists_repaired, seed(source))
     assert all("<=" in verdict for verdict in verdicts), verdicts

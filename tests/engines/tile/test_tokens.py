@@ -57,23 +57,44 @@ def test_what_is_not_seen_may_be_nan(source: torch.Generator) -> None:
     assert torch.equal(o.isfinite().all(-1).all(-1), ~sees)
 
 
-def test_segments_hold_every_listing_once(source: torch.Generator) -> None:
+@pytest.mark.parametrize("chunk", [7, 19, 100])
+def test_segments_hold_every_listing_once(chunk: int, source: torch.Generator) -> None:
     mask = torch.rand(2, 3, 19, 6, generator=source) < 0.5
     selection = fv.BlockSelection.from_block_mask(mask, 1, 4)
     starts, stops = block_spans(24, 4, torch.device("cpu"))
     lists = TokenLists(selection.indices, starts, stops, 4, False, 0)
-    found = segments(lists, 5)
+    found = segments(lists, 5, chunk)
     flat = selection.indices.flatten()
     places: list[int] = []
-    for block, first, stop in zip(found.block, found.first, found.stop, strict=True):
-        if int(block) == 6 * 6:
+    for cell, first, stop in zip(found.cell, found.first, found.stop, strict=True):
+        if int(cell) == found.cells:
             continue
         own = found.order[int(first) : int(stop)]
+        token = own // lists.indices.shape[3]
         assert 0 < len(own) <= 5
-        assert (own // (19 * lists.indices.shape[3]) == int(block) // 6).all()
-        assert (flat[own] == int(block) % 6).all()
+        assert (token // 19 == int(cell) // 6 // found.chunks).all()
+        assert (token % 19 // chunk == int(cell) // 6 % found.chunks).all()
+        assert (flat[own] == int(cell) % 6).all()
         places += own.tolist()
     assert sorted(places) == torch.nonzero(flat >= 0).flatten().tolist()
+
+
+def test_segments_leave_out_what_is_near() -> None:
+    starts, stops = block_spans(40, 4, torch.device("cpu"))
+    own = torch.arange(40) // 4
+    mask = torch.arange(10) <= own[:, None]
+    selection = fv.BlockSelection.from_block_mask(mask[None, None], 1, 4)
+    lists = TokenLists(selection.indices, starts, stops, 4, True, 0, near=(1, 2))
+    found = segments(lists, 100, 40, far=True)
+    flat, slots = selection.indices.flatten(), selection.indices.shape[3]
+    used = [
+        found.order[f:s]
+        for c, f, s in zip(found.cell, found.first, found.stop, strict=True)
+        if c < found.cells
+    ]
+    listed = torch.cat(used)
+    pairs = set(zip((listed // slots).tolist(), flat[listed].tolist(), strict=True))
+    assert pairs == {(t, b) for t in range(40) for b in range(1, t // 4 - 1)}
 
 
 def test_windows_start_anew_in_documents() -> None:
@@ -121,6 +142,7 @@ def test_kernels_agree_in_the_interpreter(
         (30, 41, 4, 2, (2, 2, 2, 4, 0)),
         (40, 40, 2, 1, (4, 2, 8, 3, 22)),
         (33, 33, 3, 1, (8, 2, 4, 5, 0)),
+        (50, 50, 16, 1, (1, 1, 1, 5, 0)),
     ],
 )
 def test_choices_agree_in_the_interpreter(
@@ -128,6 +150,46 @@ def test_choices_agree_in_the_interpreter(
 ) -> None:
     # Sums in another order may exchange two blocks whose scores are equal to the last bit.
     assert interpreter.submit(interpreted_tokens.lists_differ, *(*case, run_seed)).result() <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(70, 70, 4, 1, 32, 1, 2), (33, 100, 6, 2, 32, 1, 1), (40, 40, 2, 2, 32, 0, 1)]
+)
+def test_what_is_near_agrees_in_the_interpreter(
+    sizes: tuple[int, ...], small: bool, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    found = interpreter.submit(interpreted_tokens.near_errors, sizes, run_seed, small).result()
+    assert max(found) < 2e-5, found
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [1, 5, 16, 37])
+def test_rows_without_sorts_agree_in_the_interpreter(
+    width: int, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    assert interpreter.submit(interpreted_tokens.rows_differ, width, run_seed).result() == []
+
+
+KEYS = [
+    ("columns", 24, 2, (30, 30, 4, 2)),
+    ("columns", 9, 1, (25, 41, 6, 2)),
+    ("tokens", 1, 2, (20, 20, 8, 2)),
+    ("tokens", 1, 4, (11, 30, 4, 2)),
+    ("tokens", 16, 1, (40, 40, 8, 2)),
+    ("spans", 1, 2, (12, 90, 6, 2)),
+    ("spans", 16, 4, (30, 120, 4, 4)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("case", KEYS, ids=str)
+def test_keys_runs_and_columns_agree_in_the_interpreter(
+    case: tuple[str, int, int, tuple[int, ...]], interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    found = interpreter.submit(interpreted_tokens.key_errors, *(*case, run_seed)).result()
+    assert max(found) < 2e-5, found
 
 
 @needs_triton

@@ -1,6 +1,6 @@
 """What leaves a cache, and when: one policy per file, found by name."""
 
-from foveal._errors import UnknownNameError
+from foveal._errors import RefusedError, UnknownNameError
 from foveal.caches.policies.a_vl import AVL
 from foveal.caches.policies.arkv import ARKV
 from foveal.caches.policies.base import Counts, Decision, Merge, Policy, Reading, Vote
@@ -62,6 +62,9 @@ __all__ = [
 
 def policy_class(name: str) -> type[Policy]:
     """The policy of that name; UnknownNameError, with close matches, when there is none."""
+    if name == "elastic_cache":
+        reason = "it refreshes networks that look both ways: foveal.caches.policies.ElasticCache runs one"
+        raise RefusedError(name, reason)
     if name not in POLICIES:
         raise UnknownNameError("cache policy", name, tuple(POLICIES))
     return POLICIES[name]

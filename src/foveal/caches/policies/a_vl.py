@@ -21,17 +21,17 @@ class AVL(Policy):
     attended to, the next `secondary` is stored and attended to only when the core is chosen again,
     every `period` generated tokens; the rest goes behind the prompt.  Of the text the share `text` of
     largest accumulated attention stays, half of it the newest.
-    Options: image, the number of the token that stands for a piece of an image; budget, the length up
-    to which nothing happens.
+    Options: image, the number of the token that stands for a piece of an image; the shares, by default
+    those of the budget: text all of it, core two fifths and secondary three.
     Limits: needs to know the tokens of the prompt.
     Paper: A-VL: Adaptive Attention for Large Vision-Language Models (2409.14846).
     """
 
-    budget: int | float = 32
+    budget: int | float = 0.5
     image: int = 0
-    core: float = 0.2
-    secondary: float = 0.3
-    text: float = 0.5
+    core: float | None = None
+    secondary: float | None = None
+    text: float | None = None
     period: int = 16
 
     def due(self, counts: Counts) -> bool:
@@ -51,23 +51,29 @@ class AVL(Policy):
         return Vote(last, reading.real, reading.age, torch.stack([image.float(), used, behind]))
 
     def settle(self, votes: Sequence[Vote], seen: int) -> list[Decision]:
-        return [self._classes(vote) for vote in votes]
+        stored = max(int(vote.real.sum(-1).amax()) for vote in votes)
+        share = min(self.tokens(seen) / stored, 1.0)
+        given = (self.core, 0.4), (self.secondary, 0.6), (self.text, 1.0)
+        shares = [part * share if own is None else own for own, part in given]
+        return [_classes(vote, *shares) for vote in votes]
 
-    def _classes(self, vote: Vote) -> Decision:
-        assert vote.statistic is not None
-        image, used, behind = vote.statistic
-        of_image, of_text = (image > 0) & vote.real, (image == 0) & vote.real
-        ranked = vote.scores.masked_fill(~of_image, -torch.inf)
-        count = of_image.sum(-1)
-        if not bool(behind.any()):
-            core = largest(ranked, _share(count, self.core / (self.core + self.secondary)))
-            return Decision(vote.real, idle=of_image & ~core)
-        stored = largest(ranked, _share(count, self.core + self.secondary))
-        core = largest(ranked, _share(count, self.core))
-        newest = of_text & (vote.age < _share(of_text.sum(-1), self.text / 2)[..., None])
-        heavy = used.masked_fill(~of_text, -torch.inf).masked_fill(newest, torch.inf)
-        text = largest(heavy, _share(of_text.sum(-1), self.text))
-        return Decision(stored | text | (of_text & (vote.age == 0)), idle=stored & ~core)
+
+def _classes(vote: Vote, core_share: float, secondary: float, text_share: float) -> Decision:
+    """What is attended to, stored, and dropped."""
+    assert vote.statistic is not None
+    image, used, behind = vote.statistic
+    of_image, of_text = (image > 0) & vote.real, (image == 0) & vote.real
+    ranked = vote.scores.masked_fill(~of_image, -torch.inf)
+    count = of_image.sum(-1)
+    if not bool(behind.any()):
+        core = largest(ranked, _share(count, core_share / (core_share + secondary)))
+        return Decision(vote.real, idle=of_image & ~core)
+    stored = largest(ranked, _share(count, core_share + secondary))
+    core = largest(ranked, _share(count, core_share))
+    newest = of_text & (vote.age < _share(of_text.sum(-1), text_share / 2)[..., None])
+    heavy = used.masked_fill(~of_text, -torch.inf).masked_fill(newest, torch.inf)
+    text = largest(heavy, _share(of_text.sum(-1), text_share))
+    return Decision(stored | text | (of_text & (vote.age == 0)), idle=stored & ~core)
 
 
 def _share(count: Tensor, share: float) -> Tensor:

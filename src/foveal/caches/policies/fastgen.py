@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.caches.policies.base import Counts, Decision, Policy, Reading, Vote, largest
+from foveal.caches.policies.base import Counts, Decision, Policy, Reading, Vote, largest, protect
 from foveal.caches.policies.statistics import attention_sums, per_kv_head
 
 
@@ -18,8 +18,9 @@ class FastGen(Policy):
 
     Sets, each within the next: special tokens, and punctuation, and the tokens of largest accumulated
     attention, and the newest tokens, and all.
-    Frequent and newest tokens are half of the budget each; the same rule is run again whenever a
-    `period` of generated tokens has come.
+    Frequent and newest tokens are half of the budget each.  Heads that need all of them share what the
+    others leave of the budget of the layer, half for their newest tokens; where it suffices that is all.
+    The same rule is run again whenever a `period` of generated tokens has come.
     Options: special and punctuation, token numbers, where the reading knows its tokens; the first
     token counts as special; recovery, the share T of the mass, 0 < T <= 1; period >= 1 tokens.
     Paper: Model Tells You What to Discard (2310.01801).  The ratios and T of the paper are not
@@ -59,7 +60,12 @@ class FastGen(Policy):
         for candidate in reversed(sets):
             enough = (vote.scores * candidate).sum(-1, keepdim=True) >= self.recovery
             kept = torch.where(enough, candidate, kept)
-        return kept | ((vote.age == 0) & vote.real)
+        served = ((vote.scores * sets[-1]).sum(-1) >= self.recovery) | (kept != vote.real).any(-1)
+        room = budget * kept.shape[1] - (kept.sum(-1) * served).sum(1)
+        each = (room // (~served).sum(1).clamp(min=1))[:, None].expand(served.shape)
+        near = special | (vote.age < (each // 2)[..., None])
+        shared = largest(protect(vote.scores, near & vote.real, vote.real), each)
+        return torch.where(served[..., None], kept, shared) | ((vote.age == 0) & vote.real)
 
     @staticmethod
     def _among(reading: Reading, numbers: tuple[int, ...]) -> Tensor:

@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._decode import decode
 from foveal._errors import CacheError
+from foveal.caches.bitmap import BitmapCodec
+from foveal.caches.codec import Codec
 from foveal.caches.policies.base import Decision, Merge
-from foveal.caches.policies.payload import Eight, Payload, Sparse, Whole
+from foveal.caches.policies.piece import Piece, tail
+from foveal.caches.quantised import ScaledCodec
 from foveal.compose import merge
 from foveal.patterns import Causal, Dense
 from foveal.scores import KeyBias, Score
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Some tokens of every sequence and head, kept alike, in order of time.
-
-    k and v hold the rows of all heads one behind the other, [sum of counts, D]; counts[b][h] rows
-    belong to head h of sequence b.  positions int32 [sum of counts].  idle: not attended to; host: in
-    the memory of the host.
-    """
-
-    k: Payload
-    v: Payload
-    positions: Tensor
-    counts: tuple[tuple[int, ...], ...]
-    idle: bool = False
-    host: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of keys, values and positions."""
-        return self.k.bytes() + self.v.bytes() + self.positions.numel() * 4
-
-    def runs(self) -> list[tuple[int, int, int, int]]:
-        """(sequence, head, first row, row behind the last) of every head."""
-        found, start = [], 0
-        for b, row in enumerate(self.counts):
-            for h, count in enumerate(row):
-                found.append((b, h, start, start + count))
-                start += count
-        return found
-
-    def attend(self, q: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-        """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq] of every query on all tokens of the piece."""
-        B, Lq, Hq, _ = q.shape
-        heads = len(self.counts[0])
-        sizes = {count for row in self.counts for count in row}
-        if len(sizes) == 1:
-            n = sizes.pop()
-            k, v = (
-                x.dense(0, B * heads * n).view(B, heads, n, -1).transpose(1, 2)
-                for x in (self.k, self.v)
-            )
-            return attend(q, k, v, Dense(), score, return_lse=True)
-        parts = q.unflatten(2, (heads, -1))
-        width = self.v.dense(0, 0).shape[-1]
-        o = q.new_zeros(B, Lq, heads, Hq // heads, width)
-        lse = torch.full(o.shape[:-1], -torch.inf, device=q.device)
-        lse = lse.double() if q.dtype == torch.float64 else lse
-        for b, h, start, stop in self.runs():
-            if stop > start:
-                k, v = (x.dense(start, stop)[None, :, None] for x in (self.k, self.v))
-                o[b : b + 1, :, h], lse[b : b + 1, :, h] = attend(
-                    parts[b : b + 1, :, h], k, v, Dense(), score, return_lse=True
-                )
-        return o.flatten(2, 3), lse.flatten(2, 3)
+# Queries up to which a call is a step of generation, not a piece of a prompt.
+_FEW = 16
 
 
 @dataclass
@@ -103,14 +54,14 @@ class Held:
 
     def bytes(self) -> int:
         """Bytes of keys, values, scales, bitmaps and positions, without what lies on the host."""
-        own = sum(piece.bytes for piece in self.pieces if not piece.host)
+        own = sum(piece.bytes() for piece in self.pieces if not piece.host)
         return own + sum(
             x.numel() * x.element_size() for x in (self.tail_k, self.tail_v) if x is not None
         )
 
     def host_bytes(self) -> int:
         """Bytes of what lies on the host."""
-        return sum(piece.bytes for piece in self.pieces if piece.host)
+        return sum(piece.bytes() for piece in self.pieces if piece.host)
 
     def append(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
         """Stores new tokens k [B, L, Hkv, D], v [B, L, Hkv, Dv]; real bool [B, L], all by default."""
@@ -126,7 +77,11 @@ class Held:
 
     def attend(self, q: Tensor, score: Score, sink: Tensor | None = None) -> Tensor:
         """o [B, Lq, Hq, Dv] of the queries of the newest Lq tokens; those of a tail see no later one."""
-        found = [piece.attend(q, score) for piece in self.pieces if not piece.idle]
+        found = [
+            decode(q, piece, score, pattern=Dense(), return_lse=True)
+            for piece in self.pieces
+            if not piece.idle
+        ]
         if self.tail_k is not None:
             found.append(self._near(q, score))
         o, lse = merge([o for o, _ in found], [lse for _, lse in found])
@@ -143,7 +98,9 @@ class Held:
         if not bool(self.tail_real.all()):
             hidden = torch.zeros(self.tail_real.shape, device=q.device)
             score = score + KeyBias(hidden.masked_fill_(~self.tail_real, -torch.inf)[:, None])
-        return attend(q, self.tail_k, self.tail_v, Causal(), score, return_lse=True)
+        if q.shape[1] > _FEW:
+            return attend(q, self.tail_k, self.tail_v, Causal(), score, return_lse=True)
+        return decode(q, tail(self.tail_k, self.tail_v), score, return_lse=True)
 
     def everything(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k [B, L, Hkv, D], v, real bool [B, Hkv, L] and positions int64 [B, Hkv, L], by time."""
@@ -179,7 +136,7 @@ class Held:
         for piece in self.pieces:
             for b, h, start, stop in piece.runs():
                 place = piece.positions[start:stop].long()
-                own = (piece.k.dense(start, stop), piece.v.dense(start, stop), place)
+                own = (*piece.rows(start, stop), place)
                 found[b][h].append(tuple(x.to(device) for x in own))  # type: ignore[arg-type]
         if self.tail_k is not None and self.tail_v is not None and self.tail_real is not None:
             first = self.seen - self.tail
@@ -202,17 +159,18 @@ class Held:
         keep = decision.keep & real
         reduced = torch.zeros_like(keep) if decision.reduced is None else decision.reduced & keep
         idle = torch.zeros_like(keep) if decision.idle is None else decision.idle & keep
-        pieces = []
-        for mask, form, resting in (
-            (keep & ~reduced & ~idle, Whole, False),
-            (reduced & ~idle, _form(decision), False),
-            (idle, Whole, True),
-        ):
-            if bool(mask.any()):
-                pieces.append(
-                    _piece(k, v, positions, mask, form, resting, resting and decision.host)
-                )
-        self.pieces = pieces
+        plain = Codec(k.shape[-1], k.dtype), Codec(v.shape[-1], v.dtype)
+        less = _smaller(plain[0], decision.sparsity), _smaller(plain[1], decision.sparsity)
+        kinds = (
+            (keep & ~reduced & ~idle, plain, False),
+            (reduced & ~idle, less, False),
+            (idle, plain, True),
+        )
+        self.pieces = [
+            Piece.of(mask, k, v, positions, codecs, idle=rests, host=rests and decision.host)
+            for mask, codecs, rests in kinds
+            if bool(mask.any())
+        ]
         self.memo = None if decision.memo is None else _shorter(decision.memo, keep)
         self.tail_k = self.tail_v = self.tail_real = None
 
@@ -222,7 +180,8 @@ class Held:
             raise CacheError(
                 "crop",
                 count,
-                f"at most the {self.tail} tokens since the policy acted can be dropped",
+                f"at most the {self.tail} tokens since the policy acted can be dropped; assisted "
+                "decoding, which takes tokens back, needs a budget that holds the text",
             )
         if count:
             assert self.tail_k is not None
@@ -236,7 +195,7 @@ class Held:
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes what index[b] was; index int64 [any B]."""
         chosen = index.tolist()
-        self.pieces = [_reordered(piece, chosen) for piece in self.pieces]
+        self.pieces = [piece.select(chosen) for piece in self.pieces]
         self.memo = None if self.memo is None else self.memo[index.to(self.memo.device)]
         if self.tail_k is not None:
             self.tail_k, self.tail_v, self.tail_real = (
@@ -245,25 +204,12 @@ class Held:
             )
 
 
-def _form(decision: Decision) -> Callable[[Tensor], Payload]:
-    if decision.sparsity > 0:
-        return lambda x: Sparse.of(x, decision.sparsity)
-    return Eight.of
-
-
-def _piece(
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    mask: Tensor,
-    form: Callable[[Tensor], Payload],
-    idle: bool,
-    host: bool,
-) -> Piece:
-    counts = tuple(tuple(row) for row in mask.sum(-1).tolist())
-    place = torch.device("cpu") if host else k.device
-    own_k, own_v = (form(x[mask].to(place)) for x in (k, v))
-    return Piece(own_k, own_v, positions[mask].to(place, torch.int32), counts, idle, host)
+def _smaller(codec: Codec, sparsity: float) -> Codec:
+    """How the rows of reduced tokens are kept: in 8 bits, or without a share of their elements."""
+    if sparsity == 0:
+        return ScaledCodec(codec.dim, codec.dtype, "fp8")
+    kept = codec.dim - math.floor(sparsity * codec.dim)
+    return BitmapCodec(codec.dim, codec.dtype, kept)
 
 
 def _shorter(memo: Tensor, keep: Tensor) -> Tensor:
@@ -278,19 +224,3 @@ def _merged(x: Tensor, change: Merge) -> Tensor:
     owner = change.owner[..., None].expand_as(x)
     weighted = x.to(torch.promote_types(x.dtype, torch.float32)) * change.weights[..., None]
     return torch.zeros_like(weighted).scatter_add_(2, owner, weighted).to(x.dtype)
-
-
-def _reordered(piece: Piece, chosen: list[int]) -> Piece:
-    starts: dict[int, list[Tensor]] = {}
-    for b, _h, start, stop in piece.runs():
-        starts.setdefault(b, []).append(torch.arange(start, stop))
-    rows = torch.cat([run for b in chosen for run in starts[b]])
-    rows = rows.to(piece.positions.device)
-    return Piece(
-        piece.k.select(rows),
-        piece.v.select(rows),
-        piece.positions[rows],
-        tuple(piece.counts[b] for b in chosen),
-        piece.idle,
-        piece.host,
-    )

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal._recent import Recent
 from foveal.caches.view import Columns, View
 from foveal.engines.decode.attend import decode_attend_forward
 from foveal.engines.decode.loads import PACKED, loads_of
-from foveal.engines.decode.merge import decode_merge_forward
+from foveal.engines.decode.parts import Parts, merge_parts, power, split_options
 from foveal.engines.decode.problem import Terms
-from foveal.engines.tile.replay import launch
+from foveal.engines.decode.row_kinds import serves
+from foveal.engines.decode.rows import decode_rows
+from foveal.engines.tile.replay import Replay, launch, replayed
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ def tiles_of(
     (64 mixed lengths on an H100: 0.691 ms, else 0.721).  The places of rows in pages are found one step
     before they are read: a stage more for each tile in flight.
     """
-    held = min(max(_power(rows), 16), 128 if value_dim <= 128 else 64)
+    held = min(max(power(rows), 16), 128 if value_dim <= 128 else 64)
     keys = 128
     while keys > 16 and keys * row_bytes > 40960:
         keys //= 2
-    warps = 8 if held * _power(value_dim) > 8192 else 4
+    warps = 8 if held * power(value_dim) > 8192 else 4
     if paged and held == 16 and heads > 2 * processors(device):
         return DecodeTiles(held, keys, warps, 4, 3 * processors(device))
     buffers = 2 if 5 * keys * row_bytes <= shared_memory(device) else 1
@@ -60,14 +63,6 @@ def processors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel can start before the one in front of it has ended (compute capability 9.0)."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@functools.lru_cache(maxsize=8)
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
     if device.type != "cuda":
@@ -76,16 +71,36 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def decode_on_device(
     view: View, terms: Terms, q: Tensor, tiles: DecodeTiles | None = None, lean: bool = False
 ) -> tuple[Tensor, Tensor]:
     """o [B, Lq, Hq, Dv] in the dtype of q and lse [B, Lq, Hq] in float32; nothing waits for the device."""
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        return _compute(view, terms, q, tiles, lean)
+        if tiles is None and not lean and serves(view, terms, q):
+            return decode_rows(view, terms, q)
+        if not q.is_cuda:
+            return _compute(view, terms, q, tiles, lean)
+        stored = (*view.keys.tensors, *(view.values.tensors if view.values else ()))
+        optional = (
+            *(view.after, view.bias, view.positions),
+            *(terms.sink, terms.key_bias, terms.slopes),
+        )
+        kind = (
+            *(view.keys.codec, view.values and view.values.codec, view.page_size, view.steps),
+            *(view.kv_heads, view.value_dim, view.guarded),
+            *(x is not None and x.dtype for x in optional),
+            *(terms.scale, terms.soft_cap, terms.causal, terms.left, terms.sink_tokens),
+            *(tiles, lean, q.dtype, q.device),
+        )
+        given = (q, view.page_table, view.lengths, view.seen, *stored, *optional)
+        tensors = [x for x in given if x is not None]
+        o, lse = replayed(_REPLAYS, kind, tensors, lambda: _compute(view, terms, q, tiles, lean))
+    assert o is not None
+    assert lse is not None
+    return o, lse
+
+
+_REPLAYS: Recent[Replay | int] = Recent(64)
 
 
 def _compute(
@@ -106,30 +121,12 @@ def _compute(
         tiles = tiles_of(Lq * groups, heads, view.value_dim, row_bytes, paged, q.device)
     o = torch.empty(batch, Lq, q_heads, view.value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, Lq, q_heads, dtype=torch.float32, device=q.device)
-    parts = 2 * tiles.programs
-    part = torch.empty(parts, tiles.rows, view.value_dim, dtype=torch.float32, device=q.device)
-    part_max = torch.empty(parts, tiles.rows, dtype=torch.float32, device=q.device)
-    part_sum = torch.empty(parts, tiles.rows, dtype=torch.float32, device=q.device)
-    per_unit = view.lengths.shape[1]
-    units = batch * per_unit
+    parts = Parts.of(tiles.programs, tiles.rows, tiles.keys, view.value_dim, q.device)
     table = view.page_table
     fast = q.device.type == "cuda" and torch.version.hip is None and q.dtype == torch.bfloat16
     loads, scaled = loads_of(view.keys.codec.kind, fast)
     single = table.shape[2] == 1
     layout = 0 if single else 1 if view.page_size % tiles.keys == 0 else 2
-    shared: dict[str, Any] = {
-        "WINDOW": terms.left is not None,
-        "UNITS_PAD": max(_power(units), 16),
-        "UNITS_PER_SEQUENCE": per_unit,
-        "HEADS": view.kv_heads,
-        "GROUPS": groups,
-        "ROWS": tiles.rows,
-        "KV_TILE": tiles.keys,
-        "DV": view.value_dim,
-        "EARLY": starts_early(q.device),
-    }
-    options: dict[str, Any] = {"launch_pdl": True} if shared["EARLY"] else {}
-    numbers = (units, Lq, terms.left or 0, terms.sink_tokens, tiles.programs, int(lean))
     attend_arguments = (
         q,
         (q.stride(0), q.stride(1), q.stride(2)),
@@ -146,10 +143,10 @@ def _compute(
         terms.sink,
         o,
         lse,
-        part,
-        part_max,
-        part_sum,
-        *numbers,
+        parts.sums,
+        parts.largest,
+        parts.totals,
+        *(view.lengths.numel(), Lq, terms.left or 0, terms.sink_tokens, tiles.programs, int(lean)),
     )
     attend_options = {
         "LOADS": loads,
@@ -160,36 +157,19 @@ def _compute(
         "TABLE": layout,
         "PAGE": view.page_size if layout == 2 and view.page_size < 1024 else 0,
         "D": first // pack,
-        "D_PAD": max(_power(first // pack), 16),
+        "D_PAD": max(power(first // pack), 16),
         "REST": head_dim - first,
-        "DV_PAD": max(_power(view.value_dim // pack), 16),
+        "DV_PAD": max(power(view.value_dim // pack), 16),
         "PACK": pack,
         "KEY_WIDTH": keys[0].shape[1],
         "VALUE_WIDTH": value_width,
         "STAGES": tiles.stages,
         "GUARDED": view.guarded,
         "num_warps": tiles.warps,
-        **shared,
+        **split_options(view, terms, groups, parts),
     }
-    rows = Lq * groups
-    in_parts = tiles.programs // (batch * view.kv_heads * -(-rows // tiles.rows)) + 2
-    merged = min(max(_power(in_parts), 4), 64)
-    together = min(max(64 // merged, 1), 4, _power(rows))
-    merge_arguments = (
-        *(view.lengths, view.after, terms.sink, o, lse, part, part_max, part_sum),
-        *numbers,
-    )
-    merge_options = {
-        "DV_PAD": max(_power(view.value_dim), 16),
-        "PARTS": merged,
-        "TOGETHER": together,
-        "num_warps": 4,
-        **shared,
-        **options,
-    }
-    blocks = batch * view.kv_heads * -(-rows // together)
     launch(decode_attend_forward, (tiles.programs,), *attend_arguments, **attend_options)
-    launch(decode_merge_forward, (blocks,), *merge_arguments, **merge_options)
+    merge_parts(view, terms, o, lse, parts, lean)
     return o, lse
 
 

@@ -10,6 +10,8 @@ from foveal.engines.decode.problem import DecodeProblem, Terms
 
 
 def refuses(problem: DecodeProblem, terms: Terms) -> str | None:
+    if "channels" in problem.kinds:
+        return "entries with channels have shares in one order"
     return triton.refuses(problem, terms)
 
 

@@ -23,8 +23,8 @@ def read_rows(
             "page_table": view.page_table[b : b + 1],
         }
     )
-    slots = one.slots(tokens[None, None])[0]
     stored = (tokens < view.lengths[b, :, None])[..., None]
+    slots = torch.where(stored[..., 0], one.slots(tokens[None, None])[0], 0)
     k = view.keys.read(slots, dtype).masked_fill(~stored, 0)
     if view.values is None:
         return k, k[..., : view.value_dim], slots

@@ -23,7 +23,8 @@ class DecodeProblem:
     """Sizes and kinds of one decode; `kinds` names how the rows of every part are kept.
 
     dims: of keys and values, as stored; units: the most lengths that a part holds; latent: values are
-    channels of the keys; gaps: tokens were evicted between others.
+    channels of the keys; gaps: tokens were evicted between others; behind: the fewest newer tokens behind
+    parts that keep entries with channels.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class DecodeProblem:
     units: int
     latent: bool
     gaps: bool
+    behind: int
     needs_grad: bool
 
     @property
@@ -94,6 +96,7 @@ def describe_decode(q: Tensor, shape: KVShape, parts: Sequence[Part]) -> DecodeP
         units=max(view.lengths.numel() for view in views),
         latent=any(view.values is None for view in views),
         gaps=any(view.positions is not None for view in views),
+        behind=min((v.behind for v in views if v.keys.codec.kind == "channels"), default=0),
         needs_grad=torch.is_grad_enabled() and q.requires_grad,
     )
 

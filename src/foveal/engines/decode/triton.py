@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveal.caches.view import View
 from foveal.engines.decode.problem import DecodeProblem, Terms
+from foveal.engines.decode.row_kinds import misfit
 
 _LARGEST_DIM = 512
 _MOST_UNITS = 16384
@@ -38,11 +39,26 @@ def refuses(problem: DecodeProblem, terms: Terms) -> str | None:
         return f"its plan holds {_MOST_UNITS} lengths; the cache has {problem.units}"
     if problem.gaps and terms.left is not None and problem.Lq > 1:
         return "a window over evicted tokens has its own edge for each of several queries"
+    if "channels" in problem.kinds:
+        reason = _refuses_channels(problem, terms)
+        if reason is not None:
+            return reason
     if problem.device == "cuda" and torch.version.hip is None:
         capability = _capability()
         if capability < (8, 0):
             return f"it needs compute capability 8.0 or later; this device has {capability}"
     return None
+
+
+def _refuses_channels(problem: DecodeProblem, terms: Terms) -> str | None:
+    """Why parts whose entries name their channels, for which there is one kernel, are refused."""
+    if problem.Lq > 1 and terms.left is not None:
+        return "a window over entries with channels serves one query at a time"
+    if terms.causal and problem.Lq > problem.behind + 1:
+        return f"all queries must see all pruned tokens; {problem.Lq - 1} newer ones are needed"
+    if problem.device != "cuda":
+        return "entries with channels are decoded on NVIDIA GPUs"
+    return misfit("channels", problem.dims, problem.dtype)
 
 
 @functools.lru_cache(maxsize=1)

@@ -38,16 +38,6 @@ def refuses(problem: Problem, pattern: Pattern, score: EntmaxForm) -> str | None
     return reason or _refuses_lists(pattern, problem.extent)
 
 
-def caveat(problem: Problem, pattern: Pattern, score: EntmaxForm) -> str | None:
-    """Why the plan does not choose it, though it runs when it is named."""
-    if problem.device != "cuda":
-        return None
-    return (
-        "its lists changed since it was compared with float64 on a GPU (alpha = 1.5, bfloat16, head_dim 64, "
-        "777 tokens); name it to run it"
-    )
-
-
 def _refuses_lists(pattern: Pattern, extent: Extent) -> str | None:
     """Every pattern is walked by lists here."""
     from foveal.engines.tile.launch import refuses_lists

@@ -10,15 +10,12 @@ import triton
 import triton.language as tl
 
 from foveal.engines.common.tiles import load_rows
-from foveal.engines.local_linear.pairs import pieces
 
 
 @triton.jit
-def _outer(left, weights, right, total, PRECISION: tl.constexpr):
-    """total + left^T (weights right), the weighted side in two numbers of its dtype."""
-    first, second, _ = pieces(weights[:, None] * right.to(tl.float32), right)
-    total = tl.dot(tl.trans(left), first, total, input_precision=PRECISION)
-    return tl.dot(tl.trans(left), second, total, input_precision=PRECISION)
+def _rooted(x, roots):
+    """Rows times the roots of their weights: products of two such matrices are symmetric as computed."""
+    return (roots[:, None] * x.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -73,8 +70,11 @@ def local_linear_decode(
         total = total * factor + tl.sum(w, 0)
         key_sum = key_sum * factor + tl.sum(w[:, None] * k.to(tl.float32), 0)
         value_sum = value_sum * factor + tl.sum(w[:, None] * v.to(tl.float32), 0)
-        second = _outer(k, w, k, second * factor, PRECISION)
-        cross = _outer(k, w, v, cross * factor, PRECISION)
+        roots = tl.sqrt(w)
+        side = _rooted(k, roots)
+        turned = tl.trans(side)
+        second = tl.dot(turned, side, second * factor, input_precision=PRECISION)
+        cross = tl.dot(turned, _rooted(v, roots), cross * factor, input_precision=PRECISION)
     p_sum = p_sums + program.to(tl.int64) * (2 + PAD + VALUE_PAD)
     tl.store(p_sum, largest)
     tl.store(p_sum + 1, total)

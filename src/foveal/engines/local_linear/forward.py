@@ -33,14 +33,18 @@ def _add_keys(s, k, rows, SPEC: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def local_linear_moments(
-    p_q, p_mean, p_lse, q_strides, mean_strides, q_lengths, keys, heads, groups, unit, route,
+    p_q, p_mean, p_lse, p_mark, q_strides, mean_strides, q_lengths, keys, heads, groups, unit, route,
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """Mean key and base-2 lse of one tile of queries; NaN where a row sees a key that is not finite.
 
+    With a mark, only if it is set.
     Tensors [N, x, y, z, H, D] by strides (batch, x, y, z, head); mean and lse [N, heads, queries] float32.
     keys: (k, its strides, lengths of the key grid); route as SPEC.route reads it.
     """
+    if p_mark is not None:  # noqa: SIM102
+        if tl.load(p_mark) == 0:
+            return
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
@@ -111,17 +115,20 @@ def _add_values(s, k, v, lse, r, shift, acc, SPEC: tl.constexpr, MASKED: tl.cons
 @triton.jit
 def local_linear_output(
     p_q, p_mean, p_lse, p_r, p_o, q_strides, mean_strides, r_strides, o_strides, q_lengths,
-    keys, values, heads, groups, unit, largest, route, SPEC: tl.constexpr,
+    keys, values, heads, groups, unit, largest, p_mark, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """o of one tile of queries; values: (v, its strides), the rest as of `local_linear_moments`.
 
     A tile in which some r is longer than `largest` is left to the launch that is SPEC.precise; a negative
-    `largest` leaves none.
+    `largest` leaves none.  With two marks nothing is done unless one is set; the first is for all tiles.
     """
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     ROWS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
+    if p_mark is not None:  # noqa: SIM102
+        if (tl.load(p_mark) == 0) & (tl.load(p_mark + 1) == 0):
+            return
     VALUE_PAD: tl.constexpr = SPEC.value_pad
     tiles = tile_count(q_lengths, Q_TILE)
     program = tl.program_id(0)
@@ -141,6 +148,8 @@ def local_linear_output(
     whole_r = load_rows(p_rows, in_grid, SPEC.head_dim, SPEC.head_pad, True).to(tl.float32)
     if largest >= 0.0:
         long = tl.max(tl.sum(whole_r * whole_r, 1), 0) > largest * largest
+        if p_mark is not None:
+            long = long | (tl.load(p_mark) > 0)
         if long != SPEC.precise:
             return
     r = pieces(whole_r, q)

@@ -30,7 +30,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reached:
-    """residual over its limit [N, H, Lq]; iterations int32 [programs]."""
+    """residual over its limit, and iterations int32, [N, H, Lq]."""
 
     ratio: Tensor
     count: Tensor
@@ -52,9 +52,9 @@ def moments(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     mean = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = mean.new_empty(q.shape[0], q.shape[2], q.shape[1])
     arguments = (
-        q, mean, lse, layout.q_strides(q), layout.q_strides(mean), layout.q_grid,
+        q, mean, lse, None, layout.q_strides(q), layout.q_strides(mean), layout.q_grid,
         (k, layout.k_strides(k), layout.k_grid), q.shape[2], q.shape[2] // k.shape[2],
-        _unit(task), layout.arguments,
+        unit(task), layout.arguments,
     )  # fmt: skip
     Launch(local_linear_moments, chosen.queries(q), arguments, chosen.options)()
     return mean, lse
@@ -79,17 +79,16 @@ def solve(
     programs = chosen.queries(q)
     x, residual = torch.empty_like(mean), torch.empty_like(mean)
     direction = torch.empty_like(mean, dtype=q.dtype)
-    count = torch.empty(programs, dtype=torch.int32, device=q.device)
-    reached = Reached(torch.empty_like(lse), count)
+    reached = Reached(torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32))
     right = mean if b is None else b
     arguments = (
-        q, right, mean, lse, solver.ridge, _noise(k), x, residual, direction,
-        reached.ratio, reached.count,
+        q, right, mean, lse, solver.ridge, noise(k), x, residual, direction,
+        reached.ratio, reached.count, (),
         layout.q_strides(q), layout.q_strides(right), layout.q_strides(mean), layout.q_grid,
         (k, layout.k_strides(k), layout.k_grid), heads, heads // k.shape[2],
-        _unit(task), float(solver.tolerance), solver.max_iterations, layout.arguments,
+        unit(task), float(solver.tolerance), solver.max_iterations, layout.arguments,
     )  # fmt: skip
-    options = {**chosen.options, "ADJOINT": b is not None}
+    options = {**chosen.options, "ADJOINT": b is not None, "BEGUN": False}
     Launch(local_linear_solve, programs, arguments, {**options, "AGAIN": False})()
     if q.dtype != torch.float32:
         again = {**options, **stage("solve", task, q, v, precise=True).options, "AGAIN": True}
@@ -97,16 +96,17 @@ def solve(
     return x, reached
 
 
-def _noise(k: Tensor) -> Tensor:
+def noise(k: Tensor) -> Tensor:
     """The variance of a rounding to the dtype of k, relative to its number, times the mean square of k."""
     if k.dtype == torch.float32:
         return k.new_zeros(())
     rounding = 0.2 * torch.finfo(k.dtype).eps
-    square: Tensor = torch.linalg.vector_norm(k, dtype=torch.float32).square()
-    return square * (rounding**2 / max(k.numel() // k.shape[3], 1))
+    some = k[:, :: max(k.shape[1] // 256, 1)]
+    square: Tensor = torch.linalg.vector_norm(some, dtype=torch.float32).square()
+    return square * (rounding**2 / max(some.numel() // k.shape[3], 1))
 
 
-_LONG = 4.0
+LONG = 4.0
 """Length of r above which its rounding to 16 bits shows beside that of the weights."""
 
 
@@ -121,13 +121,14 @@ def output(task: Task, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
             q, rows.mean, rows.lse, rows.r, o, layout.q_strides(q), layout.q_strides(rows.mean),
             layout.q_strides(rows.r), layout.q_strides(o), layout.q_grid,
             (k, layout.k_strides(k), layout.k_grid), (v, layout.k_strides(v)),
-            heads, heads // k.shape[2], _unit(task), _LONG if rounds else -1.0, layout.arguments,
+            heads, heads // k.shape[2], unit(task), LONG if rounds else -1.0, None,
+            layout.arguments,
         )  # fmt: skip
         Launch(local_linear_output, chosen.queries(q), arguments, chosen.options)()
     return o
 
 
-def _unit(task: Task) -> float:
+def unit(task: Task) -> float:
     return float(task.score.scale * LOG2E)
 
 
@@ -141,7 +142,7 @@ def adjoint(
     arguments = (
         q, do, mean, rows.lse, b, average, layout.q_strides(q), layout.q_strides(do),
         layout.q_strides(mean), layout.q_grid, (k, layout.k_strides(k), layout.k_grid),
-        (v, layout.k_strides(v)), heads, heads // k.shape[2], _unit(task), layout.arguments,
+        (v, layout.k_strides(v)), heads, heads // k.shape[2], unit(task), layout.arguments,
     )  # fmt: skip
     Launch(local_linear_adjoint, chosen.queries(q), arguments, chosen.options)()
     return b, average
@@ -183,7 +184,7 @@ def backward(
         dq, narrow_r, narrow_y, levels, share, levels.stride(0),
         *(layout.q_strides(x) for x in (q, do, o, dq, y, rows.r)), dlse.stride(), layout.q_grid,
         (k, layout.k_strides(k), layout.k_grid), (v, layout.k_strides(v)), heads, groups,
-        _unit(task), float(task.score.scale), layout.arguments,
+        unit(task), float(task.score.scale), layout.arguments,
     )  # fmt: skip
     given = solver is None
     options = {**chosen.options, "GIVEN": given, "DETACHED": detached}
@@ -197,7 +198,7 @@ def backward(
         *(layout.q_strides(x) for x in (q, do, narrow_r)),
         *(layout.k_strides(x) for x in (dk, dv)), layout.q_grid,
         (k, layout.k_strides(k), layout.k_grid), (v, layout.k_strides(v)), heads, groups,
-        _unit(task), float(task.score.scale), layout.arguments,
+        unit(task), float(task.score.scale), layout.arguments,
     )  # fmt: skip
     Launch(
         local_linear_backward_kv, chosen.keys(k), arguments, {**chosen.options, "GIVEN": given}

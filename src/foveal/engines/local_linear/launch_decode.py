@@ -10,6 +10,10 @@ from foveal.engines.local_linear.decode import (
     local_linear_decode_merge,
     local_linear_decode_solve,
 )
+from foveal.engines.local_linear.decode_given import (
+    local_linear_decode_given,
+    local_linear_decode_given_merge,
+)
 from foveal.engines.local_linear.kernels import Solver
 from foveal.engines.local_linear.launch import LOG2E
 from foveal.engines.tile.launch import separable
@@ -62,6 +66,31 @@ def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple
         solver.max_iterations, float(solver.tolerance),
     )  # fmt: skip
     Launch(local_linear_decode_solve, rows, solved, {**several, **sizes, "num_warps": 8})()
+    return o, lse
+
+
+def decode_given(task: Task, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """As `decode`, with r [N, 1, H, D] of one query."""
+    on_device = boxes(task.pattern, task.extent, q.device)
+    assert on_device is not None
+    N, Lq, heads, D = q.shape
+    DV, groups, kv_heads = v.shape[3], heads // k.shape[2], k.shape[2]
+    sizes = {"DV": DV, "VALUE_PAD": padded(DV), "ROWS": max(16, 1 << (groups - 1).bit_length())}
+    splits = _splits(N * kv_heads, task.extent.Lk, q.device)
+    width = 4 + 2 * sizes["VALUE_PAD"]
+    sums = torch.empty(N * kv_heads * splits, width, sizes["ROWS"], device=q.device)
+    o, lse = q.new_empty(N, Lq, heads, DV), torch.empty(N, heads, Lq, device=q.device)
+    arguments = (
+        q, r, k, v, on_device.lower[0], on_device.upper[0], sums,
+        q.stride()[:3], r.stride()[:3], k.stride()[:3], v.stride()[:3], heads, groups, splits,
+        float(task.score.scale * LOG2E),
+    )  # fmt: skip
+    options = {"D": D, "PAD": padded(D), "KEYS": _KEYS, "PRECISION": "ieee"}
+    options |= {"num_warps": 4, "num_stages": 3}
+    Launch(local_linear_decode_given, len(sums), arguments, sizes | options)()
+    several = {"SPLITS": 1 << (splits - 1).bit_length(), "num_warps": 4}
+    merged = (sums, o, lse, o.stride()[:3], heads, groups, splits)
+    Launch(local_linear_decode_given_merge, N * heads, merged, sizes | several)()
     return o, lse
 
 

@@ -16,6 +16,9 @@ from foveal.engines.common.tiles import (
 )
 from foveal.engines.local_linear.pairs import finite, key_box, product_with, row_levels
 
+UNSOLVED = tl.constexpr(3.0e38)
+"""What `reached` holds of rows that are not solved."""
+
 
 @triton.jit
 def _add_image(s, k, lse, d, shift, rows, SPEC: tl.constexpr, MASKED: tl.constexpr):
@@ -52,17 +55,25 @@ def _precise_mean(q, head, unit, route, state, limits, lse, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _largest(x):
+    """Of every row, the largest |x|; 1 for a row that is 0 or next to it."""
+    largest = tl.max(tl.abs(x), 1)
+    return tl.where(largest > 1e-30, largest, 1.0)
+
+
+@triton.jit
 def _scaled(d):
     """Rows of length 64: in 16 bits small numbers would lose digits, and products of long rows overflow."""
+    d = d / _largest(d)[:, None]
     square = tl.sum(d * d, 1)
-    return d * (64.0 / tl.sqrt(tl.where(square > 0.0, square, 1.0)))[:, None]
+    return d * (64.0 / tl.sqrt(tl.where(square > 1e-30, square, 1.0)))[:, None]
 
 
 @triton.jit
 def local_linear_solve(
-    p_q, p_b, p_mean, p_lse, p_ridge, p_noise, p_x, p_residual, p_direction, p_reached, p_count,
+    p_q, p_b, p_mean, p_lse, p_ridge, p_noise, p_x, p_residual, p_direction, p_reached, p_count, begun,
     q_strides, b_strides, strides, q_lengths, keys, heads, groups, unit, tolerance, most, route,
-    SPEC: tl.constexpr, ADJOINT: tl.constexpr, AGAIN: tl.constexpr,
+    SPEC: tl.constexpr, ADJOINT: tl.constexpr, AGAIN: tl.constexpr, BEGUN: tl.constexpr,
 ):  # fmt: skip
     """x with (sum_j p_j c_j c_j^T + ridge I) x = b for one tile of queries; b is mean - q, or p_b if ADJOINT.
 
@@ -72,7 +83,10 @@ def local_linear_solve(
     A row rests once its residual is at most `tolerance` times |b|, and in the forward 2 sqrt(ridge).
     reached float32 [N, heads, Lq]: residual over that limit, or noise over eight times it if that is
     more; AGAIN solves only tiles in which it is above 1, and finds their means again.
-    count int32 [programs]: iterations.
+    count int32 [N, heads, Lq]: iterations of the tile of a row; in the end direction is x in the dtype of k.
+    BEGUN goes on where `reached` is UNSOLVED, from x and residual; begun: (squares of the residuals that
+    are allowed [N, heads, Lq], two marks, of which the first makes every tile start anew and the second is
+    set as by `advance`, iterations so far, longest).
     """
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
@@ -96,6 +110,12 @@ def local_linear_solve(
         reached = tl.load(p_row, mask=in_grid, other=0.0)
         if tl.max(reached, 0) <= 1.0:
             return
+    if BEGUN:
+        anew = tl.load(begun[1]) > 0
+        reached = tl.load(p_row, mask=in_grid, other=0.0)
+        if (tl.max(reached, 0) < UNSOLVED) & (not anew):
+            return
+        most = tl.where(anew, most, most - begun[2])
     state = SPEC.route.open(route, tile, n, h, q_lengths, keys[2], Q_TILE, K_TILE, RANK)
     limits = SPEC.route.rows(route, places, in_grid, RANK)
     lse = row_levels(p_lse + first_query, i_q, in_grid)
@@ -105,6 +125,9 @@ def local_linear_solve(
     if ADJOINT:
         p_rows = p_b + matrix_start(n, h, b_strides) + box_rows(own, b_strides, Q_TILE, RANK)
         b = load_rows(p_rows, in_grid, D, PAD, True)
+        # Gradients may be so small that their squares are 0.
+        unit_b = _largest(b)
+        b = b / unit_b[:, None]
     else:
         b = load_rows(p_mean + place, in_grid, D, PAD, True)
         if AGAIN:
@@ -117,10 +140,19 @@ def local_linear_solve(
     size = tl.sum(b * b, 1)
     allowed = size if ADJOINT else tl.minimum(size, 4.0 * ridge)
     allowed = allowed * tolerance * tolerance
-    floor = allowed
     drift = tl.zeros([ROWS], tl.float32)
-    store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
-    store_rows(p_residual + place, b, in_grid, D, PAD)
+    if BEGUN:
+        if not anew:
+            b = load_rows(p_residual + place, in_grid, D, PAD, True)
+            size = tl.sum(b * b, 1)
+            allowed = tl.load(begun[0] + first_query + i_q, mask=in_grid, other=0.0)
+        else:
+            store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
+            store_rows(p_residual + place, b, in_grid, D, PAD)
+    else:
+        store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
+        store_rows(p_residual + place, b, in_grid, D, PAD)
+    floor = allowed
     store_rows(p_direction + place, _scaled(b).to(q.dtype), in_grid, D, PAD)
     count = 0
     while (count < most) & (tl.max(tl.where(size > floor, 1, 0), 0) > 0):
@@ -168,9 +200,23 @@ def local_linear_solve(
         x = load_rows(p_x + place, in_grid, D, PAD, True)
         store_rows(p_x + place, x + step[:, None] * wide, in_grid, D, PAD)
         count += 1
-    if AGAIN:
-        count += tl.load(p_count + program)
-    else:
+    tl.debug_barrier()
+    x = load_rows(p_x + place, in_grid, D, PAD, True)
+    if ADJOINT:
+        x *= unit_b[:, None]
+        tl.debug_barrier()
+        store_rows(p_x + place, x, in_grid, D, PAD)
+    store_rows(p_direction + place, x.to(q.dtype), in_grid, D, PAD)
+    if not AGAIN:
         size = tl.maximum(size, drift / 64.0)
-    tl.store(p_count + program, count)
-    tl.store(p_row, tl.sqrt(size / tl.where(allowed > 0.0, allowed, 1.0)), mask=in_grid)
+    counts = tl.full([ROWS], 0, tl.int32) + count
+    if AGAIN:
+        counts += tl.load(p_count + first_query + i_q, mask=in_grid, other=0)
+    ratio = tl.sqrt(size / tl.where(allowed > 0.0, allowed, 1.0))
+    if BEGUN:
+        counts += tl.where(anew, 0, begun[2])
+        longest = tl.max(tl.where(in_grid, tl.sum(x * x, 1), 0.0), 0)
+        if (longest > begun[3] * begun[3]) | (tl.max(ratio, 0) > 1.0):
+            tl.store(begun[1] + 1, 1)
+    tl.store(p_count + first_query + i_q, counts, mask=in_grid)
+    tl.store(p_row, ratio, mask=in_grid)

@@ -1,4 +1,4 @@
-"""The GPU edition, written in Triton: NVIDIA sm_80 and later, AMD gfx942."""
+"""The GPU edition, written in Triton: NVIDIA sm_80 and later, AMD gfx942; on sm_90 with passes in Gluon."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from foveal._problem import Problem
 from foveal.engines.local_linear.solution import Solution
+from foveal.engines.tile import hopper as hopper_edition
 from foveal.engines.tile import triton as tile_edition
 from foveal.engines.tile.parts import Division, Task, add, divide, put, take
 from foveal.patterns.base import Extent, Pattern, kept
@@ -30,10 +31,14 @@ def refuses(problem: Problem, pattern: Pattern, score: LocalForm) -> str | None:
     return tile_edition.refuses(problem, pattern, _plain(score))
 
 
-def caveat(problem: Problem, pattern: Pattern, score: LocalForm) -> str:
-    """Why a plan does not choose it although it runs."""
+def caveat(problem: Problem, pattern: Pattern, score: LocalForm) -> str | None:
+    """Why a plan does not choose it although it runs, or None."""
+    compared = problem.dtype == torch.bfloat16 and not pattern.depends_on_data
+    if compared and max(problem.head_dim, problem.value_dim) <= 128:
+        return None
     return (
-        "its gradients and its decode were not compared with float64 on a GPU yet; named, it runs"
+        "its gradients were compared with float64 on a GPU in bfloat16, up to 128 channels and without "
+        "block lists; elsewhere it runs when it is named"
     )
 
 
@@ -51,10 +56,10 @@ def attend(
     v: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """o [B, Lq, Hq, Dv] and lse [B, Lq, Hq] of q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]."""
-    run = _Run(_tasks(problem, pattern, score, geometry, q.device), score, [])
+    run = _run(problem, pattern, score, geometry, q.device)
     (given,) = score.parameters or (None,)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *score.parameters))
-    found = None if wanted or score.r is not None else _decoded(run, q, k, v, given)
+    found = None if wanted else _decoded(run, q, k, v, given) or _with_given(run, q, k, v, given)
     if found is None:
         found = _LocalLinear.apply(run, q, k, v, given)  # type: ignore[no-untyped-call]
     o, lse = found
@@ -65,14 +70,36 @@ def _decoded(
     run: _Run, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """o and base-2 lse where few queries see many keys; None elsewhere."""
-    from foveal.engines.local_linear.launch_decode import decode, decodes
+    from foveal.engines.local_linear.launch_decode import decode, decode_given, decodes
 
     (task, *others), _ = run.tasks
     if others or not task.whole or not decodes(task, q, v):
         return None
+    if run.score.r is not None and task.extent.Lq > 1:
+        return None
     q, k, v = (_in_rows(x) for x in (q, k, v))
     with _on(q):
+        if run.score.r is not None and given is not None:
+            return decode_given(task, q, k, v, _in_rows(given.flatten(1, -3)))
         return decode(task, _solver(run, _ridge(run.score, given, q), q), q, k, v)
+
+
+def _with_given(
+    run: _Run, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """o and base-2 lse by one pass over the keys, where r is given and a device has the kernel."""
+    (task, *others), _ = run.tasks
+    if run.score.r is None or given is None or given.dtype != q.dtype:
+        return None
+    if others or not task.whole or not run.passes:
+        return None
+    from foveal.engines.local_linear import hopper
+
+    if not hopper.suits(task, q, v):
+        return None
+    q, k, v = (_in_rows(x) for x in (q, k, v))
+    with _on(q):
+        return hopper.forward_given(task, q, k, v, _in_rows(given.flatten(1, -3)))
 
 
 def solved(
@@ -85,24 +112,32 @@ def solved(
     v: Tensor,
 ) -> tuple[Tensor, Tensor, Solution]:
     """o and lse as of `attend`, and what the solves reached."""
-    run = _Run(_tasks(problem, pattern, score, geometry, q.device), score, [])
+    run = _run(problem, pattern, score, geometry, q.device)
     (given,) = score.parameters or (None,)
     with torch.no_grad():
         o, lse = _LocalLinear.apply(run, q, k, v, given)  # type: ignore[no-untyped-call]
     solution = Solution()
     for reached in run.reached:
-        solution.iterations += reached.count.tolist()
+        solution.iterations += reached.count.flatten().tolist()
         solution.ratios += reached.ratio.nan_to_num(0.0).flatten().tolist()
     return o, lse.transpose(1, 2) * _LN2, solution
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A call without its tensors; `reached` is filled by the forward."""
+    """A call without its tensors; `reached` is filled by the forward.  passes: Hopper's kernels take it."""
 
     tasks: tuple[tuple[Task, ...], bool]
     score: LocalForm
     reached: list[Reached]
+    passes: bool
+
+
+def _run(
+    problem: Problem, pattern: Pattern, score: LocalForm, geometry: Geometry, device: torch.device
+) -> _Run:
+    passes = hopper_edition.refuses(problem, pattern, _plain(score)) is None
+    return _Run(_tasks(problem, pattern, score, geometry, device), score, [], passes)
 
 
 def _tasks(
@@ -208,6 +243,13 @@ def _forward(
     from foveal.engines.local_linear import kernels
 
     with _on(q):
+        if run.passes and ridge is not None:
+            from foveal.engines.local_linear import hopper
+
+            if hopper.suits(task, q, v):
+                o, rows, reached = hopper.forward(task, _solver(run, ridge, q), q, k, v)
+                run.reached.append(reached)
+                return o, rows.lse, (rows.r, rows.mean, rows.lse)
         mean, lse = kernels.moments(task, q, k, v)
         if r is not None:
             return kernels.output(task, q, k, v, kernels.Rows(r, mean, lse)), lse, (mean, lse)

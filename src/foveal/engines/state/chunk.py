@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveal.engines.state.heads import CHUNK, LONG, scan_heads
 from foveal.engines.state.layout import Layout, layout
 from foveal.engines.state.levels import NOTHING, Faded, faded
 from foveal.engines.state.problem import ScanProblem
 from foveal.rules.base import Parts, Recurrence, Rule, divided
 
-_CHUNK = 64
 _SEGMENT = 2**16
 """Elements of the values that are worked on at a time: more than this leaves the caches."""
 _ALONE = 2**15
@@ -42,10 +42,12 @@ def scan(
     return o.to(plain.v.dtype), state
 
 
-def run(linear: Recurrence, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
+def run(linear: Recurrence, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """o [T, Hv, Dv] and the final state [N, Hv, Dk, Dv], both in the precision of the state."""
     if linear.divisor is not None:
         return divided(linear, lambda wide: run(wide, chunk))
+    if chunk == CHUNK and _on_cpu_alone(linear):
+        return scan_heads(linear, lambda part: _run(part, chunk))
     heads = linear.v.shape[1]
     alone = heads > 1 and linear.v.numel() >= heads * _ALONE and linear.v.device.type == "cpu"
     if alone and not linear.delta:
@@ -62,6 +64,14 @@ def run(linear: Recurrence, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
         outputs.append(o.unflatten(0, (count, -1)))
     assert state is not None
     return torch.cat(outputs, dim=1).flatten(0, 1), state
+
+
+def _on_cpu_alone(linear: Recurrence) -> bool:
+    """Whether no gradients are asked for, on a CPU, of sequences that are long enough for `scan_heads`."""
+    inputs = (linear.q, linear.k, linear.v, linear.log_decay, linear.write_gate, linear.initial)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return False
+    return linear.v.device.type == "cpu" and len(linear.v) >= LONG * max(len(linear.lengths), 1)
 
 
 def _heads(linear: Recurrence) -> Iterator[Recurrence]:

@@ -21,22 +21,9 @@ from foveal.engines.state.chunk_forward import (
     state_walk_forward,
 )
 from foveal.engines.state.step import state_step_forward
-from foveal.engines.state.task import Gradients, Task, padded, run_kernel
+from foveal.engines.state.task import Gradients, Pairs, Task, copies_in_bulk, padded, run_kernel
 from foveal.rules.base import Recurrence
 from foveal.tuning.state import CHUNK, LEVELS, STEP_TILE
-
-
-class Pairs(NamedTuple):
-    """What `state_pairs_forward` finds: P; for the delta rule a, M, w and u; with decay 3 q and k with
-    their decays; else None."""
-
-    pairs: Tensor
-    keys: Tensor | None
-    inverse: Tensor | None
-    w: Tensor | None
-    u: Tensor | None
-    q: Tensor | None
-    k: Tensor | None
 
 
 def launch_pairs(job: Task, keep_inverse: bool) -> Pairs:
@@ -48,7 +35,7 @@ def launch_pairs(job: Task, keep_inverse: bool) -> Pairs:
     if job.delta:
         w, u = job.scratch(tokens, heads, dk), job.scratch(tokens, heads, dv)
         if keep_inverse:
-            keys, inverse = torch.empty_like(pairs), torch.empty_like(pairs)
+            keys, inverse = pairs.new_empty(pairs.shape), pairs.new_empty(pairs.shape)
     tuned = job.tuning
     k_tile, v_tile = min(padded(dk), tuned.pairs_k_tile), min(padded(dv), tuned.pairs_v_tile)
     exact = job.q.dtype == torch.float32
@@ -105,6 +92,12 @@ def _launch_walk(
     v_tile = min(padded(dv), job.tuning.split_v_tile if split else job.tuning.v_tile)
     stages = job.tuning.split_walk if split else job.tuning.walk
     job = walked_task(job, inside)
+    bulk_tile = job.tuning.bulk_split_v_tile if split else job.tuning.bulk_v_tile
+    if job.delta and dv % bulk_tile == 0 and copies_in_bulk(job):
+        from foveal.engines.state.bulk_walk import launch_walk_bulk
+
+        launch_walk_bulk(job, inside, before, states, final, pieces, bulk_tile, maps)
+        return
     columns = dv + dk if maps else dv
     run_kernel(state_walk_forward, (len(pieces) * job.heads * triton.cdiv(columns, v_tile),),
         job.k, job.v, job.sums, job.gate, inside.w, inside.u, before, states, final, pieces,
@@ -174,11 +167,11 @@ def launch_gradients(
     """All gradients; `wanted`: of log_decay, of the write gate, of the initial state."""
     tokens, heads, (dk, dv) = len(job.q), job.heads, job.dims
     table, constants = job.tables(), job.constants()
-    dstates, dz = torch.empty_like(states.chunks), job.scratch(tokens, heads, dv)
+    dstates, dz = states.chunks.new_empty(states.chunks.shape), job.scratch(tokens, heads, dv)
     behind, dinitial = dfinal, None
     if states.maps is None:
         if wanted[2]:
-            dinitial = torch.empty_like(dfinal)
+            dinitial = dfinal.new_empty(dfinal.shape)
     else:
         added = job.scratch(len(table.pieces), heads, dk, dv, dtype=torch.float32)
         _launch_walk_backward(job, inside, do, None, None, None, added)
@@ -188,8 +181,8 @@ def launch_gradients(
     rows = padded(dk)
     dv_found = job.scratch(tokens, heads, dv)
     dgate = job.scratch(tokens, heads, dtype=torch.float32) if wanted[1] else None
-    dpairs = torch.empty_like(inside.pairs)
-    dkeys = torch.empty_like(inside.pairs) if job.delta else None
+    dpairs = inside.pairs.new_empty(inside.pairs.shape)
+    dkeys = inside.pairs.new_empty(inside.pairs.shape) if job.delta else None
     v_tile = min(padded(dv), job.tuning.gradient_v_tile)
     v_tiles = triton.cdiv(dv, v_tile)
     run_kernel(state_values_backward, (job.chunk_count * heads,),

@@ -14,14 +14,14 @@ from foveal.engines.state.additive import (
     state_additive_queries_backward,
     state_additive_walk_backward,
 )
-from foveal.engines.state.launch import Pairs, walked_task
+from foveal.engines.state.launch import walked_task
 from foveal.engines.state.normaliser import (
     state_column_added,
     state_column_walk,
     state_weight_backward,
     state_weight_forward,
 )
-from foveal.engines.state.task import Gradients, Task, padded, run_kernel
+from foveal.engines.state.task import Gradients, Pairs, Task, padded, run_kernel
 from foveal.tuning.state import CHUNK
 
 
@@ -60,6 +60,11 @@ def launch_additive(
     o = job.scratch(*job.v.shape)
     after = job.scratch(len(table.pieces), job.heads, dk, dv, dtype=torch.float32)
     final = job.scratch(len(job.lengths), job.heads, dk, wide, dtype=torch.float32)
+    if job.bulk:
+        from foveal.engines.state.bulk import launch_bulk
+
+        launch_bulk(job, initial, o, after, final, table.pieces)
+        return Walked(o, None, after, final)
     count = len(table.pieces) * job.heads * v_tiles
     ready = torch.zeros(1 + count, dtype=torch.int32, device=o.device)
     each, floor, signed = divisor or (None, 0.0, False)
@@ -97,7 +102,7 @@ def _walk_column(
     """The normaliser before, or its gradient behind, every chunk [chunks, Hv, Dk]."""
     table, (dk, dv) = job.tables(), job.dims
     added = job.scratch(job.chunk_count, job.heads, dk, dtype=torch.float32)
-    found = torch.empty_like(added)
+    found = added.new_empty(added.shape)
     shared = {"BACKWARD": backward, "DECAY": job.decay, "DK": dk, "ROWS": padded(dk)}
     run_kernel(state_column_added, (job.chunk_count * job.heads,),
         x, gate, job.sums, added, table.chunks, *x.stride()[:2], job.heads, job.groups, job.scale,
@@ -115,7 +120,7 @@ def launch_division(
 ) -> tuple[Tensor, Tensor]:
     """do over what o was divided by, and the gradient of the weight."""
     tokens, heads, dv = o.shape
-    scaled, dweight = torch.empty_like(o), torch.empty_like(weight)
+    scaled, dweight = o.new_empty(o.shape), weight.new_empty(weight.shape)
     do = do if do.stride(-1) == 1 else do.contiguous()
     tile = 32
     run_kernel(state_weight_backward, (heads * triton.cdiv(tokens, tile),),
@@ -143,12 +148,12 @@ def launch_additive_gradients(
     v_tiles = triton.cdiv(dv, v_tile)
     count = len(table.pieces) * heads * v_tiles
     dq = job.scratch(v_tiles, tokens, heads, dk)
-    dk_found = torch.empty_like(dq)
+    dk_found = dq.new_empty(dq.shape)
     dv_found = job.scratch(tokens, heads, dv)
     terms = states = ddecay = dgate = dinitial = None
     if wanted[0]:
         terms = job.scratch(v_tiles, tokens, heads, dtype=torch.float32)
-        ddecay = torch.empty_like(terms)
+        ddecay = terms.new_empty(terms.shape)
         states = job.scratch(job.chunk_count, heads, dk, dv)
     if wanted[1]:
         dgate = job.scratch(v_tiles, tokens, heads, dtype=torch.float32)
@@ -164,7 +169,7 @@ def launch_additive_gradients(
         states, table.pieces, *strides, tokens, heads, job.groups, job.scale,
         WIDE=wide, **shared, **job.tuning.queries,
     )  # fmt: skip
-    before, dstates = torch.empty_like(after), job.scratch(job.chunk_count, heads, dk, dv)
+    before, dstates = after.new_empty(after.shape), job.scratch(job.chunk_count, heads, dk, dv)
     walk_tile = min(padded(dv), job.tuning.v_tile)
     walkers = len(table.pieces) * heads * triton.cdiv(dv, walk_tile)
     ready = torch.zeros(1 + walkers, dtype=torch.int32, device=do.device)

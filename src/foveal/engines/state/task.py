@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +84,8 @@ def tables(lengths: tuple[int, ...], each: int, device: torch.device) -> Tables:
 
 @dataclass(frozen=True)
 class Task:
-    """A recurrence on a device, as its kernels see it; `sums` as `p_sums` in `tiles`."""
+    """A recurrence on a device, as its kernels see it; `sums` as `p_sums` in `tiles`, `bulk`: whether
+    the kernel in `bulk` adds it up."""
 
     q: Tensor
     k: Tensor
@@ -96,6 +98,7 @@ class Task:
     lengths: tuple[int, ...]
     piece: int
     tuning: Tuning
+    bulk: bool = False
 
     @property
     def heads(self) -> int:
@@ -139,21 +142,53 @@ def padded(width: int) -> int:
     return max(1 << max(width - 1, 0).bit_length(), 16)
 
 
-def task(linear: Recurrence) -> Task:
+def task(linear: Recurrence, training: bool) -> Task:
     """The recurrence with its gates in float32 and their running sums."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (linear.q, linear.k, linear.v))
     gate = None if linear.write_gate is None else linear.write_gate.float().contiguous()
     decay = 0 if linear.log_decay is None else linear.log_decay.dim()
     found = tuning(q.dtype, q.shape[-1], linear.delta, decay)
-    piece = piece_of(
-        linear.lengths,
-        (v.shape[1], k.shape[2] + v.shape[2]),
-        linear.delta,
-        found,
-        processors(q.device.type),
-    )
-    job = Task(q, k, v, None, gate, decay, linear.scale, linear.delta, linear.lengths, piece, found)
-    return dataclasses.replace(job, sums=_sums(job, linear.log_decay))
+    job = Task(q, k, v, None, gate, decay, linear.scale, linear.delta, linear.lengths, 1, found)
+    plain = not training and not linear.delta and linear.divisor is None and copies_in_bulk(job)
+    bulk = plain and adds_in_bulk(q.dtype, *job.dims, decay, gate is not None)
+    if bulk:
+        found = dataclasses.replace(found, piece=0)
+    columns = v.shape[1], k.shape[2] + v.shape[2]
+    piece = piece_of(linear.lengths, columns, linear.delta, found, processors(q.device.type))
+    return dataclasses.replace(job, sums=_sums(job, linear.log_decay), piece=piece, bulk=bulk)
+
+
+def adds_in_bulk(
+    dtype: torch.dtype, head_dim: int, value_dim: int, decay: int, gated: bool
+) -> bool:
+    """Whether the kernel in `bulk` computes the forward of an additive rule of such sizes."""
+    plain = decay < 2 and not gated and value_dim in (64, 128)
+    return plain and _fits_bulk_copies(dtype, head_dim) and _has_bulk_copies()
+
+
+def copies_in_bulk(job: Task) -> bool:
+    """Whether bulk copies of q, k and v are possible, on a Hopper and with Gluon for it."""
+    fits = _fits_bulk_copies(job.q.dtype, job.dims[0]) and _has_bulk_copies()
+    return fits and all(_aligned(x) for x in (job.q, job.k, job.v))
+
+
+def _fits_bulk_copies(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
+
+
+@functools.lru_cache(maxsize=1)
+def _has_bulk_copies() -> bool:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    if importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is None:
+        return False
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Starts of rows at multiples of 16 bytes."""
+    places = (x.stride(0), x.stride(1), x.storage_offset())
+    return all(place >= 0 and place * x.element_size() % 16 == 0 for place in places)
 
 
 def _sums(plain: Task, log_decay: Tensor | None) -> Tensor | None:
@@ -161,9 +196,11 @@ def _sums(plain: Task, log_decay: Tensor | None) -> Tensor | None:
         return None
     dtype = torch.float64 if plain.q.dtype == torch.float32 else torch.float32
     if plain.decay == 1:
+        if log_decay.is_meta:  # arithmetic on it would import seconds' worth of PyTorch
+            return log_decay.new_empty(log_decay.shape, dtype=dtype)
         return (log_decay.to(dtype) * math.log2(math.e)).contiguous()
     log_decay = log_decay.contiguous()
-    sums = torch.empty_like(log_decay, dtype=dtype)
+    sums = log_decay.new_empty(log_decay.shape, dtype=dtype)
     width = log_decay[0].numel() if len(log_decay) else 0
     if plain.chunk_count:
         tile = min(padded(width), 128)
@@ -180,6 +217,19 @@ def _sums(plain: Task, log_decay: Tensor | None) -> Tensor | None:
             num_warps=4,
         )
     return sums
+
+
+class Pairs(NamedTuple):
+    """What `state_pairs_forward` finds: P; for the delta rule a, M, w and u; with decay 3 q and k with
+    their decays; else None."""
+
+    pairs: Tensor
+    keys: Tensor | None
+    inverse: Tensor | None
+    w: Tensor | None
+    u: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
 
 
 class Gradients(NamedTuple):

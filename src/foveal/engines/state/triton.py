@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveal.engines.state.problem import ScanProblem
+from foveal.rules.additive import Additive
 from foveal.rules.base import Parts, Recurrence, Rule, divided
 from foveal.rules.delta import Delta
 from foveal.tuning.state import CHUNK, piece_of, processors, tuning
+
+if TYPE_CHECKING:
+    from foveal.engines.state.task import Gradients
 
 _LARGEST_DIM = 256
 
@@ -50,7 +55,7 @@ def scan(
     if step:
         from foveal.engines.state.launch import launch_step as run
     else:
-        run = _run
+        run = partial(_run, training=problem.needs_grad)
     if linear.divisor is not None and (step or not _in_pieces(linear)):
         o, state = finish(*divided(linear, run))
     else:
@@ -62,7 +67,13 @@ def pieces(problem: ScanProblem, rule: Rule) -> int:
     """In how many pieces, which start at once, the sequences of a scan are cut."""
     decay = ("none", "fixed", "token", "channel").index(problem.decay)
     sizes = problem.dtype, problem.head_dim, problem.value_heads, problem.value_dim
-    return _pieces(problem.lengths, *sizes, isinstance(rule, Delta), decay, problem.device)
+    bulk = False
+    if problem.device == "cuda" and not problem.needs_grad and rule == Additive():
+        from foveal.engines.state.task import adds_in_bulk
+
+        bulk = adds_in_bulk(*sizes[:2], problem.value_dim, decay, problem.gated)
+    delta = isinstance(rule, Delta)
+    return _pieces(problem.lengths, *sizes, delta, decay, problem.device, bulk)
 
 
 def _pieces(
@@ -74,14 +85,17 @@ def _pieces(
     delta: bool,
     decay: int,
     device: str,
+    bulk: bool = False,
 ) -> int:
     found = tuning(dtype, head_dim, delta, decay)
+    if bulk:
+        found = dataclasses.replace(found, piece=0)
     each = piece_of(lengths, (heads, head_dim + value_dim), delta, found, processors(device))
     return sum(max(-(-length // (each * CHUNK)), 1) for length in lengths)
 
 
-def _run(linear: Recurrence) -> tuple[Tensor, Tensor]:
-    _prepare(linear)
+def _run(linear: Recurrence, training: bool) -> tuple[Tensor, Tensor]:
+    _prepare(linear, training)
     rest = dataclasses.replace(linear, log_decay=None, write_gate=None, initial=None)
     rest = dataclasses.replace(rest, **dict.fromkeys(("q", "k", "v")))  # type: ignore[arg-type]
     o, memory = _StateScan.apply(  # type: ignore[no-untyped-call]
@@ -92,6 +106,7 @@ def _run(linear: Recurrence) -> tuple[Tensor, Tensor]:
         linear.write_gate,
         linear.initial,
         rest,
+        training,
     )
     return o, memory
 
@@ -99,7 +114,7 @@ def _run(linear: Recurrence) -> tuple[Tensor, Tensor]:
 _PREPARED: set[tuple[Any, ...]] = set()
 
 
-def _prepare(linear: Recurrence) -> None:
+def _prepare(linear: Recurrence, training: bool) -> None:
     """Compiles all kernels of a new kind of problem side by side, those of its backward too."""
     if linear.v.device.type != "cuda" or not len(linear.v):
         return
@@ -113,8 +128,7 @@ def _prepare(linear: Recurrence) -> None:
     decay = 0 if linear.log_decay is None else linear.log_decay.dim()
     sizes = linear.v.dtype, linear.k.shape[-1], linear.v.shape[1], linear.v.shape[2]
     split = _pieces(linear.lengths, *sizes, linear.delta, decay, "cuda") > len(linear.lengths)
-    with_grad = torch.is_grad_enabled()
-    kind = (kinds, linear.delta, with_grad, split, linear.v.device)
+    kind = (kinds, linear.delta, training, split, linear.v.device)
     if kind in _PREPARED:
         return
     from foveal.engines.state.task import recorded
@@ -125,9 +139,9 @@ def _prepare(linear: Recurrence) -> None:
         shapes = dataclasses.replace(shapes, divisor=linear.divisor._replace(floor=_shape(floor)))
     wanted = tuple(x is not None and x.requires_grad for x in gates)
     with recorded() as calls:
-        o, final, kept = _forward(shapes)
-        if with_grad and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-            _backward(shapes, o, final, kept, wanted)
+        o, final, kept = _forward(shapes, training)
+        if training:
+            _gradients(shapes, o, final, kept, wanted)
     compile_side_by_side(calls, linear.v.device)
     _PREPARED.add(kind)
 
@@ -150,9 +164,10 @@ class _StateScan(torch.autograd.Function):
         write_gate: Tensor | None,
         initial: Tensor | None,
         rest: Recurrence,
+        training: bool,
     ) -> tuple[Tensor, Tensor]:
         linear = _whole(rest, (q, k, v, log_decay, write_gate, initial))
-        o, final, kept = _forward(linear)
+        o, final, kept = _forward(linear, training)
         ctx.save_for_backward(q, k, v, log_decay, write_gate, initial, *kept)
         ctx.rest = rest
         return o, final
@@ -163,7 +178,7 @@ class _StateScan(torch.autograd.Function):
         inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         linear = _whole(ctx.rest, inputs)
         wanted = ctx.needs_input_grad[3:6]
-        return (*_backward(linear, do, dfinal, kept, wanted), None)
+        return (*_backward(linear, do, dfinal, kept, wanted), None, None)
 
 
 def _whole(rest: Recurrence, tensors: tuple[Any, ...]) -> Recurrence:
@@ -176,13 +191,13 @@ def _in_pieces(linear: Recurrence) -> bool:
     return not (linear.delta or linear.per_channel or linear.k.shape[-1] > 128)
 
 
-def _forward(linear: Recurrence) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _forward(linear: Recurrence, training: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """o, the final state, and what the backward of an additive rule needs."""
     from foveal.engines.state.launch import launch_output, launch_pairs, launch_states
     from foveal.engines.state.launch_additive import launch_additive
     from foveal.engines.state.task import task
 
-    job = task(linear)
+    job = task(linear, training)
     shape = (len(job.lengths), job.heads, job.dims[0], job.dims[1] + (linear.divisor is not None))
     initial = None if linear.initial is None else linear.initial.float().contiguous()
     if not len(job.q):
@@ -216,29 +231,11 @@ def _backward(
     kept: tuple[Any, ...],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    from foveal.engines.state.launch import launch_gradients, launch_pairs, launch_states
-    from foveal.engines.state.launch_additive import launch_additive_gradients, launch_division
-    from foveal.engines.state.task import task
-
-    job = task(linear)
-    if not len(job.q):
+    if not len(linear.q):
         dinitial = None if linear.initial is None else dfinal.to(linear.initial.dtype)
         inputs = (linear.q, linear.k, linear.v, linear.log_decay, linear.write_gate)
         return (*(None if x is None else torch.zeros_like(x) for x in inputs), dinitial)
-    initial = None if linear.initial is None else linear.initial.float().contiguous()
-    do, dfinal = do.to(job.q.dtype), dfinal.float().contiguous()
-    if _in_pieces(linear):
-        o, weight, normaliser, after = kept
-        divisor, dweight = _divisor(linear), None
-        if divisor is not None:
-            do, dweight = launch_division(o, do, weight, divisor)
-        found = launch_additive_gradients(
-            job, initial, after, do.contiguous(), normaliser, dweight, dfinal, wanted
-        )
-    else:
-        inside = launch_pairs(job, keep_inverse=True)
-        states = launch_states(job, inside, initial)
-        found = launch_gradients(job, inside, states, do.contiguous(), dfinal, wanted)
+    found = _gradients(linear, do, dfinal, kept, wanted)
     return (
         _of_groups(found.dq, linear.q),
         _of_groups(found.dk, linear.k),
@@ -247,6 +244,33 @@ def _backward(
         _as(found.dgate, linear.write_gate),
         _as(found.dinitial, linear.initial),
     )
+
+
+def _gradients(
+    linear: Recurrence,
+    do: Tensor,
+    dfinal: Tensor,
+    kept: tuple[Any, ...],
+    wanted: tuple[bool, ...],
+) -> Gradients:
+    from foveal.engines.state.launch import launch_gradients, launch_pairs, launch_states
+    from foveal.engines.state.launch_additive import launch_additive_gradients, launch_division
+    from foveal.engines.state.task import task
+
+    job = task(linear, training=True)
+    initial = None if linear.initial is None else linear.initial.float().contiguous()
+    do, dfinal = do.to(job.q.dtype), dfinal.float().contiguous()
+    if _in_pieces(linear):
+        o, weight, normaliser, after = kept
+        divisor, dweight = _divisor(linear), None
+        if divisor is not None:
+            do, dweight = launch_division(o, do, weight, divisor)
+        return launch_additive_gradients(
+            job, initial, after, do.contiguous(), normaliser, dweight, dfinal, wanted
+        )
+    inside = launch_pairs(job, keep_inverse=True)
+    states = launch_states(job, inside, initial)
+    return launch_gradients(job, inside, states, do.contiguous(), dfinal, wanted)
 
 
 def _of_groups(gradient: Tensor, x: Tensor) -> Tensor:

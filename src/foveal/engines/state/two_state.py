@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveal.engines.state.heads import LONG, scan_segments
 from foveal.engines.state.layout import Layout, layout
 from foveal.engines.state.levels import decay_matrix
 from foveal.engines.state.problem import ScanProblem
@@ -38,6 +39,13 @@ def scan(
     like = plain.v.new_zeros(0, dtype=dtype)
     first = rule.fresh(count, heads, *dims, like) if initial is None else initial
     first = tuple(part.to(dtype) for part in first)
+    if plain.v.device.type == "cpu" and len(plain.v) >= LONG * count and not problem.needs_grad:
+        return scan_segments(plain, first, lambda part, state: _scan(part, rule, state))
+    return _scan(plain, rule, first)
+
+
+def _scan(plain: Recurrence, rule: TwoState, first: Parts) -> tuple[Tensor, Parts]:
+    count, heads = len(plain.lengths), plain.v.shape[1]
     if set(plain.lengths) == {1}:
         state, o = rule.step(first, _token(plain))
         return o.to(plain.v.dtype), state

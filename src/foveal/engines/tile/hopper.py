@@ -154,8 +154,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and of the sink; tensors are q, k, v, o and lse.
 
-    By the kernels of the portable edition with a soft cap or terms, where Dv is not D or more than
-    128, and along lists whose tested tiles hide more than intervals or whose gradients have to repeat.
+    By the kernels of the portable edition with a soft cap, with terms other than biases per key that
+    need no gradient, where Dv is not D or more than 128, along lists in whose tested tiles some token sees
+    more than two intervals, and with lists or biases where gradients have to repeat.
     """
     from foveal.engines.tile.hopper_backward import launch_backward
 
@@ -163,8 +164,8 @@ def backward(
     q, k, v, o, lse = tensors
     dims = q.shape[3], v.shape[3]
     own = dims[0] == dims[1] and dims[0] <= _BACKWARD_DIM
-    own &= score.soft_cap is None and not score.terms
-    pattern, lists = task.pattern, None
+    own &= score.soft_cap is None and _adds(task, dims[0], needed)
+    pattern, lists, biases = task.pattern, None, None
     if own and not _in_boxes(pattern, task.extent):
         static = _static_intervals(task)
         own = static is not None and not torch.are_deterministic_algorithms_enabled()
@@ -173,12 +174,46 @@ def backward(
     if not own:
         unit = triton.LSE_UNIT
         return triton.backward(task, (q, k, v, o, lse / unit), do, d_statistic * unit, needed)
+    if score.terms:
+        from foveal.engines.tile.terms import local_terms
+
+        (term,) = local_terms(task, task.whole)
+        biases = term.values.detach()
     found = launch_backward(
-        pattern, task.extent, score.scale, q, k, v, o, lse, do, d_statistic, lists=lists
+        pattern,
+        task.extent,
+        score.scale,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        do,
+        d_statistic,
+        lists=lists,
+        biases=biases,
     )
+    none = (None,) * len(score.terms)
     if score.sink is None:
-        return found
-    return *found, _sink_gradient(score.sink, o, lse, do, d_statistic) if needed[-1] else None
+        return *found, *none
+    sink = _sink_gradient(score.sink, o, lse, do, d_statistic) if needed[-1] else None
+    return *found, *none, sink
+
+
+def _adds(task: Task, head_dim: int, needed: tuple[bool, ...]) -> bool:
+    """Whether the own backward adds the terms of the score: biases per key that need no gradient."""
+    from foveal.engines.tile.hopper_plan import joint_pays
+    from foveal.engines.tile.terms import PER_KEY, term_kinds
+
+    terms = task.score.terms
+    if not terms:
+        return True
+    if term_kinds(task.score) != {PER_KEY} or any(needed[3 : 3 + len(terms)]):
+        return False
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    along_boxes = _in_boxes(task.pattern, task.extent)
+    return not along_boxes or joint_pays(task.pattern, task.extent, head_dim)
 
 
 def _sink_gradient(sink: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor) -> Tensor:
@@ -189,12 +224,23 @@ def _sink_gradient(sink: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tenso
 
 
 def _static_intervals(task: Task) -> Pattern | None:
-    """What the tested tiles of lists hide, where that is one interval of keys per query."""
+    """What the tested tiles of lists hide, where a token sees one or two intervals of the others."""
     from foveal.engines.tile.launch import static_part
 
-    static = static_part(task.pattern) if task.pattern.depends_on_data else None
-    bounds = None if static is None else static.bounds(task.extent)
-    return static if bounds is not None and len(bounds.lower) == 1 else None
+    static = static_part(task.pattern)
+    return static if static is not None and _few_intervals(static, task.extent) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _few_intervals(pattern: Pattern, extent: Extent) -> bool:
+    from foveal.engines.tile.spans import spans
+
+    bounds = pattern.bounds(extent)
+    if bounds is not None:
+        return len(bounds.lower) == 1
+    if len(extent.kv_grid) > 1:
+        return False
+    return all(spans(pattern, extent, by_key) is not None for by_key in (False, True))
 
 
 def _backward_lists(task: Task, heads: int, device: torch.device) -> tuple[WalkLists, WalkLists]:
@@ -223,7 +269,7 @@ def _lists(
     return static, walk_lists(*call) if found is None else _kept_lists(*call, found)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=24)
 def _kept_lists(
     pattern: Pattern,
     extent: Extent,

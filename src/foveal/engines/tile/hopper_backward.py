@@ -31,11 +31,12 @@ from foveal.engines.tile.hopper_backward_repair import launch_repair
 from foveal.engines.tile.hopper_compat import store_wait
 from foveal.engines.tile.hopper_forward import row_places, store_rows
 from foveal.engines.tile.hopper_launch import (
+    bias_arguments,
     descriptor,
     head_pad,
+    intervals,
     list_arguments,
     on_grid,
-    packed_bounds,
     programs,
     split_boxes,
     statistics_descriptor,
@@ -124,6 +125,98 @@ def not_finite(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def accumulate_dq_item(
+    WHICH: gl.constexpr, t, turn, g, q, do, row, q_s, do_s, q_ready, do_ready, q_free, do_free,
+    k_s, v_s, k_ready, v_ready, k_free, v_free,
+    dq_desc, p_lse2, p_delta, p_bounds, p_spoilt, X, Y, Z, y_pitch, z_pitch, plane,
+    heads, shared, total, scale_log2, scale,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    SKIPS: gl.constexpr, HIDES: gl.constexpr,
+):  # fmt: skip
+    """A work item of a consumer.  Returns how many boxes of columns there were so far."""
+    M: gl.constexpr = R[0] * R[1] * R[2]
+    N: gl.constexpr = C[0] * C[1] * C[2]
+    D: gl.constexpr = q_s.shape[-1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    O: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
+    starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 1)
+    bx, by, bz = starts
+    nx, ny, nz = counts
+    y1 = by + ny * C[1]
+    z1 = bz + nz * C[2]
+    x0 += WHICH * R[0]
+    last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
+    low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
+    first = 0
+    stop = nx
+    if SKIPS:
+        first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
+    count = (stop - first) * ny * nz
+    x = bx + first * C[0]
+    y = by
+    z = bz
+    rx, ry, rz, own = row_places(row, x0, y0, z0, X, Y, Z, R)
+    at = (n.to(gl.int64) * heads + head) * plane + ((rx * y_pitch + ry) * z_pitch + rz)
+    lse = gl.load(p_lse2 + at, mask=own, other=float("inf"))
+    delta = gl.load(p_delta + at, mask=own, other=0.0)
+
+    mbarrier.wait(q_ready.index(WHICH), turn & 1)
+    mbarrier.wait(do_ready.index(WHICH), turn & 1)
+    if SKIPS:
+        g = skip_boxes(g, first * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
+    dq = gl.zeros([M, D], gl.float32, O)
+    ds = gl.zeros([M, N], q_s.dtype, A)
+    # dQ of a box is computed beside S and dP of the next one, and once more behind the last.
+    before = g % STAGES
+    for j in range(count):
+        stage = g % STAGES
+        phase = (g // STAGES) & 1
+        k = k_s.index(stage).reshape([N, D]).permute((1, 0))
+        v = v_s.index(stage).reshape([N, D]).permute((1, 0))
+        none = gl.zeros([M, N], gl.float32, S)
+        mbarrier.wait(k_ready.index(stage), phase)
+        s_run = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), phase)
+        dp_run = warpgroup_mma(do, v, none, use_acc=False, is_async=True)
+        dq_run = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
+        s = warpgroup_mma_wait(2, deps=(s_run,))
+        p = gl.exp2(s * scale_log2 - lse[:, None])
+        if HIDES:
+            p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
+        # As in the forward: a barrier that is past keeps the exponentials before the wait.
+        mbarrier.wait(v_ready.index(stage), phase)
+        dp = warpgroup_mma_wait(1, deps=(dp_run,))
+        mbarrier.arrive(v_free.index(stage), count=1)
+        slope = p * (dp - delta[:, None])
+        mbarrier.wait(k_ready.index(stage), phase)
+        dq = warpgroup_mma_wait(0, deps=(dq_run,))
+        mbarrier.arrive(k_free.index(before), count=1, pred=j > 0)
+        ds = gl.convert_layout(slope.to(q_s.dtype), A)
+        x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
+        before = stage
+        g += 1
+    dq = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    mbarrier.arrive(k_free.index(before), count=1)
+    if SKIPS:
+        g = skip_boxes(g, (nx - stop) * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
+    if HIDES:
+        at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + ((rx * Y + ry) * Z + rz)
+        gl.store(p_spoilt + at, not_finite(dq, S), mask=own)
+    store_rows(dq_desc, n, x0, y0, z0, head, dq * scale, q_s.index(WHICH), AXES)
+    store_wait(0)
+    mbarrier.arrive(q_free.index(WHICH), count=1)
+    mbarrier.arrive(do_free.index(WHICH), count=1)
+    return g
+
+
+@gluon.jit
 def accumulate_dq(
     WHICH: gl.constexpr, q_s, do_s, q_ready, do_ready, q_free, do_free,
     k_s, v_s, k_ready, v_ready, k_free, v_free,
@@ -135,6 +228,35 @@ def accumulate_dq(
     """A consumer: dQ of its box of queries over the boxes of keys."""
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    row = gl.arange(0, M, gl.SliceLayout(1, S))
+    q = q_s.index(WHICH).reshape([M, q_s.shape[-1]])
+    do = do_s.index(WHICH).reshape([M, do_s.shape[-1]])
+    g = 0
+    turn = 0
+    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+        g = accumulate_dq_item(
+            WHICH, t, turn, g, q, do, row, q_s, do_s, q_ready, do_ready, q_free, do_free, k_s,
+            v_s, k_ready, v_ready, k_free, v_free, dq_desc, p_lse2, p_delta, p_bounds, p_spoilt,
+            X, Y, Z, y_pitch, z_pitch, plane, heads, shared, total, scale_log2, scale, W, R, C,
+            AXES, STAGES, SKIPS, HIDES,
+        )  # fmt: skip
+        turn += 1
+
+
+@gluon.jit
+def accumulate_dk_dv_item(
+    WHICH: gl.constexpr, t, turn, g, k, v, row, k_s, v_s, k_ready, v_ready, k_free, v_free,
+    q_s, do_s, lse_s, delta_s, q_ready, do_ready, q_free, do_free,
+    dk_desc, dv_desc, p_bounds, p_spoilt, X, Y, Z, heads, groups, shared, total, scale_log2, scale,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    SKIPS: gl.constexpr, HIDES: gl.constexpr,
+):  # fmt: skip
+    """A work item of a consumer.  Returns how many boxes of columns there were so far."""
+    M: gl.constexpr = R[0] * R[1] * R[2]
+    N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
@@ -143,82 +265,71 @@ def accumulate_dq(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
     )
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    row = gl.arange(0, M, gl.SliceLayout(1, S))
-    q = q_s.index(WHICH).reshape([M, D])
-    do = do_s.index(WHICH).reshape([M, D])
-    g = 0
-    turn = 0
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
-        starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 1)
-        bx, by, bz = starts
-        nx, ny, nz = counts
-        y1 = by + ny * C[1]
-        z1 = bz + nz * C[2]
-        x0 += WHICH * R[0]
-        last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
-        low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
-        first = 0
-        stop = nx
-        if SKIPS:
-            first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
-        count = (stop - first) * ny * nz
+    n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
+    starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 4)
+    bx, by, bz = starts
+    nx, ny, nz = counts
+    y1 = by + ny * C[1]
+    z1 = bz + nz * C[2]
+    x0 += WHICH * R[0]
+    last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
+    low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
+    first = 0
+    stop = nx
+    if SKIPS:
+        first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
+    count = (stop - first) * ny * nz
+    dk = gl.zeros([M, D], gl.float32, O)
+    dv = gl.zeros([M, D], gl.float32, O)
+    mbarrier.wait(k_ready.index(WHICH), turn & 1)
+    mbarrier.wait(v_ready.index(WHICH), turn & 1)
+    for member in range(groups):
         x = bx + first * C[0]
         y = by
         z = bz
-        rx, ry, rz, own = row_places(row, x0, y0, z0, X, Y, Z, R)
-        at = (n.to(gl.int64) * heads + head) * plane + ((rx * y_pitch + ry) * z_pitch + rz)
-        lse = gl.load(p_lse2 + at, mask=own, other=float("inf"))
-        delta = gl.load(p_delta + at, mask=own, other=0.0)
-
-        mbarrier.wait(q_ready.index(WHICH), turn & 1)
-        mbarrier.wait(do_ready.index(WHICH), turn & 1)
         if SKIPS:
-            g = skip_boxes(g, first * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
-        dq = gl.zeros([M, D], gl.float32, O)
-        ds = gl.zeros([M, N], q_s.dtype, A)
-        # dQ of a box is computed beside S and dP of the next one, and once more behind the last.
-        before = g % STAGES
+            g = skip_boxes(g, first * ny * nz, (q_ready, do_ready), (q_free, do_free), STAGES)
         for j in range(count):
             stage = g % STAGES
             phase = (g // STAGES) & 1
-            k = k_s.index(stage).reshape([N, D]).permute((1, 0))
-            v = v_s.index(stage).reshape([N, D]).permute((1, 0))
+            q = q_s.index(stage).reshape([N, D])
+            do = do_s.index(stage).reshape([N, D])
             none = gl.zeros([M, N], gl.float32, S)
-            mbarrier.wait(k_ready.index(stage), phase)
-            s_run = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(stage), phase)
-            dp_run = warpgroup_mma(do, v, none, use_acc=False, is_async=True)
-            dq_run = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
-            s = warpgroup_mma_wait(2, deps=(s_run,))
-            p = gl.exp2(s * scale_log2 - lse[:, None])
+            mbarrier.wait(q_ready.index(stage), phase)
+            s_run = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+            mbarrier.wait(do_ready.index(stage), phase)
+            dp_run = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
+            lse = lse_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
+            s = warpgroup_mma_wait(1, deps=(s_run,))
+            p = gl.exp2(s * scale_log2 - lse[None, :])
             if HIDES:
                 p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
+            weights = gl.convert_layout(p.to(q_s.dtype), A)
             # As in the forward: a barrier that is past keeps the exponentials before the wait.
-            mbarrier.wait(v_ready.index(stage), phase)
-            dp = warpgroup_mma_wait(1, deps=(dp_run,))
-            mbarrier.arrive(v_free.index(stage), count=1)
-            slope = p * (dp - delta[:, None])
-            mbarrier.wait(k_ready.index(stage), phase)
-            dq = warpgroup_mma_wait(0, deps=(dq_run,))
-            mbarrier.arrive(k_free.index(before), count=1, pred=j > 0)
-            ds = gl.convert_layout(slope.to(q_s.dtype), A)
+            mbarrier.wait(do_ready.index(stage), phase)
+            dp = warpgroup_mma_wait(0, deps=(dp_run,))
+            dv_run = warpgroup_mma(weights, do, dv, is_async=True)
+            delta = delta_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
+            ds = gl.convert_layout((p * (dp - delta[None, :])).to(q_s.dtype), A)
+            dk_run = warpgroup_mma(ds, q, dk, is_async=True)
+            dv = warpgroup_mma_wait(1, deps=(dv_run,))
+            mbarrier.arrive(do_free.index(stage), count=1)
+            dk = warpgroup_mma_wait(0, deps=(dk_run,))
+            mbarrier.arrive(q_free.index(stage), count=1)
             x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
-            before = stage
             g += 1
-        dq = warpgroup_mma(ds, k_s.index(before).reshape([N, D]), dq, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(k_free.index(before), count=1)
         if SKIPS:
-            g = skip_boxes(g, (nx - stop) * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
-        if HIDES:
-            at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + ((rx * Y + ry) * Z + rz)
-            gl.store(p_spoilt + at, not_finite(dq, S), mask=own)
-        store_rows(dq_desc, n, x0, y0, z0, head, dq * scale, q_s.index(WHICH), AXES)
-        store_wait(0)
-        mbarrier.arrive(q_free.index(WHICH), count=1)
-        mbarrier.arrive(do_free.index(WHICH), count=1)
-        turn += 1
+            g = skip_boxes(g, (nx - stop) * ny * nz, (q_ready, do_ready), (q_free, do_free), STAGES)
+    if HIDES:
+        rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
+        at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + ((rx * Y + ry) * Z + rz)
+        gl.store(p_spoilt + at, not_finite(dk, S) | not_finite(dv, S), mask=inside)
+    store_rows(dk_desc, n, x0, y0, z0, head, dk * scale, k_s.index(WHICH), AXES)
+    store_rows(dv_desc, n, x0, y0, z0, head, dv, v_s.index(WHICH), AXES)
+    store_wait(0)
+    mbarrier.arrive(k_free.index(WHICH), count=1)
+    mbarrier.arrive(v_free.index(WHICH), count=1)
+    return g
 
 
 @gluon.jit
@@ -235,86 +346,21 @@ def accumulate_dk_dv(
     """
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    D: gl.constexpr = q_s.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
     )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
-    A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
-    k = k_s.index(WHICH).reshape([M, D])
-    v = v_s.index(WHICH).reshape([M, D])
+    k = k_s.index(WHICH).reshape([M, k_s.shape[-1]])
+    v = v_s.index(WHICH).reshape([M, v_s.shape[-1]])
     g = 0
     turn = 0
     for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
-        starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 4)
-        bx, by, bz = starts
-        nx, ny, nz = counts
-        y1 = by + ny * C[1]
-        z1 = bz + nz * C[2]
-        x0 += WHICH * R[0]
-        last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
-        low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
-        first = 0
-        stop = nx
-        if SKIPS:
-            first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
-        count = (stop - first) * ny * nz
-        dk = gl.zeros([M, D], gl.float32, O)
-        dv = gl.zeros([M, D], gl.float32, O)
-        mbarrier.wait(k_ready.index(WHICH), turn & 1)
-        mbarrier.wait(v_ready.index(WHICH), turn & 1)
-        for member in range(groups):
-            x = bx + first * C[0]
-            y = by
-            z = bz
-            if SKIPS:
-                g = skip_boxes(g, first * ny * nz, (q_ready, do_ready), (q_free, do_free), STAGES)
-            for j in range(count):
-                stage = g % STAGES
-                phase = (g // STAGES) & 1
-                q = q_s.index(stage).reshape([N, D])
-                do = do_s.index(stage).reshape([N, D])
-                none = gl.zeros([M, N], gl.float32, S)
-                mbarrier.wait(q_ready.index(stage), phase)
-                s_run = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                mbarrier.wait(do_ready.index(stage), phase)
-                dp_run = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
-                lse = lse_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
-                s = warpgroup_mma_wait(1, deps=(s_run,))
-                p = gl.exp2(s * scale_log2 - lse[None, :])
-                if HIDES:
-                    p = seen_only(p, x, y, z, low, width, last_low, first_up, C, AXES)
-                weights = gl.convert_layout(p.to(q_s.dtype), A)
-                # As in the forward: a barrier that is past keeps the exponentials before the wait.
-                mbarrier.wait(do_ready.index(stage), phase)
-                dp = warpgroup_mma_wait(0, deps=(dp_run,))
-                dv_run = warpgroup_mma(weights, do, dv, is_async=True)
-                delta = delta_s.index(stage).reshape([N]).load(gl.SliceLayout(0, S))
-                ds = gl.convert_layout((p * (dp - delta[None, :])).to(q_s.dtype), A)
-                dk_run = warpgroup_mma(ds, q, dk, is_async=True)
-                dv = warpgroup_mma_wait(1, deps=(dv_run,))
-                mbarrier.arrive(do_free.index(stage), count=1)
-                dk = warpgroup_mma_wait(0, deps=(dk_run,))
-                mbarrier.arrive(q_free.index(stage), count=1)
-                x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
-                g += 1
-            if SKIPS:
-                g = skip_boxes(
-                    g, (nx - stop) * ny * nz, (q_ready, do_ready), (q_free, do_free), STAGES
-                )
-        if HIDES:
-            rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
-            at = (n.to(gl.int64) * heads + head) * (X * Y * Z) + ((rx * Y + ry) * Z + rz)
-            gl.store(p_spoilt + at, not_finite(dk, S) | not_finite(dv, S), mask=inside)
-        store_rows(dk_desc, n, x0, y0, z0, head, dk * scale, k_s.index(WHICH), AXES)
-        store_rows(dv_desc, n, x0, y0, z0, head, dv, v_s.index(WHICH), AXES)
-        store_wait(0)
-        mbarrier.arrive(k_free.index(WHICH), count=1)
-        mbarrier.arrive(v_free.index(WHICH), count=1)
+        g = accumulate_dk_dv_item(
+            WHICH, t, turn, g, k, v, row, k_s, v_s, k_ready, v_ready, k_free, v_free, q_s, do_s,
+            lse_s, delta_s, q_ready, do_ready, q_free, do_free, dk_desc, dv_desc, p_bounds,
+            p_spoilt, X, Y, Z, heads, groups, shared, total, scale_log2, scale, W, R, C, AXES,
+            STAGES, SKIPS, HIDES,
+        )  # fmt: skip
         turn += 1
 
 
@@ -458,6 +504,16 @@ class _Sides:
         return [slice(None)] if self.axes < 3 else [slice(n, n + 1) for n in range(batch)]
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """Lists of queries and of keys, and second intervals of each, () where one is enough."""
+
+    of_queries: WalkLists
+    of_keys: WalkLists
+    second: tuple[Tensor, ...]
+    kv_second: tuple[Tensor, ...]
+
+
 def launch_backward(
     pattern: Pattern,
     extent: Extent,
@@ -471,6 +527,7 @@ def launch_backward(
     dlse: Tensor,
     *,
     lists: Lists | None = None,
+    biases: Tensor | None = None,
     repeatable: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of q, k, v; o and lse as launch_forward gave them.
@@ -479,7 +536,8 @@ def launch_backward(
     it or one kernel does not pay (`joint_pays`).  One kernel adds to dQ in fp32, in 4 N Hq Lq D bytes
     more and in an order that changes.
     With `lists` of queries and of keys, of tiles of JOINT_QUERIES x JOINT_KEYS, only their tiles are
-    visited, and `pattern` says what the tested ones hide; the two kernels do not know lists.
+    visited, and `pattern` says what the tested ones hide.  `biases` [N or 1, heads, Lk] are added to the
+    scores per key.  The two kernels know neither.
     """
     if lists is not None:
         extent = extent.flat()
@@ -487,9 +545,10 @@ def launch_backward(
         repeatable = torch.are_deterministic_algorithms_enabled() or (
             lists is None and not joint_pays(pattern, extent, q.shape[3])
         )
-    assert not (repeatable and lists), "the two kernels walk boxes only"
-    lengths, axes, bounds = packed_bounds(pattern, extent, q.device, False)
-    kv_lengths, _, kv_bounds = packed_bounds(pattern, extent, q.device, True)
+    plain = lists is None and biases is None
+    assert plain or not repeatable, "the two kernels walk boxes only, and add no biases"
+    (lengths, axes, bounds), second = intervals(pattern, extent, q.device, False)
+    (kv_lengths, _, kv_bounds), kv_second = intervals(pattern, extent, q.device, True)
     grid, kv_grid = lengths[:axes], kv_lengths[:axes]
     do = on_grid(do, grid)
     sums = None
@@ -500,12 +559,14 @@ def launch_backward(
     lse2, delta = _prepare(o, do.flatten(1, -3), lse, dlse, sums, grid)
     q, k, v = on_grid(q, grid), on_grid(k, kv_grid), on_grid(v, kv_grid)
     sides = _Sides(q, do, k, v, lse2, delta, lengths, kv_lengths, bounds, kv_bounds, axes, scale)
+    walked = None if lists is None else _Listed(*lists, second, kv_second)
+    added = () if biases is None else bias_arguments(biases, q.shape[-2])
     if sums is None:
         grads, marks = _two_kernels(sides, pattern, extent)
     else:
-        grads, marks = _one_kernel(sides, pattern, extent, sums, lists)
+        grads, marks = _one_kernel(sides, pattern, extent, sums, walked, added)
     if marks is not None:
-        _repair(sides, grads, marks, lists)
+        _repair(sides, grads, marks, walked, added)
     dq, dk, dv = (x.flatten(1, -3) for x in grads)
     return dq, dk, dv
 
@@ -525,7 +586,12 @@ def _outputs(sides: _Sides, hides: bool) -> tuple[_Grads, _Marks | None]:
 
 
 def _one_kernel(
-    sides: _Sides, pattern: Pattern, extent: Extent, sums: Tensor, lists: Lists | None
+    sides: _Sides,
+    pattern: Pattern,
+    extent: Extent,
+    sums: Tensor,
+    lists: _Listed | None,
+    biases: tuple[Any, ...],
 ) -> tuple[_Grads, _Marks | None]:
     q, k, axes = sides.q, sides.k, sides.axes
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
@@ -538,8 +604,9 @@ def _one_kernel(
         walk = joint_walk(pattern, extent, head_dim)
     else:
         # Heads of a group meet the same keys only where their lists are in the same order.
-        same_order = lists[1].heads_per_list % groups == 0
-        of_keys = list_arguments(lists[1] if same_order else in_tile_order(lists[1]))
+        same_order = lists.of_keys.heads_per_list % groups == 0
+        by_key = lists.of_keys if same_order else in_tile_order(lists.of_keys)
+        of_keys = (*list_arguments(by_key), *lists.kv_second)
         hides = not isinstance(pattern, Dense) or length % JOINT_QUERIES > 0
         walk = joint_list_walk(hides, head_dim)
     (dq, dk, dv), marks = _outputs(sides, walk.hides)
@@ -559,7 +626,7 @@ def _one_kernel(
             rounds = [(sharing, items, parts, split)]
             if not walk.persistent:
                 rounds = [(whole, whole, (), ()), (sharing, rest, parts, (*split[:2], whole))]
-        shared = shared_heads(kv_heads, 1, length * groups, head_dim)
+        shared = shared_heads(kv_heads, 1, length * groups, head_dim, walk.even)
         statistics = sides.lse2, sides.delta
         descriptors = [
             *(descriptor(x[part], walk.rows, axes) for x in (k, sides.v)),
@@ -568,6 +635,9 @@ def _one_kernel(
             *(descriptor(x[part], walk.rows, axes) for x in (dk, dv)),
             sums_descriptor(sums[part], walk.columns, apart),
         ]
+        # Of three axes each launch has one entry of the batch.
+        entry = part.start or 0
+        added = (biases[0][entry:], *biases[1:]) if biases and biases[1] else biases
         for running, count, parts, cut in rounds:
             if running == 0:
                 continue
@@ -586,6 +656,7 @@ def _one_kernel(
                 *sides.scales,
                 parts,
                 cut,
+                added,
                 walk.consumers,
                 walk.rows,
                 walk.columns,
@@ -681,7 +752,13 @@ def _two_kernels(sides: _Sides, pattern: Pattern, extent: Extent) -> tuple[_Grad
     return (dq, dk, dv), marks
 
 
-def _repair(sides: _Sides, grads: _Grads, marks: _Marks, lists: Lists | None) -> None:
+def _repair(
+    sides: _Sides,
+    grads: _Grads,
+    marks: _Marks,
+    lists: _Listed | None,
+    biases: tuple[Any, ...] = (),
+) -> None:
     """Computes marked rows again from visible pairs alone."""
     dq, dk, dv = (x.flatten(1, -3) for x in grads)
     q, do, k, v = (x.flatten(1, -3) for x in (sides.q, sides.do, sides.k, sides.v))
@@ -690,13 +767,13 @@ def _repair(sides: _Sides, grads: _Grads, marks: _Marks, lists: Lists | None) ->
     queries = sides.bounds, sides.lengths, sides.kv_lengths, fold, sides.scales
     keys = sides.kv_bounds, sides.kv_lengths, sides.lengths, fold, sides.scales
     if lists is None:
-        launch_repair(marks[0], (q, do), (k, v), statistics, (dq,), *queries)
-        launch_repair(marks[1], (k, v), (q, do), statistics, (dk, dv), *keys)
+        launch_repair(marks[0], (q, do), (k, v), statistics, (dq,), *queries, biases=biases)
+        launch_repair(marks[1], (k, v), (q, do), statistics, (dk, dv), *keys, biases=biases)
         return
-    by_query = list_arguments(lists[0]), JOINT_QUERIES, JOINT_KEYS
-    by_key = list_arguments(lists[1]), JOINT_KEYS, JOINT_QUERIES
-    launch_repair(marks[0], (q, do), (k, v), statistics, (dq,), *queries, *by_query)
-    launch_repair(marks[1], (k, v), (q, do), statistics, (dk, dv), *keys, *by_key)
+    by_query = (*list_arguments(lists.of_queries), *lists.second), JOINT_QUERIES, JOINT_KEYS
+    by_key = (*list_arguments(lists.of_keys), *lists.kv_second), JOINT_KEYS, JOINT_QUERIES
+    launch_repair(marks[0], (q, do), (k, v), statistics, (dq,), *queries, *by_query, biases=biases)
+    launch_repair(marks[1], (k, v), (q, do), statistics, (dk, dv), *keys, *by_key, biases=biases)
 
 
 def _prepare(

@@ -26,13 +26,13 @@ def _finite(x):
 
 @triton.jit
 def _visit(
-    own, others, strides, token, seen, statistics, factors, sums,
+    own, others, strides, token, seen, statistics, bias, factors, sums,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Adds some tokens of the other side to the sums of one row.
 
     own: q and do of a query, or k and v of a key; others: pointers to the other two.
-    statistics: lse2 and delta, of the row or at every token.
+    statistics: lse2 and delta, of the row or at every token; bias: of the keys, in base 2.
     """
     column = tl.arange(0, HEAD_PAD)
     inside = seen[:, None] & (column < HEAD_DIM)[None, :]
@@ -43,7 +43,7 @@ def _visit(
     b = b.to(tl.float32)
     s = tl.sum(own[0][None, :] * a, 1)
     dp = tl.sum(own[1][None, :] * b, 1)
-    p = tl.exp2(s * factors[0] - statistics[0])
+    p = tl.exp2(s * factors[0] - (statistics[0] - bias))
     ds = p * (dp - statistics[1])
     first = sums[0] + tl.sum(tl.where(inside, ds[:, None] * a, 0.0), 0)
     second = sums[1]
@@ -54,7 +54,7 @@ def _visit(
 
 @triton.jit
 def _row(
-    r, line, own, others, p_lse2, p_delta, outs, p_bounds, lists, grid, other_grid, fold,
+    r, line, own, others, p_lse2, p_delta, outs, p_bounds, lists, biases, grid, other_grid, fold,
     own_strides, other_strides, heads, divide, multiply, factors, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, WIDTH: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
@@ -78,6 +78,9 @@ def _row(
     p_y = p_bounds + 2 * grid[0]
     p_z = p_y + 2 * grid[1]
     lx, ux = tl.load(p_bounds + x), tl.load(p_bounds + grid[0] + x)
+    l2, u2 = lx, lx
+    if len(lists) > 6:
+        l2, u2 = tl.load(lists[6] + x), tl.load(lists[6] + grid[0] + x)
     ly, uy = tl.load(p_y + y), tl.load(p_y + grid[1] + y)
     lz, uz = tl.load(p_z + z), tl.load(p_z + grid[2] + z)
     ny = uy - ly
@@ -117,7 +120,7 @@ def _row(
                 token = tl.load(p_list + HEADER + j) * WIDTH + tl.arange(0, WIDTH)
                 tokens = other_grid[0] * other_grid[1] * other_grid[2]
                 lower, upper = tl.where(j < tested, lx, 0), tl.where(j < tested, ux, tokens)
-                seen = (token >= lower) & (token < upper)
+                seen = (token >= lower) & (token < upper) | (token >= l2) & (token < u2)
             else:
                 c = j * WIDTH + tl.arange(0, WIDTH)
                 seen = c < boxed
@@ -127,8 +130,14 @@ def _row(
             query = tl.where(seen, token, 0) if BY_KEY else tl.where(seen, r, r)
             at_query = query // fold[0] * fold[1] + query % fold[0]
             statistics = tl.load(p_l + at_query), tl.load(p_d + at_query)
+            bias = 0.0
+            if len(biases) > 0:
+                q_head = other if BY_KEY else head
+                p_bias = biases[0] + n * biases[1] + q_head // biases[3] * biases[2]
+                key = tl.where(seen, r, r) if BY_KEY else tl.where(seen, token, 0)
+                bias = tl.load(p_bias + key).to(tl.float32) * 1.4426950408889634
             sums = _visit(
-                (first, second), bases, strides, token, seen, statistics, factors, sums,
+                (first, second), bases, strides, token, seen, statistics, bias, factors, sums,
                 HEAD_DIM, HEAD_PAD, BY_KEY,
             )  # fmt: skip
             still = _finite(sums[0]) & (_finite(kept) == 0)
@@ -145,7 +154,7 @@ def _row(
 
 @triton.jit
 def tile_attend_backward_repair(
-    p_spoilt, own, others, p_lse2, p_delta, outs, p_bounds, lists, grid, other_grid, fold,
+    p_spoilt, own, others, p_lse2, p_delta, outs, p_bounds, lists, biases, grid, other_grid, fold,
     own_strides, other_strides, heads, divide, multiply, scale_log2, scale, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, WIDTH: tl.constexpr, BY_KEY: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -156,7 +165,7 @@ def tile_attend_backward_repair(
     head); outs: dq or dk, dv, contiguous.  A head h of the rows meets the heads
     h // divide * multiply + [0, multiply) of the others.  fold: length, pitch and plane of the grid that
     lse2 and delta stand on.  p_bounds as in hopper_walk, lists as in hopper_lists, for tiles of TILE
-    rows and WIDTH of the others.
+    rows and WIDTH of the others; biases as in hopper_backward_joint.
     """
     length = grid[0] * grid[1] * grid[2]
     line = tl.program_id(1)
@@ -169,8 +178,8 @@ def tile_attend_backward_repair(
             r = start + i
             if tl.load(p_own + r) != 0:
                 _row(
-                    r, line, own, others, p_lse2, p_delta, outs, p_bounds, lists, grid, other_grid, fold,
-                    own_strides, other_strides, heads, divide, multiply, (scale_log2, scale), TILE,
+                    r, line, own, others, p_lse2, p_delta, outs, p_bounds, lists, biases, grid, other_grid,
+                    fold, own_strides, other_strides, heads, divide, multiply, (scale_log2, scale), TILE,
                     HEAD_DIM, HEAD_PAD, WIDTH, BY_KEY,
                 )  # fmt: skip
 
@@ -189,6 +198,7 @@ def launch_repair(
     lists: tuple[Any, ...] = (),
     tile: int = 1,
     width: int = 32,
+    biases: tuple[Any, ...] = (),
 ) -> None:
     """Writes the marked rows of outs, (dq,) or (dk, dv); arguments as of the kernel.
 
@@ -200,7 +210,7 @@ def launch_repair(
     chunk = 256
     launch(
         tile_attend_backward_repair, (triton.cdiv(rows, chunk), batch * heads),
-        marks, own, others, *statistics, (outs[0], outs[-1]), bounds, lists,
+        marks, own, others, *statistics, (outs[0], outs[-1]), bounds, lists, biases,
         lengths, other_lengths, fold,
         *(tuple(x.stride()[:3] for x in side) for side in (own, others)),
         heads, 1 if by_key else heads // other_heads, other_heads // heads if by_key else 1, *scales,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from triton._C.libtriton import ir
+from triton.experimental.gluon import language as _language
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma as _tma
 
@@ -14,6 +15,9 @@ _names: Any = _tma
 load_box = getattr(_names, "async_load", None) or _names.async_copy_global_to_shared
 store_box = getattr(_names, "async_store", None) or _names.async_copy_shared_to_global
 store_wait = _names.store_wait
+
+_gluon: Any = _language
+thread_barrier = getattr(_gluon, "thread_barrier", None) or _gluon.barrier
 
 
 @builtin

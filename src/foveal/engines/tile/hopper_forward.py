@@ -112,17 +112,21 @@ def store_rows(desc, n, x, y, z, head, value, buffer, AXES: gl.constexpr):
 
 
 @gluon.jit
-def attend_rows(
-    WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+def attend_item(
+    WHICH: gl.constexpr, turn, g, q, row, own, key,
+    q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
     o_desc, o_s, p_lse, p_spoilt, p_flags, p_bounds, lists, scoring, bias_s, terms, key_grid, X, Y, Z,
     heads, groups, shared, total, scale_log2, parts, split,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, SKIPS: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: running softmax of its box of queries over the boxes of keys."""
+    """A work item of a consumer: running softmax of its box of queries over the boxes of keys.
+
+    Returns how many boxes of keys there were so far.
+    """
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    D: gl.constexpr = q_s.shape[-1]
+    D: gl.constexpr = q.shape[-1]
     DV: gl.constexpr = v_s.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
@@ -134,73 +138,103 @@ def attend_rows(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     # As the producer: the copy of biases starts at 16 bytes.
     ALIGN: gl.constexpr = 1 if len(bias_s) == 0 else 4
-    row = gl.arange(0, M, gl.SliceLayout(1, S))
-    own = WHICH * M + row
-    key = gl.arange(0, N, gl.SliceLayout(0, S))
-    q = q_s.index(WHICH).reshape([M, D])
     p_sink = scoring[0]
     squash = scoring[1]
-    g = 0
-    for turn in range(turns(total, split)):
-        t, part_first, part_stop = taken(turn, total, split)
-        if len(lists) > 0:
-            n, head, p_list = list_of(t, lists, heads, shared)
-            tile = gl.load(p_list)
-            x0 = tile * (W * R[0])
-            y0 = 0
-            z0 = 0
-            tested = gl.load(p_list + 1)
-            listed = gl.load(p_list + 2)
-        else:
-            n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
-            p_list = None
-            tile = 0
-            tested = 0
-            starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, ALIGN)
-            bx, by, bz = starts
-            nx, ny, nz = counts
-            y1 = by + ny * C[1]
-            z1 = bz + nz * C[2]
-        x0 += WHICH * R[0]
-        low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
-        if len(lists) > 0:
-            count = gl.maximum(listed, 1)
-            x = gl.load(p_list + HEADER) * C[0]
-            y = 0
-            z = 0
-        else:
-            last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
-            first = 0
-            stop = nx
-            if SKIPS:
-                first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
-            if len(split) > 0:
-                first = part_first
-                stop = part_stop
-            count = (stop - first) * ny * nz
-            x = bx + first * C[0]
-            y = by
-            z = bz
-        if len(terms) > 0:
-            rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
-            of_query = query_terms(terms, n, head, (rx * Y + ry) * Z + rz, inside)
-            if len(terms) == ALIBI:
-                of_queries = (of_query[0], of_query[1][:, None])
-            else:
-                of_queries = of_query
-
-        mbarrier.wait(q_ready.index(WHICH), turn & 1)
+    t, part_first, part_stop = taken(turn, total, split)
+    if len(lists) > 0:
+        n, head, p_list = list_of(t, lists, heads, shared)
+        tile = gl.load(p_list)
+        x0 = tile * (W * R[0])
+        y0 = 0
+        z0 = 0
+        tested = gl.load(p_list + 1)
+        listed = gl.load(p_list + 2)
+    else:
+        n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
+        p_list = None
+        tile = 0
+        tested = 0
+        starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, ALIGN)
+        bx, by, bz = starts
+        nx, ny, nz = counts
+        y1 = by + ny * C[1]
+        z1 = bz + nz * C[2]
+    x0 += WHICH * R[0]
+    low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
+    if len(lists) > 0:
+        count = gl.maximum(listed, 1)
+        x = gl.load(p_list + HEADER) * C[0]
+        y = 0
+        z = 0
+    else:
+        last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
+        first = 0
+        stop = nx
         if SKIPS:
-            g = skip_boxes(g, first * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
+            first, stop = own_boxes(p_bounds, X, x0, bx, nx, R, C)
+        if len(split) > 0:
+            first = part_first
+            stop = part_stop
+        count = (stop - first) * ny * nz
+        x = bx + first * C[0]
+        y = by
+        z = bz
+    if len(terms) > 0:
+        rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
+        of_query = query_terms(terms, n, head, (rx * Y + ry) * Z + rz, inside)
+        if len(terms) == ALIBI:
+            of_queries = (of_query[0], of_query[1][:, None])
+        else:
+            of_queries = of_query
+
+    mbarrier.wait(q_ready.index(WHICH), turn & 1)
+    if SKIPS:
+        g = skip_boxes(g, first * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
+    stage = g % STAGES
+    mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
+    k = k_s.index(stage).reshape([N, D]).permute((1, 0))
+    s = warpgroup_mma(q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True)
+    if len(terms) > 0:
+        of_keys = key_terms(terms, n, head, x, y, z, key, key_grid, C, AXES)
+    if len(bias_s) > 0:
+        bias = bias_s[0].index(stage).reshape([N]).load(gl.SliceLayout(0, S))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_free.index(stage), count=1)
+    s = scored(s, squash, CAPPED)
+    if len(bias_s) > 0:
+        s += bias[None, :]
+    if len(terms) > 0:
+        s = add_terms(s, of_queries, of_keys[None, :], terms)
+    if HIDES:
+        if len(lists) > 0:
+            if tested > 0:
+                s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
+        elif whole(x, y, z, last_low, first_up, C, AXES) == 0:
+            s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
+    m = gl.maximum(gl.max(s, 1) * scale_log2, FLOOR)
+    p = gl.exp2(s * scale_log2 - m[:, None])
+    l = gl.sum(p, 1)
+    weights = gl.convert_layout(p.to(q.dtype), P)
+    acc = gl.zeros([M, DV], gl.float32, O)
+    for j in range(1, count):
+        if len(lists) == 0:
+            x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
+        before = g % STAGES
+        before_phase = (g // STAGES) & 1
+        g += 1
         stage = g % STAGES
         mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
         k = k_s.index(stage).reshape([N, D]).permute((1, 0))
-        s = warpgroup_mma(q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True)
+        s_run = warpgroup_mma(q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(before), before_phase)
+        acc_run = warpgroup_mma(weights, v_s.index(before).reshape([N, DV]), acc, is_async=True)
         if len(terms) > 0:
+            if len(lists) > 0:
+                x = gl.load(p_list + (HEADER + j)) * C[0]
             of_keys = key_terms(terms, n, head, x, y, z, key, key_grid, C, AXES)
         if len(bias_s) > 0:
             bias = bias_s[0].index(stage).reshape([N]).load(gl.SliceLayout(0, S))
-        s = warpgroup_mma_wait(0, deps=(s,))
+        s = warpgroup_mma_wait(1, deps=(s_run,))
         mbarrier.arrive(k_free.index(stage), count=1)
         s = scored(s, squash, CAPPED)
         if len(bias_s) > 0:
@@ -209,104 +243,93 @@ def attend_rows(
             s = add_terms(s, of_queries, of_keys[None, :], terms)
         if HIDES:
             if len(lists) > 0:
-                if tested > 0:
+                if j < tested:
+                    x = gl.load(p_list + (HEADER + j)) * C[0]
                     s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
             elif whole(x, y, z, last_low, first_up, C, AXES) == 0:
                 s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
-        m = gl.maximum(gl.max(s, 1) * scale_log2, FLOOR)
+        m_old = m
+        m = gl.maximum(m, gl.max(s, 1) * scale_log2)
         p = gl.exp2(s * scale_log2 - m[:, None])
-        l = gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(q_s.dtype), P)
-        acc = gl.zeros([M, DV], gl.float32, O)
-        for j in range(1, count):
-            if len(lists) == 0:
-                x, y, z = following(x, y, z, by, bz, y1, z1, C[0], C[1], C[2])
-            before = g % STAGES
-            before_phase = (g // STAGES) & 1
-            g += 1
-            stage = g % STAGES
-            mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
-            k = k_s.index(stage).reshape([N, D]).permute((1, 0))
-            s_run = warpgroup_mma(
-                q, k, gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
-            )
-            mbarrier.wait(v_ready.index(before), before_phase)
-            acc_run = warpgroup_mma(weights, v_s.index(before).reshape([N, DV]), acc, is_async=True)
-            if len(terms) > 0:
-                if len(lists) > 0:
-                    x = gl.load(p_list + (HEADER + j)) * C[0]
-                of_keys = key_terms(terms, n, head, x, y, z, key, key_grid, C, AXES)
-            if len(bias_s) > 0:
-                bias = bias_s[0].index(stage).reshape([N]).load(gl.SliceLayout(0, S))
-            s = warpgroup_mma_wait(1, deps=(s_run,))
-            mbarrier.arrive(k_free.index(stage), count=1)
-            s = scored(s, squash, CAPPED)
-            if len(bias_s) > 0:
-                s += bias[None, :]
-            if len(terms) > 0:
-                s = add_terms(s, of_queries, of_keys[None, :], terms)
-            if HIDES:
-                if len(lists) > 0:
-                    if j < tested:
-                        x = gl.load(p_list + (HEADER + j)) * C[0]
-                        s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
-                elif whole(x, y, z, last_low, first_up, C, AXES) == 0:
-                    s = hide(s, x, y, z, low, width, lists, tile, own, C, AXES, W * M)
-            m_old = m
-            m = gl.maximum(m, gl.max(s, 1) * scale_log2)
-            p = gl.exp2(s * scale_log2 - m[:, None])
-            shrink = gl.exp2(m_old - m)
-            l = l * shrink + gl.sum(p, 1)
-            # The wait on a barrier that is past keeps ptxas from moving the softmax behind the product.
-            mbarrier.wait(v_ready.index(before), before_phase)
-            acc = warpgroup_mma_wait(0, deps=(acc_run,))
-            mbarrier.arrive(v_free.index(before), count=1)
-            acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
-            weights = gl.convert_layout(p.to(q_s.dtype), P)
-        if not one_buffer(D, DV):
-            mbarrier.arrive(q_free.index(WHICH), count=1)
-        stage = g % STAGES
-        mbarrier.wait(v_ready.index(stage), (g // STAGES) & 1)
-        acc = warpgroup_mma(weights, v_s.index(stage).reshape([N, DV]), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_free.index(stage), count=1)
-        g += 1
-        if SKIPS:
-            g = skip_boxes(g, (nx - stop) * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
+        shrink = gl.exp2(m_old - m)
+        l = l * shrink + gl.sum(p, 1)
+        # The wait on a barrier that is past keeps ptxas from moving the softmax behind the product.
+        mbarrier.wait(v_ready.index(before), before_phase)
+        acc = warpgroup_mma_wait(0, deps=(acc_run,))
+        mbarrier.arrive(v_free.index(before), count=1)
+        acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
+        weights = gl.convert_layout(p.to(q.dtype), P)
+    if not one_buffer(D, DV):
+        mbarrier.arrive(q_free.index(WHICH), count=1)
+    stage = g % STAGES
+    mbarrier.wait(v_ready.index(stage), (g // STAGES) & 1)
+    acc = warpgroup_mma(weights, v_s.index(stage).reshape([N, DV]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_free.index(stage), count=1)
+    g += 1
+    if SKIPS:
+        g = skip_boxes(g, (nx - stop) * ny * nz, (k_ready, v_ready), (k_free, v_free), STAGES)
 
-        if len(lists) > 0:
-            l = gl.where(listed > 0, l, 0.0)
-            acc = gl.where(listed > 0, acc, 0.0)
-        if p_sink is not None:
-            sink = gl.load(p_sink + head).to(gl.float32) * LOG2E
-            top = gl.maximum(m, sink)
-            l = l * gl.exp2(m - top) + gl.exp2(sink - top)
-            acc = acc * gl.convert_layout(gl.exp2(m - top), O_ROW)[:, None]
-            m = top
-        inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
-        o = acc * gl.convert_layout(inverse, O_ROW)[:, None]
-        if len(split) == 0 or count == split[0]:
-            store_rows(o_desc, n, x0, y0, z0, head, o, o_s.index(WHICH), AXES)
-        if one_buffer(D, DV):
-            store_wait(0)
-            mbarrier.arrive(q_free.index(WHICH), count=1)
-        lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
-        rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
-        token = (rx * Y + ry) * Z + rz
-        plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-        gl.store(p_lse + plane + token, lse, mask=inside)
-        if len(split) > 0 and count < split[0]:
-            at = part_slot(turn, total, split) * W + WHICH
-            store_part(parts[0], at, o)
-            gl.store(parts[1] + at * M + row, lse)
-        if p_spoilt is not None:
-            # A row of sound scores that holds NaN may have met it as 0 x NaN at a hidden key.
-            spoilt = gl.convert_layout(
-                (gl.sum(o * 0.0, 1) != 0.0).to(gl.int32), gl.SliceLayout(1, S)
-            )
-            spoilt = gl.where(l == l, spoilt, 0)
-            gl.store(p_spoilt + plane + token, spoilt.to(gl.int8), mask=inside)
-            gl.store(p_flags + (t * W + WHICH), gl.max(spoilt, 0).to(gl.int8))
+    if len(lists) > 0:
+        l = gl.where(listed > 0, l, 0.0)
+        acc = gl.where(listed > 0, acc, 0.0)
+    if p_sink is not None:
+        sink = gl.load(p_sink + head).to(gl.float32) * LOG2E
+        top = gl.maximum(m, sink)
+        l = l * gl.exp2(m - top) + gl.exp2(sink - top)
+        acc = acc * gl.convert_layout(gl.exp2(m - top), O_ROW)[:, None]
+        m = top
+    inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
+    o = acc * gl.convert_layout(inverse, O_ROW)[:, None]
+    if len(split) == 0 or count == split[0]:
+        store_rows(o_desc, n, x0, y0, z0, head, o, o_s.index(WHICH), AXES)
+    if one_buffer(D, DV):
+        store_wait(0)
+        mbarrier.arrive(q_free.index(WHICH), count=1)
+    lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) * LN2)
+    rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
+    token = (rx * Y + ry) * Z + rz
+    plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
+    gl.store(p_lse + plane + token, lse, mask=inside)
+    if len(split) > 0 and count < split[0]:
+        at = part_slot(turn, total, split) * W + WHICH
+        store_part(parts[0], at, o)
+        gl.store(parts[1] + at * M + row, lse)
+    if p_spoilt is not None:
+        # A row of sound scores that holds NaN may have met it as 0 x NaN at a hidden key.
+        spoilt = gl.convert_layout((gl.sum(o * 0.0, 1) != 0.0).to(gl.int32), gl.SliceLayout(1, S))
+        spoilt = gl.where(l == l, spoilt, 0)
+        gl.store(p_spoilt + plane + token, spoilt.to(gl.int8), mask=inside)
+        gl.store(p_flags + (t * W + WHICH), gl.max(spoilt, 0).to(gl.int8))
+    return g
+
+
+@gluon.jit
+def attend_rows(
+    WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+    o_desc, o_s, p_lse, p_spoilt, p_flags, p_bounds, lists, scoring, bias_s, terms, key_grid, X, Y, Z,
+    heads, groups, shared, total, scale_log2, parts, split,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """A consumer: its box of queries of every work item."""
+    M: gl.constexpr = R[0] * R[1] * R[2]
+    N: gl.constexpr = C[0] * C[1] * C[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    row = gl.arange(0, M, gl.SliceLayout(1, S))
+    own = WHICH * M + row
+    key = gl.arange(0, N, gl.SliceLayout(0, S))
+    q = q_s.index(WHICH).reshape([M, q_s.shape[-1]])
+    g = 0
+    for turn in range(turns(total, split)):
+        g = attend_item(
+            WHICH, turn, g, q, row, own, key, q_ready, q_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+            o_desc, o_s, p_lse, p_spoilt, p_flags, p_bounds, lists, scoring, bias_s, terms, key_grid, X, Y, Z,
+            heads, groups, shared, total, scale_log2, parts, split,
+            W, R, C, AXES, STAGES, HIDES, SKIPS, CAPPED,
+        )  # fmt: skip
     store_wait(0)
 
 

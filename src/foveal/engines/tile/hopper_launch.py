@@ -16,6 +16,7 @@ from foveal.engines.tile.hopper_scores import tile_attend_biases
 from foveal.engines.tile.launch import bits
 from foveal.engines.tile.lists import WalkLists, boxes
 from foveal.engines.tile.replay import launch
+from foveal.engines.tile.spans import spans
 from foveal.engines.tile.terms import PER_KEY, LocalTerm
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
@@ -40,6 +41,21 @@ def packed_bounds(
     pairs = [*zip(lower, upper, strict=True), *[(none, none + 1)] * (3 - axes)]
     x, y, z = rows
     return (x, y, z), axes, torch.cat([end for pair in pairs for end in pair])
+
+
+@functools.lru_cache(maxsize=64)
+def intervals(
+    pattern: Pattern, extent: Extent, device: torch.device, of_keys: bool
+) -> tuple[tuple[tuple[int, int, int], int, Tensor], tuple[Tensor, ...]]:
+    """packed_bounds; and the second interval of each row [2 rows], where rows see two."""
+    if pattern.bounds(extent) is not None:
+        return packed_bounds(pattern, extent, device, of_keys), ()
+    found = spans(pattern, extent, of_keys)
+    assert found is not None, "tested tiles hide one or two intervals"
+    first, first_stop, second, second_stop = (x.to(device) for x in found)
+    none = torch.tensor([0, 1, 0, 1], dtype=torch.int32, device=device)
+    bounds = torch.cat([first, first_stop, none])
+    return ((len(first), 1, 1), 1, bounds), (torch.cat([second, second_stop]),)
 
 
 def head_pad(head_dim: int) -> int:
@@ -123,17 +139,19 @@ def term_arguments(term: LocalTerm, heads: int, entries: slice) -> tuple[Any, ..
     """`terms` of the kernels behind their first, for some entries of the batch."""
     values = term.values
     if term.kind == PER_KEY:
-        values = values if values.stride(-1) == 1 else values.contiguous()
-        values = values[entries] if len(values) > 1 else values
-        strides = (
-            s if n > 1 else 0 for s, n in zip(values.stride()[:2], values.shape, strict=False)
-        )
-        return values, *strides, heads // values.shape[1]
+        return bias_arguments(values[entries] if len(values) > 1 else values, heads)
     assert term.q_codes is not None
     assert term.k_codes is not None
     parts, queries = term.q_codes.shape
     codes = term.q_codes, term.k_codes
     return values.contiguous(), *codes, queries, term.k_codes.shape[1], parts
+
+
+def bias_arguments(values: Tensor, heads: int) -> tuple[Any, ...]:
+    """`biases` of the kernels of the backward, of values [N or 1, heads of them, Lk]."""
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    strides = (s if n > 1 else 0 for s, n in zip(values.stride()[:2], values.shape, strict=False))
+    return values, *strides, heads // values.shape[1]
 
 
 def programs(walk: Walk, lengths: tuple[int, int, int], rows: Tensor) -> tuple[int, int]:

@@ -15,6 +15,8 @@ Box = tuple[int, int, int]
 
 # Bytes of keys and values of the heads that are walked together; they share the cache of 50 MB.
 _SHARED_BYTES = 20_000_000
+# As many where more heads are asked for.
+_MOST_SHARED_BYTES = 40_000_000
 
 
 # The last side of a box of fp32 numbers is 16 bytes at least.
@@ -33,7 +35,7 @@ class Walk:
 
     hides: some box holds a hidden pair.  skips: some consumer sees nothing of a box that the other
     needs.  persistent: each program takes work items in turn, which saves its start and lets loads run
-    ahead, but balances nothing.
+    ahead, but balances nothing.  even: work items are about equally long.
     """
 
     rows: Box
@@ -43,6 +45,7 @@ class Walk:
     skips: bool
     consumers: int = 2
     persistent: bool = False
+    even: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,12 @@ def _best_walk(
             whole = all(c.whole for c in counts)
             skips = counts[0].own < counts[0].both
             # Measured: it pays on sequences and images, not on volumes.
-            persistent = axes < 3 and all(c.even for c in counts)
-            best = cost, Walk(row_box, column_box, stages, not whole, skips, consumers, persistent)
+            even = all(c.even for c in counts)
+            persistent = axes < 3 and even
+            best = (
+                cost,
+                Walk(row_box, column_box, stages, not whole, skips, consumers, persistent, even),
+            )
     assert best is not None
     return best[1]
 
@@ -191,12 +198,16 @@ def _axis(bounds: Bounds, axis: int, row_side: int, column_side: int, consumers:
 
 
 @functools.lru_cache(maxsize=256)
-def shared_heads(heads: int, groups: int, columns: int, head_dim: int) -> int:
-    """How many heads run together: a divisor of `heads` whose keys and values fit in the cache."""
+def shared_heads(heads: int, groups: int, columns: int, head_dim: int, even: bool = True) -> int:
+    """How many heads run together: a divisor of `heads` whose keys and values fit in the cache.
+
+    Not `even`: one head alone would end with its longest items running after all others, so two share
+    the cache where that is possible at all.
+    """
     per_head = 4 * columns * head_dim
-    fitting = [
-        n
-        for n in range(1, heads + 1)
-        if heads % n == 0 and -(-n // groups) * per_head <= _SHARED_BYTES
-    ]
-    return max(fitting, default=1)
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    bytes_of = {n: -(-n // groups) * per_head for n in divisors}
+    best = max((n for n in divisors if bytes_of[n] <= _SHARED_BYTES), default=1)
+    if not even and best == 1 and len(divisors) > 1 and bytes_of[divisors[1]] <= _MOST_SHARED_BYTES:
+        best = divisors[1]
+    return best

@@ -257,6 +257,78 @@ def copy_statistics(desc, partner, line, x, y, z, ready, buffer, AXES: gl.conste
 
 
 @gluon.jit
+def load_columns(
+    g, first, stop, n, line, bias_line, head, corner, start, end, columns, column_s, statistics, statistic_s,
+    column_ready, column_free, biases, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The boxes [first, stop) of columns of a head, from `corner` on.  Returns how many there were so far."""
+    bx, by, bz = corner
+    for j in range(first, stop):
+        stage = g % STAGES
+        phase = (g // STAGES) & 1
+        for i in gl.static_range(len(columns)):
+            mbarrier.wait(column_free[i].index(stage), phase ^ 1)
+            if len(statistics) > 0:
+                copy_statistics(
+                    statistics[i], columns[i], line,
+                    bx, by, bz, column_ready[i].index(stage), statistic_s[i].index(stage), AXES,
+                )  # fmt: skip
+            elif (i == 0) & (len(biases) > 0):
+                copy_statistics(
+                    biases[0], columns[0], bias_line, bx, by, bz,
+                    column_ready[0].index(stage), biases[1].index(stage), AXES,
+                )  # fmt: skip
+            else:
+                mbarrier.expect(column_ready[i].index(stage), columns[i].block_type.nbytes)
+            copy_box(
+                columns[i], n, bx, by, bz, head,
+                column_ready[i].index(stage), column_s[i].index(stage), AXES,
+            )  # fmt: skip
+        bx, by, bz = following(bx, by, bz, start[0], start[1], end[0], end[1], C[0], C[1], C[2])
+        g += 1
+    return g
+
+
+@gluon.jit
+def load_item(
+    turn, g, rows, row_s, row_ready, row_free,
+    columns, column_s, statistics, statistic_s, column_ready, column_free,
+    p_bounds, X, Y, Z, heads, shared, total, divide, multiply, split, biases,
+    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The rows of a work item, then its boxes of columns, in order.  Returns how many there were so far."""
+    # The copy of numbers along the last axis starts at 16 bytes.
+    ALIGN: gl.constexpr = 1 if len(statistics) + len(biases) == 0 else 4
+    t, first, stop = taken(turn, total, split)
+    n, head, x, y, z = place(t, X, Y, Z, heads, shared, W, R, len(statistics) == 0)
+    for c in gl.static_range(W):
+        for i in gl.static_range(len(rows)):
+            mbarrier.wait(row_free[i].index(c), (turn & 1) ^ 1)
+            mbarrier.expect(row_ready[i].index(c), rows[i].block_type.nbytes)
+            copy_box(
+                rows[i], n, x + c * R[0], y, z, head, row_ready[i].index(c), row_s[i].index(c), AXES,
+            )  # fmt: skip
+    cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0], ALIGN if AXES == 1 else 1)
+    y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1], ALIGN if AXES == 2 else 1)
+    z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2], ALIGN if AXES == 3 else 1)
+    if len(split) > 0:
+        cx += first * C[0]
+    else:
+        stop = nx * ny * nz
+    first_head = head // divide * multiply
+    bias_line = 0
+    if len(biases) > 0:
+        bias_line = n * biases[2] + head // biases[3]
+    for member in range(multiply):
+        g = load_columns(
+            g, first, stop, n, (n * heads + head) * multiply + member, bias_line, first_head + member,
+            (cx, y0, z0), (y0, z0), (y0 + ny * C[1], z0 + nz * C[2]),
+            columns, column_s, statistics, statistic_s, column_ready, column_free, biases, C, AXES, STAGES,
+        )  # fmt: skip
+    return g
+
+
+@gluon.jit
 def load_boxes(
     rows, row_s, row_ready, row_free,
     columns, column_s, statistics, statistic_s, column_ready, column_free,
@@ -269,55 +341,17 @@ def load_boxes(
     with one of the `statistics` [N Hq, *grid], if there are any, or the first with `biases`: their
     descriptor [lines, *grid], buffers, lines per batch entry, and heads of the rows per line.  Head h of
     the rows reads the heads h // divide * multiply + [0, multiply) of the columns.
+
+    Here as elsewhere in these kernels the body of a loop is a function: the compiler's front end visits
+    what stands in a loop twice, in a loop of that loop four times, but a function once.
     """
-    # The copy of numbers along the last axis starts at 16 bytes.
-    ALIGN: gl.constexpr = 1 if len(statistics) + len(biases) == 0 else 4
     g = 0
     for turn in range(turns(total, split)):
-        t, first, stop = taken(turn, total, split)
-        n, head, x, y, z = place(t, X, Y, Z, heads, shared, W, R, len(statistics) == 0)
-        for c in gl.static_range(W):
-            for i in gl.static_range(len(rows)):
-                mbarrier.wait(row_free[i].index(c), (turn & 1) ^ 1)
-                mbarrier.expect(row_ready[i].index(c), rows[i].block_type.nbytes)
-                copy_box(
-                    rows[i], n, x + c * R[0], y, z, head, row_ready[i].index(c), row_s[i].index(c), AXES,
-                )  # fmt: skip
-        cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0], ALIGN if AXES == 1 else 1)
-        y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1], ALIGN if AXES == 2 else 1)
-        z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2], ALIGN if AXES == 3 else 1)
-        if len(split) > 0:
-            cx += first * C[0]
-        else:
-            stop = nx * ny * nz
-        first_head = head // divide * multiply
-        for member in range(multiply):
-            bx, by, bz = cx, y0, z0
-            for j in range(first, stop):
-                stage = g % STAGES
-                phase = (g // STAGES) & 1
-                for i in gl.static_range(len(columns)):
-                    mbarrier.wait(column_free[i].index(stage), phase ^ 1)
-                    if len(statistics) > 0:
-                        copy_statistics(
-                            statistics[i], columns[i], (n * heads + head) * multiply + member,
-                            bx, by, bz, column_ready[i].index(stage), statistic_s[i].index(stage), AXES,
-                        )  # fmt: skip
-                    elif (i == 0) & (len(biases) > 0):
-                        copy_statistics(
-                            biases[0], columns[0], n * biases[2] + head // biases[3], bx, by, bz,
-                            column_ready[0].index(stage), biases[1].index(stage), AXES,
-                        )  # fmt: skip
-                    else:
-                        mbarrier.expect(column_ready[i].index(stage), columns[i].block_type.nbytes)
-                    copy_box(
-                        columns[i], n, bx, by, bz, first_head + member,
-                        column_ready[i].index(stage), column_s[i].index(stage), AXES,
-                    )  # fmt: skip
-                bx, by, bz = following(
-                    bx, by, bz, y0, z0, y0 + ny * C[1], z0 + nz * C[2], C[0], C[1], C[2]
-                )
-                g += 1
+        g = load_item(
+            turn, g, rows, row_s, row_ready, row_free,
+            columns, column_s, statistics, statistic_s, column_ready, column_free,
+            p_bounds, X, Y, Z, heads, shared, total, divide, multiply, split, biases, W, R, C, AXES, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveal.patterns.base import FULL, PARTIAL, Bounds, Extent, Pattern
+from foveal.engines.tile.rows import walk_words
+from foveal.patterns.base import PARTIAL, Bounds, Extent, Pattern
 from foveal.patterns.combine import Intersection, Union
 
 
@@ -134,15 +135,8 @@ def walk_lists(
         states = states.transpose(-1, -2)
     if length % tile:
         states = torch.cat([states[..., :-1], states[..., -1:].clamp(max=PARTIAL)], dim=-1)
-    rank = torch.where(states == PARTIAL, 0, torch.where(states == FULL, 1, 2)).to(torch.uint8)
-    columns = torch.argsort(rank, dim=-1, stable=True)
-    tested, counts = ((rank < end).sum(-1, keepdim=True) for end in (1, 2))
-    tiles = torch.arange(states.shape[2], device=device)[:, None].expand_as(counts)
-    words = torch.cat([tiles, tested, counts, columns], dim=-1).to(torch.int32)
-    order = torch.argsort(counts, dim=2, descending=True, stable=True)
-    return WalkLists(
-        q_tile, kv_tile, words.gather(2, order.expand_as(words)), heads // states.shape[1]
-    )
+    words = walk_words(states, WalkLists.HEADER)
+    return WalkLists(q_tile, kv_tile, words, heads // states.shape[1])
 
 
 def in_tile_order(lists: WalkLists) -> WalkLists:

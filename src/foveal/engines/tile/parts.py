@@ -19,6 +19,7 @@ from foveal._recent import Recent
 from foveal.engines.tile.replay import Replay
 from foveal.patterns.base import Extent, Pattern
 from foveal.scores.base import Geometry
+from foveal.scores.bias import KeyBias
 from foveal.scores.normal import NormalForm
 
 
@@ -27,6 +28,7 @@ class Task:
     """What to compute: P sub-problems of one pattern, and where their tokens stand in the whole.
 
     `geometry` is that of the whole, where additive terms are evaluated.
+    whole: every token of the problem, in its order, or terms that are given on the own tokens alone.
     """
 
     pattern: Pattern
@@ -36,7 +38,7 @@ class Task:
     score: NormalForm
     geometry: Geometry
     with_lse: bool
-    whole: bool = False  # every token of the problem, in its order
+    whole: bool = False
 
 
 # o [N, Lq, Hq, Dv] and lse [N, Lq, Hq], if the task asks for it, of q, k, v with N = batch x P.
@@ -180,6 +182,19 @@ class Kernels(Protocol):
         """
 
 
+def local_bias(score: NormalForm, needed: Sequence[bool]) -> bool:
+    """Whether all that the score adds is one bias per key, and none of its tensors needs a gradient."""
+    return len(score.terms) == 1 and isinstance(score.terms[0], KeyBias) and not any(needed)
+
+
+def with_local_bias(task: Task, batch: int) -> Task:
+    """The task with the bias of its own keys, taken as keys are: by a launch that can be repeated."""
+    bias = task.score.terms[0].parameter
+    (own,) = take((bias.detach().expand(batch, -1, -1),), task.k_tokens)
+    score = dataclasses.replace(task.score, terms=(KeyBias(own),))
+    return dataclasses.replace(task, score=score, whole=True)
+
+
 def run_forward(
     kernels: Kernels, tasks: tuple[Task, ...], q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -191,6 +206,8 @@ def run_forward(
     for task in tasks:
         (q_own,) = take((q,), task.q_tokens)
         k_own, v_own = take((k, v), task.k_tokens)
+        if local_bias(task.score, ()):
+            task = with_local_bias(task, len(q))
         put((o, statistic), task.q_tokens, kernels.forward(task, q_own, k_own, v_own))
     return o, statistic
 
@@ -218,6 +235,8 @@ def run_backward(
     for task in tasks:
         q_own, do_own, o_own, own, d_own = take((q, do, o, statistic, d_statistic), task.q_tokens)
         k_own, v_own = take((k, v), task.k_tokens)
+        if local_bias(task.score, needed[3:]):
+            task = with_local_bias(task, len(q))
         parts = kernels.backward(task, (q_own, k_own, v_own, o_own, own), do_own, d_own, needed)
         _keep_own(found, parts, task, keys_once)
     return tuple(found)

@@ -17,7 +17,14 @@ from foveal._capture import capturing
 from foveal._errors import RefusedError
 from foveal._problem import Problem
 from foveal._recent import Recent
-from foveal.engines.tile.parts import Division, Kernels, Task, run_backward, run_forward
+from foveal.engines.tile.parts import (
+    Division,
+    Kernels,
+    Task,
+    local_bias,
+    run_backward,
+    run_forward,
+)
 from foveal.engines.tile.replay import Replay, Results, replayed
 from foveal.patterns.base import Pattern
 from foveal.scores.base import Form, Geometry
@@ -87,7 +94,7 @@ class KernelRun:
         return self.division.tasks(form, self.geometry, self.with_lse)
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        o, statistic = self._launched("forward", tensors, lambda: self._forward(tensors))
+        o, statistic = self._launched("forward", tensors, (), lambda: self._forward(tensors))
         assert o is not None
         assert statistic is not None
         return o, statistic
@@ -103,32 +110,39 @@ class KernelRun:
         # The second decides on launches too.
         kind = (tuple(needed), torch.are_deterministic_algorithms_enabled())
         return self._launched(
-            kind, every, lambda: self._backward(tensors, results, d_results, needed)
+            kind, every, needed, lambda: self._backward(tensors, results, d_results, needed)
         )
 
     def _launched(
-        self, kind: Hashable, tensors: Sequence[Tensor], compute: Callable[[], Results]
+        self,
+        kind: Hashable,
+        tensors: Sequence[Tensor],
+        needed: Sequence[bool],
+        compute: Callable[[], Results],
     ) -> Results:
         device = tensors[0].device
         if device.type != "cuda" or tuning.measuring():
             return compute()
         with _on(device):
-            if self._computes or self._makes_lists(tensors[0]):
+            if self._computes(needed) or self._makes_lists(tensors[0]):
                 return compute()
             return replayed(self.division.replays, kind, tensors, compute)
 
-    @property
-    def _computes(self) -> bool:
-        """Whether there is more to do than launches: sums over what several shares see, parameters."""
-        gathers = not self.division.shares[0].whole
-        return gathers and (not self.division.keys_once or bool(self.form.parameters))
+    def _computes(self, needed: Sequence[bool]) -> bool:
+        """Whether there is more to do than launches, of a backward with what is `needed` or of a forward, ():
+        sums over what several shares see, tensors of the score."""
+        if self.division.shares[0].whole:
+            return False
+        if any(needed[1:3]) and not self.division.keys_once:
+            return True
+        return bool(self.form.parameters) and not local_bias(self.form, needed[3:])
 
     def _makes_lists(self, x: Tensor) -> bool:
         """Whether a graph under capture makes lists of its own, from data that may change."""
         return self.geometry.pattern.depends_on_data and capturing(x)
 
-    def _kernels(self, x: Tensor) -> Kernels:
-        repeats = x.device.type == "cuda" and self._computes and not tuning.measuring()
+    def _kernels(self, x: Tensor, needed: Sequence[bool]) -> Kernels:
+        repeats = x.device.type == "cuda" and self._computes(needed) and not tuning.measuring()
         if not repeats or self._makes_lists(x):
             return self.kernels
         return _Repeating(self.kernels, self.division.replays)
@@ -136,7 +150,7 @@ class KernelRun:
     def _forward(self, tensors: Sequence[Tensor]) -> Results:
         q, k, v, *parameters = tensors
         tasks = self._tasks(parameters)
-        return run_forward(self._kernels(q), tasks, _flat(q), _flat(k), _flat(v))
+        return run_forward(self._kernels(q, ()), tasks, _flat(q), _flat(k), _flat(v))
 
     def _backward(
         self,
@@ -147,7 +161,7 @@ class KernelRun:
     ) -> Results:
         q, k, v, *parameters = tensors
         found = run_backward(
-            self._kernels(q),
+            self._kernels(q, needed),
             self._tasks(parameters),
             self.division.keys_once,
             (_flat(q), _flat(k), _flat(v), *results),

@@ -19,7 +19,9 @@ _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFF
 
 def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
     if not isinstance(pattern, Dense | Causal):
-        return f"it computes dense and causal attention only; the pattern is {pattern.key}"
+        # The key of lists is a digest of what they hold, which would have to come from the device.
+        what = "holds lists" if pattern.depends_on_data else f"is {pattern.key}"
+        return f"it computes dense and causal attention only; the pattern {what}"
     if not score.plain:
         return "it has no soft cap, sink or additive term"
     if problem.return_lse:

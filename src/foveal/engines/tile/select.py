@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +12,16 @@ from torch import Tensor
 from foveal.engines.tile.launches import Launch
 from foveal.engines.tile.windows import Windows
 
+# Queries of a tile and its compressed keys.
 _ROWS = 64
-_MOST_PLACES = 16
-_MOST_WINDOWS = 64
+_WINDOWS = 64
+_WARPS = 4
+_STAGES = 2
+# Scores of blocks that are in memory at once.
+_SCORES = 1 << 25
 # Probabilities that the CPU holds at once.
 _AT_ONCE = 1 << 22
+_SMALLEST = 16
 
 
 @dataclass(frozen=True)
@@ -36,20 +43,21 @@ def select(
     strides do, over the query heads that share the key head; ties go to the lower block.
     """
     q, keys, lse = q.detach(), keys.detach(), lse.detach()
-    if _has_kernel(q, windows, choice):
+    if _has_kernel(q):
         return _on_gpu(q, keys, lse, windows, choice, scale)
     B, Lq, Hq, _ = q.shape
     heads, device = keys.shape[2], q.device
     found = torch.full((B, heads, Lq, choice.best), -1, dtype=torch.int32, device=device)
     bins = _bins(windows)
     step = max(1, _AT_ONCE // max(B * Hq * windows.count, 1))
-    window = torch.arange(windows.count, device=device)
-    grouped = q.unflatten(2, (heads, -1))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped, keys = q.to(wide).unflatten(2, (heads, -1)), keys.to(wide)
     level = lse.unflatten(2, (heads, -1))
     for at in range(0, Lq, step):
         rows = slice(at, min(at + step, Lq))
         s = torch.einsum("bthgd,bwhd->bhgtw", grouped[:, rows], keys) * scale
         p = torch.exp(s - level[:, rows].permute(0, 2, 3, 1)[..., None])
+        window = torch.arange(windows.count, device=device)
         first = windows.first[rows, None] * windows.step
         visible = (window >= first) & (window < windows.seen[rows, None])
         p = torch.where(visible, p, 0.0).sum(2)  # [B, heads, tokens, windows]
@@ -88,42 +96,67 @@ def _bins(windows: Windows) -> Tensor:
 def _on_gpu(
     q: Tensor, keys: Tensor, lse: Tensor, windows: Windows, choice: Choice, scale: float
 ) -> Tensor:
-    from foveal.engines.tile.select_kernel import token_select
+    from foveal.engines.tile.select_kernel import token_best, token_scores
 
     B, Lq, Hq, D = q.shape
     heads = keys.shape[2]
     groups = Hq // heads
-    pad, blocks, width = _widths(windows, choice)
-    group_pad = 1 << (groups - 1).bit_length()
-    tokens = max(1, _ROWS // group_pad)
-    tiles = -(-Lq // tokens)
+    step, reach = windows.step, windows.reach
+    group_pad, width = _power(groups), len(windows.starts)
+    pad = max(_SMALLEST, _WINDOWS // step)
+    rows = _SMALLEST if q.dtype == torch.float32 else _ROWS
+    tokens = max(rows // group_pad, _SMALLEST // group_pad, 1)
     found = torch.empty(B, heads, Lq, choice.best, dtype=torch.int32, device=q.device)
     q, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys))
-    arguments = (
-        q, keys, lse.transpose(1, 2).contiguous(), found, windows.first, windows.own, windows.seen,
-        q.stride()[:3], keys.stride()[:3], heads, groups, Lq, tiles, scale, choice.sinks, choice.locals,
-    )  # fmt: skip
+    lse = lse.transpose(1, 2).contiguous()
+    table = windows.first, windows.own
     options = {
-        "BEST": choice.best, "TOKENS": tokens, "G_PAD": group_pad, "WINDOWS": width, "BLOCKS": blocks,
-        "STEP": windows.step, "REACH": windows.reach, "PAD": pad, "D": D,
-        "D_PAD": max(16, 1 << (D - 1).bit_length()), "EXACT": q.dtype == torch.float32, "STAGES": 2,
-        "num_warps": 4,
+        "TOKENS": tokens, "G_PAD": group_pad, "WINDOWS": _power(step * pad),
+        "BLOCKS": pad - -(-reach // step), "STEP": step, "REACH": reach, "PAD": pad,
+        "D": D, "D_PAD": max(_SMALLEST, _power(D)),
+        "EXACT": q.dtype == torch.float32, "STAGES": _STAGES, "num_warps": _WARPS,
     }  # fmt: skip
-    Launch(token_select, B * heads * tiles, arguments, options)()
+    for begin, end in _chunks(windows, B * heads, Lq):
+        last = width if windows.packed else _blocks_until(windows, end)
+        bits = torch.empty(B * heads, end - begin, last, dtype=torch.int32, device=q.device)
+        tiles = -(-(end - begin) // tokens)
+        arguments: tuple[Any, ...] = (
+            q, keys, lse, bits, *table, windows.seen, q.stride()[:3], keys.stride()[:3],
+            heads, groups, Lq, begin, end, tiles, last, scale, choice.sinks, choice.locals,
+        )  # fmt: skip
+        Launch(token_scores, B * heads * tiles, arguments, options)()
+        arguments = (bits, found, *table, Lq, begin, end, last)
+        pads = {"BEST": choice.best, "BEST_PAD": _power(choice.best), "WIDTH": _power(last)}
+        warps = 1 if last <= 2048 else 4 if last <= 8192 else 16
+        Launch(token_best, B * heads * (end - begin), arguments, pads | {"num_warps": warps})()
     return found
 
 
-def _widths(windows: Windows, choice: Choice) -> tuple[int, int, int]:
-    """Places of a running list, blocks that are scored at once, and their windows."""
-    pad = max(16, 1 << (choice.best - 1).bit_length())
-    blocks = pad - -(-windows.reach // windows.step)
-    span = windows.step * blocks + windows.reach
-    return pad, blocks, max(16, 1 << (span - 1).bit_length())
+def _chunks(windows: Windows, lines: int, Lq: int) -> Iterator[tuple[int, int]]:
+    """Tokens whose scores are in memory together: at most _SCORES of them, and few different widths."""
+    begin = 0
+    while begin < Lq:
+        if windows.packed:
+            last, most = len(windows.starts), Lq
+        else:
+            reached = _blocks_until(windows, begin + 1)
+            last = max(_power(reached + 1), 256)
+            most = last * windows.block - windows.shift
+        end = min(Lq, max(most, begin + 1), begin + max(_SCORES // (lines * last), 1))
+        yield begin, end
+        begin = end
 
 
-def _has_kernel(q: Tensor, windows: Windows, choice: Choice) -> bool:
-    """What the kernel was checked for on a GPU; elsewhere the scores of some tokens are laid out."""
-    if not q.is_cuda or q.dtype != torch.bfloat16 or q.shape[3] > 128:
-        return False
-    pad, _, width = _widths(windows, choice)
-    return pad <= _MOST_PLACES and width <= _MOST_WINDOWS
+def _blocks_until(windows: Windows, end: int) -> int:
+    """Blocks that tokens before `end` of a sequence may see."""
+    return (end - 1 + windows.shift) // windows.block + 1
+
+
+def _power(size: int) -> int:
+    """The power of two that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _has_kernel(q: Tensor) -> bool:
+    """What the kernels were compared with float64 for on a GPU."""
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[3] <= 128

@@ -12,8 +12,8 @@ Tile = tuple[int, int, int]
 class Spec:
     """Tiles in tokens per axis (x, y, z; axes that the grid lacks are 1), sizes, and hooks.
 
-    route walks between them; head_dim and value_dim are
-    padded on chip to powers of two of at least 32; precision is that of float32 products.
+    route walks between them; head_dim and value_dim are padded on chip to powers of two of at least
+    `columns`; precision is that of float32 products.
     """
 
     q_tile: Tile
@@ -26,14 +26,15 @@ class Spec:
     first: Any
     second: Any
     precision: str
+    columns: int = 32
 
     @property
     def head_pad(self) -> int:
-        return padded(self.head_dim)
+        return max(self.columns, padded(self.head_dim))
 
     @property
     def value_pad(self) -> int:
-        return padded(self.value_dim)
+        return max(self.columns, padded(self.value_dim))
 
     @property
     def cache_key(self) -> str:
@@ -45,5 +46,4 @@ class Spec:
 
 def padded(size: int) -> int:
     """Columns of a tensor of so many channels on chip."""
-    # With 16 columns of float16, which m64n16 products of sm_90 read, o was wrong on an H100 (Triton 3.6).
     return max(32, 1 << (size - 1).bit_length())

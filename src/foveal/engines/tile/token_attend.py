@@ -18,6 +18,7 @@ _BY_TOKEN_GROUP = 16
 # Memory for the parts of listings; more of them are worked off in several rounds of heads.
 _PART_BYTES = 2 << 30
 _SEGMENT = 1024
+_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,20 @@ class Shape:
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
     def options(self, size: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         rows = min(self.rows, _FLOAT32_ROWS) if dtype == torch.float32 else self.rows
         rows = max(rows, size.group_pad)
-        return {"ROWS": rows, "STAGES": self.stages, "num_warps": self.warps}
+        found: dict[str, Any] = {"ROWS": rows, "STAGES": self.stages, "num_warps": self.warps}
+        plain = self.registers is None or torch.version.hip is not None or dtype == torch.float32
+        return found if plain else {**found, "maxnreg": self.registers}
 
 
-_BY_KEY = Shape(128, 8, 2)
-_BY_TOKEN = Shape(16, 4, 3)
-_BACKWARD = Shape(64, 8, 2)
+_BY_KEY = Shape(64, 4, 2, 160)
+_BY_TOKEN = Shape(16, 2, 2, 160)
+_BACKWARD = Shape(32, 4, 3)
+_SUM_NEAR = Shape(64, 4, 3)
 _FLOAT32_ROWS = 32
 
 
@@ -44,12 +49,13 @@ def unchecked(
     dtype: torch.dtype, head_dim: int, value_dim: int, groups: int, block: int
 ) -> str | None:
     """What of a problem the kernels were not compared with float64 for on a GPU, or None."""
-    if dtype != torch.bfloat16:
-        return f"for {dtype}, only for bfloat16"
-    if (head_dim, value_dim) != (128, 128):
-        return f"for a head_dim of {head_dim} and a value_dim of {value_dim}, only for 128"
-    if block != 64 or groups > 16:
-        return f"for blocks of {block} keys and groups of {groups} query heads, only for 64 and up to 16"
+    widest = 64 if dtype == torch.float32 else 128
+    if max(head_dim, value_dim) > widest:
+        return (
+            f"for {dtype}, a head_dim of {head_dim} and a value_dim of {value_dim}, up to {widest}"
+        )
+    if not 16 <= block <= 128 or groups > 16:
+        return f"for blocks of {block} keys and groups of {groups}, only for 16 to 128 and up to 16"
     return None
 
 
@@ -137,33 +143,43 @@ def _rounds(q: Tensor, lists: TokenLists, size: Sizes, dim: int) -> Iterator[_Ro
 
 
 def _key_work(found: Segments) -> tuple[Tensor, ...]:
-    return found.order, found.block, found.first, found.stop
+    return found.order, found.cell, found.first, found.stop
 
 
-def _places(lists: TokenLists) -> tuple[Tensor, Tensor, int, int]:
-    return lists.starts, lists.stops, lists.blocks, lists.indices.shape[0]
+def _places(lists: TokenLists, found: Segments) -> tuple[Tensor, Tensor, int, int, int]:
+    return lists.starts, lists.stops, lists.blocks, found.chunks, found.cells
+
+
+def _chunk(q: Tensor, size: Sizes) -> int:
+    """Tokens whose queries of one key head fill a part of the second-level cache."""
+    return max(1, _CHUNK_BYTES // (size.groups * size.head_dim * q.element_size()))
 
 
 def _forward_by_key(
     q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, size: Sizes, o: Tensor, lse: Tensor
 ) -> None:  # fmt: skip
     B, heads, Lq, slots = lists.indices.shape
-    found = segments(lists, _SEGMENT)
+    near = size.causal and lists.near is not None and size.block == lists.block
+    found = segments(lists, _SEGMENT, _chunk(q, size), near)
     listings = lists.indices.numel()
     part = q.new_empty(listings, size.groups, size.value_dim)
     level = q.new_empty(listings, size.groups, dtype=torch.float32)
     arguments: tuple[Any, ...] = (
-        q, k, v, part, level, _key_work(found), _places(lists),
-        q.stride()[:3], k.stride()[:3], v.stride()[:3], heads, size.groups, Lq, slots, lists.shift, scale,
+        q, k, v, part, level, _key_work(found), _places(lists, found),
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], heads, size.groups, Lq, lists.shift, scale,
     )  # fmt: skip
     options = {
         **_common(size),
+        "SLOTS": slots,
         "G_PAD": size.group_pad,
         **_BY_KEY.options(size, q.dtype),
     }
     from foveal.engines.tile.token_kernels import token_attend_by_key, token_attend_sum
 
-    Launch(token_attend_by_key, len(found.block), arguments, options)()
+    Launch(token_attend_by_key, len(found.cell), arguments, options)()
+    if near:
+        _sum_near((q, k, v, part, level, lists.indices, o, lse), lists, scale, size)
+        return
     every = B * heads * Lq * size.groups
     arguments = (part, level, lists.indices, o, lse, o.stride()[:3], heads, size.groups, Lq, every)
     options = {
@@ -171,6 +187,29 @@ def _forward_by_key(
         "num_warps": 4,
     }  # fmt: skip
     Launch(token_attend_sum, -(-every // 16), arguments, options)()
+
+
+def _sum_near(tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, size: Sizes) -> None:
+    """Sums the parts of every token and computes what is near to it."""
+    from foveal.engines.tile.token_kernels import token_attend_sum_near
+
+    q, k, v = tensors[:3]
+    o = tensors[6]
+    B, heads, Lq, slots = lists.indices.shape
+    assert lists.near is not None
+    options = _SUM_NEAR.options(size, q.dtype)
+    tokens = max(options.pop("ROWS") // size.group_pad, 1)
+    tiles = -(-Lq // tokens)
+    arguments: tuple[Any, ...] = (
+        *tensors, q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
+        heads, size.groups, Lq, k.shape[1], tiles, lists.shift, scale, *lists.near,
+    )  # fmt: skip
+    options |= {
+        "SLOTS": slots, "TOKENS": tokens, "G_PAD": size.group_pad, "BLOCK": size.block,
+        "D": size.head_dim, "D_PAD": padded(size.head_dim),
+        "DV": size.value_dim, "DV_PAD": padded(size.value_dim),
+    }  # fmt: skip
+    Launch(token_attend_sum_near, B * heads * tiles, arguments, options)()
 
 
 def _forward_by_token(
@@ -236,19 +275,20 @@ def _backward_round(
     q, k, v, do, lse, shift = tensors
     dq, dk, dv = out
     B, heads, Lq, slots = lists.indices.shape
-    found = segments(lists, _SEGMENT)
-    programs = len(found.block)
+    found = segments(lists, _SEGMENT, _chunk(q, size))
+    programs = len(found.cell)
     part = q.new_empty(lists.indices.numel(), size.groups, size.head_dim)
     dk_part = q.new_empty(programs, size.block, size.head_dim, dtype=torch.float32)
     dv_part = q.new_empty(programs, size.block, size.value_dim, dtype=torch.float32)
-    places = _places(lists)
+    places = _places(lists, found)
     arguments: tuple[Any, ...] = (
         q, k, v, do, lse.contiguous(), shift.contiguous(), part, dk_part, dv_part, _key_work(found), places,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3],
-        heads, size.groups, Lq, slots, lists.shift, scale,
+        heads, size.groups, Lq, lists.shift, scale,
     )  # fmt: skip
     options = {
         **_common(size),
+        "SLOTS": slots,
         "G_PAD": size.group_pad,
         **_BACKWARD.options(size, q.dtype),
     }
@@ -260,6 +300,6 @@ def _backward_round(
     }  # fmt: skip
     Launch(token_attend_sum_q, -(-every // 16), arguments, options)()
     for own, gradient, dim in ((dk_part, dk, size.head_dim), (dv_part, dv, size.value_dim)):
-        arguments = (own, found.of_block, places, gradient, gradient.stride()[:3], heads)
+        arguments = (own, found.of_cell, places, gradient, gradient.stride()[:3], heads)
         options = {"BLOCK": size.block, "D": dim, "D_PAD": padded(dim), "num_warps": 8}
         Launch(token_attend_sum_kv, B * heads * lists.blocks, arguments, options)()

@@ -23,38 +23,51 @@ def _segment(work, lists):
     first = tl.load(work[2] + program)
     stop = tl.load(work[3] + program)
     block = own % lists[2]
-    line = own // lists[2]
+    line = own // lists[2] // lists[3]
     return line, first, stop, tl.load(lists[0] + block), tl.load(lists[1] + block)
 
 
 @triton.jit
 def _listings(
-    p_order, i, stop, groups, line, Lq, slots, G_PAD: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    p_order, i, stop, groups, line, Lq, SLOTS: tl.constexpr, G_PAD: tl.constexpr, ROWS: tl.constexpr
+):
     """Rows of a tile of listings: (place of the part, token, head in its group, whether it is one)."""
     row = tl.arange(0, ROWS)
     at = i + row // G_PAD
     g = row % G_PAD
     inside = (at < stop) & (g < groups)
-    listing = tl.load(p_order + at, mask=inside, other=0)
-    token = listing // slots - line.to(tl.int64) * Lq
-    return listing * groups + g, tl.where(inside, token, 0), g, inside
+    before = tl.cast(line, tl.int64) * Lq * SLOTS
+    listing = tl.load(p_order + at, mask=inside, other=before)
+    token = (listing - before).to(tl.int32) // SLOTS
+    return listing * groups + g, token.to(tl.int64), g, inside
+
+
+@triton.jit
+def _store_parts(p_rows, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr):
+    """As `store_rows`, for what is read once: the second-level cache is for the queries."""
+    column = tl.arange(0, D_PAD)
+    tl.store(
+        p_rows[:, None] + column[None, :],
+        rows.to(p_rows.dtype.element_ty),
+        mask=inside[:, None] & (column < D)[None, :],
+        eviction_policy="evict_first",
+    )
 
 
 @triton.jit
 def token_attend_by_key(
     p_q, p_k, p_v, p_part, p_level, work, lists, q_strides, k_strides, v_strides,
-    heads, groups, Lq, slots, shift, scale,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    heads, groups, Lq, shift, scale,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax of every listing of a segment on the keys of its block: part and base-2 lse.
 
-    work: (order, block, first, stop) of `Segments`; lists: (starts, stops, blocks, batch).
+    work: (order, cell, first, stop) of `Segments`; lists: (starts, stops, blocks, chunks, cells).
     p_part [listings, groups, DV], p_level float32 [listings, groups].
     """
-    if tl.load(work[1] + tl.program_id(0)) < heads * lists[3] * lists[2]:
+    if tl.load(work[1] + tl.program_id(0)) < lists[4]:
         line, first, stop, start, end = _segment(work, lists)
         n = (line // heads).to(tl.int64)
         h = line % heads
@@ -67,7 +80,7 @@ def token_attend_by_key(
         p_head = p_q + n * q_strides[0] + (h * groups) * q_strides[2]
         for i in tl.range(first, stop, ROWS // G_PAD, num_stages=STAGES):
             place, token, g, inside = _listings(
-                work[0], i, stop, groups, line, Lq, slots, G_PAD, ROWS
+                work[0], i, stop, groups, line, Lq, SLOTS, G_PAD, ROWS
             )
             p_own = p_head + token * q_strides[1] + g * q_strides[2]
             q = load_rows(p_own, inside, D, D_PAD, True)
@@ -82,7 +95,7 @@ def token_attend_by_key(
             total = tl.sum(p, 1)
             o = tl.dot(p.to(v.dtype), v, input_precision="ieee")
             o = o / tl.where(total == 0.0, 1.0, total)[:, None]
-            store_rows(p_part + place * DV, o, inside, DV, DV_PAD)
+            _store_parts(p_part + place * DV, o, inside, DV, DV_PAD)
             tl.store(p_level + place, row_lse(largest, total), mask=inside)
 
 
@@ -117,6 +130,91 @@ def token_attend_sum(
     n = line // heads
     head = line % heads * groups + g
     p_rows = p_o + n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
+    store_rows(p_rows, acc, inside, DV, DV_PAD)
+    p_row = p_lse + (n * heads * groups + head) * Lq + token
+    tl.store(p_row, row_lse(largest, total), mask=inside)
+
+
+@triton.jit
+def _near_blocks(
+    rows, q, p_k, p_v, first, stop, position, Lk, k_strides, v_strides, unit, sinks, locals_,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
+    DV_PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over blocks first <= b < stop, each by the rows that it is near to."""
+    largest, total, acc = rows
+    own = position // BLOCK
+    for b in tl.range(first, stop, num_stages=STAGES):
+        key = b * BLOCK + tl.arange(0, BLOCK)
+        inside = key < Lk
+        near = (b < sinks) | (b > own - locals_)
+        seen = inside[None, :] & (key[None, :] <= position[:, None]) & near[:, None]
+        k = load_rows(p_k + key.to(tl.int64) * k_strides[1], inside, D, D_PAD, True)
+        s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        p, factor, largest, total = running_softmax(s, unit, largest, total)
+        v = load_rows(p_v + key.to(tl.int64) * v_strides[1], inside, DV, DV_PAD, True)
+        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
+    return largest, total, acc
+
+
+@triton.jit
+def token_attend_sum_near(
+    p_q, p_k, p_v, p_part, p_level, p_indices, p_o, p_lse, q_strides, k_strides, v_strides, o_strides,
+    heads, groups, Lq, Lk, tiles, shift, scale, sinks, locals_,
+    SLOTS: tl.constexpr, TOKENS: tl.constexpr, G_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `token_attend_sum` for tokens beside each other; the blocks near to them are computed here."""
+    ROWS: tl.constexpr = TOKENS * G_PAD
+    line = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    n = (line // heads).to(tl.int64)
+    h = line % heads
+    row = tl.arange(0, ROWS)
+    token = tile * TOKENS + row // G_PAD
+    g = row % G_PAD
+    inside = (token < Lq) & (g < groups)
+    token = tl.where(token < Lq, token, Lq - 1)
+    head = h * groups + tl.where(g < groups, g, 0)
+    position = token + shift
+    p_rows = p_q + n * q_strides[0] + token.to(tl.int64) * q_strides[1] + head * q_strides[2]
+    q = load_rows(p_rows, inside, D, D_PAD, True)
+    p_k = p_k + n * k_strides[0] + h * k_strides[2]
+    p_v = p_v + n * v_strides[0] + h * v_strides[2]
+    rows = (
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, DV_PAD], tl.float32),
+    )
+    stop = tl.max(position, 0) // BLOCK + 1
+    first = tl.maximum(tl.min(position, 0) // BLOCK + 1 - locals_, 0)
+    rows = _near_blocks(
+        rows, q, p_k, p_v, 0, tl.minimum(sinks, first), position, Lk, k_strides, v_strides,
+        scale * LOG2E, sinks, locals_, BLOCK, D, D_PAD, DV, DV_PAD, STAGES,
+    )  # fmt: skip
+    rows = _near_blocks(
+        rows, q, p_k, p_v, first, stop, position, Lk, k_strides, v_strides,
+        scale * LOG2E, sinks, locals_, BLOCK, D, D_PAD, DV, DV_PAD, STAGES,
+    )  # fmt: skip
+    largest, total, acc = rows
+    own = position // BLOCK
+    listing = (line.to(tl.int64) * Lq + token) * SLOTS
+    for s in tl.range(SLOTS, num_stages=STAGES):
+        block = tl.load(p_indices + listing + s, mask=inside, other=-1)
+        used = inside & (block >= sinks) & (block <= own - locals_)
+        place = (listing + s) * groups + g
+        level = tl.load(p_level + place, mask=used, other=float("-inf"))
+        part = load_rows(p_part + place * DV, used, DV, DV_PAD, True).to(tl.float32)
+        top = tl.maximum(largest, level)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp2(largest - base)
+        weight = tl.exp2(level - base)
+        acc = acc * factor[:, None] + weight[:, None] * part
+        total = total * factor + weight
+        largest = top
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    p_rows = p_o + n * o_strides[0] + token.to(tl.int64) * o_strides[1] + head * o_strides[2]
     store_rows(p_rows, acc, inside, DV, DV_PAD)
     p_row = p_lse + (n * heads * groups + head) * Lq + token
     tl.store(p_row, row_lse(largest, total), mask=inside)
@@ -194,15 +292,15 @@ def token_attend_shift(
 @triton.jit
 def token_attend_backward(
     p_q, p_k, p_v, p_do, p_lse, p_shift, p_part, p_dk, p_dv, work, lists,
-    q_strides, k_strides, v_strides, do_strides, heads, groups, Lq, slots, shift, scale,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    q_strides, k_strides, v_strides, do_strides, heads, groups, Lq, shift, scale,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of a segment: dq of every listing [listings, groups, D], dk and dv of its block, float32
     [segments, BLOCK, .]."""
     program = tl.program_id(0).to(tl.int64)
-    if tl.load(work[1] + program) < heads * lists[3] * lists[2]:
+    if tl.load(work[1] + program) < lists[4]:
         line, first, stop, start, end = _segment(work, lists)
         n = (line // heads).to(tl.int64)
         h = line % heads
@@ -219,7 +317,7 @@ def token_attend_backward(
         dv = tl.zeros([BLOCK, DV_PAD], tl.float32)
         for i in tl.range(first, stop, ROWS // G_PAD, num_stages=STAGES):
             place, token, g, inside = _listings(
-                work[0], i, stop, groups, line, Lq, slots, G_PAD, ROWS
+                work[0], i, stop, groups, line, Lq, SLOTS, G_PAD, ROWS
             )
             q = load_rows(p_head + token * q_strides[1] + g * q_strides[2], inside, D, D_PAD, True)
             do = load_rows(
@@ -237,7 +335,7 @@ def token_attend_backward(
             ds = tl.where(seen, p * (dp - own[None, :]), 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
             dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision="ieee") * scale
-            store_rows(p_part + place * D, dq, inside, D, D_PAD)
+            _store_parts(p_part + place * D, dq, inside, D, D_PAD)
         slot = program * BLOCK + tl.arange(0, BLOCK)
         every = tl.arange(0, BLOCK) < BLOCK
         store_rows(p_dk + slot * D, dk * scale, every, D, D_PAD)
@@ -268,21 +366,20 @@ def token_attend_sum_q(
 
 @triton.jit
 def token_attend_sum_kv(
-    p_part, p_of_block, lists, p_out, strides, heads,
+    p_part, p_of_cell, lists, p_out, strides, heads,
     BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the keys (or values) of one block and key head: the sum over its segments."""
-    own = tl.program_id(0)
-    first = tl.load(p_of_block + own)
-    stop = tl.load(p_of_block + own + 1)
+    block = tl.program_id(0) % lists[2]
+    line = tl.program_id(0) // lists[2]
     row = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK, D_PAD], tl.float32)
     every = row < BLOCK
-    for s in range(first, stop):
-        place = tl.cast(s, tl.int64) * BLOCK + row
-        acc += load_rows(p_part + place * D, every, D, D_PAD, True)
-    block = own % lists[2]
-    line = own // lists[2]
+    acc = tl.zeros([BLOCK, D_PAD], tl.float32)
+    for chunk in range(lists[3]):
+        cell = (line * lists[3] + chunk) * lists[2] + block
+        for s in range(tl.load(p_of_cell + cell), tl.load(p_of_cell + cell + 1)):
+            place = tl.cast(s, tl.int64) * BLOCK + row
+            acc += load_rows(p_part + place * D, every, D, D_PAD, True)
     key = tl.load(lists[0] + block) + row
     inside = key < tl.load(lists[1] + block)
     n = (line // heads).to(tl.int64)

@@ -21,6 +21,8 @@ class TokenLists:
     indices: int32 [B, Hkv, Lq, slots], no block twice in a list, -1 where a slot is not used.
     starts, stops: int32 [blocks]; block b holds the keys starts[b] <= j < stops[b], of which a causal
     token sees those up to its own position i + shift.  `block` is the most keys that a block holds.
+    near: (first, last) where blocks lie one behind the other and every token lists the first ones
+    and the last ones up to its own.
     """
 
     indices: Tensor
@@ -29,6 +31,7 @@ class TokenLists:
     block: int
     causal: bool
     shift: int
+    near: tuple[int, int] | None = None
 
     @property
     def blocks(self) -> int:
@@ -62,35 +65,55 @@ def block_spans(length: int, block: int, device: torch.device) -> tuple[Tensor, 
 class Segments:
     """Listings sorted by the block that is listed, cut into segments of at most `longest`.
 
-    order: int64 [listings], the place of each in `indices`, those of a block together and ascending.
-    block: int32 [segments], counted over (batch, key head, block), past the last where the segment is
-    not used; first and stop int32: its listings.  of_block: int32 [all blocks + 1], its segments.
+    Tokens come in `chunks` of equal size, one after the other, so that the queries of one chunk stay in
+    the second-level cache; a cell is (batch, key head, chunk, block).
+    order: int64 [listings], the place of each in `indices`, those of a cell together and ascending.
+    cell: int32 [segments], the number of cells where the segment is not used; first and stop int32: its
+    listings.  of_cell: int32 [cells + 1], its segments.
     """
 
+    chunks: int
     order: Tensor
-    block: Tensor
+    cell: Tensor
     first: Tensor
     stop: Tensor
-    of_block: Tensor
+    of_cell: Tensor
+
+    @property
+    def cells(self) -> int:
+        return len(self.of_cell) - 1
 
 
-def segments(lists: TokenLists, longest: int) -> Segments:
-    """At most listings / longest + blocks segments, so that the host need not wait for the device."""
+def segments(lists: TokenLists, longest: int, chunk: int, far: bool = False) -> Segments:
+    """Chunks of `chunk` tokens; with `far` without what is `near`.
+
+    At most listings / longest + cells segments, so that the host need not wait for the device.
+    """
     indices = lists.indices
     lines = indices.shape[0] * indices.shape[1]
-    total = lines * lists.blocks
-    line = torch.arange(lines, device=indices.device, dtype=torch.int32).view(-1, 1)
-    flat = indices.reshape(lines, -1)
-    place = torch.where(flat < 0, total, flat + line * lists.blocks).flatten()
-    found, order = torch.sort(place, stable=True)
-    every = torch.arange(total + 1, device=indices.device, dtype=torch.int32)
+    chunks = max(1, -(-indices.shape[2] // chunk))
+    cells = lines * chunks * lists.blocks
+    device = indices.device
+    line = torch.arange(lines, device=device, dtype=torch.int32)[:, None] * chunks
+    part = torch.arange(indices.shape[2], device=device, dtype=torch.int32) // chunk
+    cell = (line + part)[..., None] * lists.blocks + indices.flatten(0, 1)
+    left_out = indices.flatten(0, 1) < 0
+    if far and lists.near is not None:
+        first_blocks, last_blocks = lists.near
+        token = torch.arange(indices.shape[2], device=device, dtype=torch.int32)
+        own = (token + lists.shift) // lists.block
+        flat = indices.flatten(0, 1)
+        left_out |= (flat < first_blocks) | (flat > (own - last_blocks)[:, None])
+    cell = torch.where(left_out, cells, cell)
+    found, order = torch.sort(cell.flatten(), stable=True)
+    every = torch.arange(cells + 1, device=device, dtype=torch.int32)
     bounds = torch.searchsorted(found, every)
     pieces = (bounds.diff() + (longest - 1)) // longest
-    of_block = torch.nn.functional.pad(pieces.cumsum(0), (1, 0))
-    number = torch.arange(indices.numel() // longest + total, device=indices.device)
-    own = (torch.searchsorted(of_block, number, right=True) - 1).clamp(max=total - 1)
-    first = bounds[own] + (number - of_block[own]) * longest
+    of_cell = torch.nn.functional.pad(pieces.cumsum(0), (1, 0))
+    number = torch.arange(indices.numel() // longest + cells, device=device)
+    own = (torch.searchsorted(of_cell, number, right=True) - 1).clamp(max=cells - 1)
+    first = bounds[own] + (number - of_cell[own]) * longest
     stop = (first + longest).minimum(bounds[own + 1])
-    block = torch.where(number < of_block[-1], own, total)
-    small = (x.to(torch.int32) for x in (block, first, stop, of_block))
-    return Segments(order, *small)
+    own = torch.where(number < of_cell[-1], own, cells)
+    small = (x.to(torch.int32) for x in (own, first, stop, of_cell))
+    return Segments(chunks, order, *small)

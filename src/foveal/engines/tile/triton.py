@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from foveal._errors import RefusedError
 from foveal._problem import Problem
-from foveal.engines.tile.column_attend import listed_columns
+from foveal.engines.tile.column_attend import KeyLists, listed_columns
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.token_lists import TokenLists, listed
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
-from foveal.patterns.selections import ColumnSelection
 from foveal.scores.normal import NormalForm
 
 if TYPE_CHECKING:
@@ -29,6 +27,8 @@ _LARGEST_DIM = 256
 # Where tokens list their own blocks.
 _LARGEST_BLOCK = 128
 _LARGEST_GROUP = 64
+# Queries that share a list of keys.
+_LARGEST_LIST = 128
 
 
 def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
@@ -61,8 +61,6 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
 
 def caveat(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
     """Why it runs only when named, or None."""
-    if listed_columns(pattern) is not None:
-        return "its walk along unaligned blocks and columns was not checked on a GPU yet"
     if not pattern.depends_on_data:
         return None
     lists = listed(pattern, problem.extent, problem.kv_heads)
@@ -87,15 +85,13 @@ def _refuses_tokens(problem: Problem, pattern: Pattern, score: NormalForm) -> st
     return None
 
 
-def _refuses_columns(selection: ColumnSelection, score: NormalForm) -> str | None:
-    """Why unaligned blocks with columns are not walked, or None."""
-    rows = selection.q_block
+def _refuses_columns(selection: KeyLists, score: NormalForm) -> str | None:
+    """Why single keys, runs and columns are not walked, or None."""
+    rows = selection.queries_per_list
     if not score.plain:
-        return "along unaligned blocks and columns it knows a scale, no soft cap, sink or bias"
-    if rows not in (16, 32, 64, 128):
-        return f"its lists of columns serve 16, 32, 64 or 128 queries each, not {rows}"
-    if selection.kv_block > _LARGEST_BLOCK:
-        return f"its unaligned blocks hold at most {_LARGEST_BLOCK} keys, not {selection.kv_block}"
+        return "along keys, runs and columns it knows a scale, no soft cap, sink or bias"
+    if rows > _LARGEST_LIST:
+        return f"its lists of keys serve at most {_LARGEST_LIST} queries each, not {rows}"
     return None
 
 
@@ -183,9 +179,11 @@ def backward(
         shift = d_statistic / LSE_UNIT if task.with_lse else None
         return token_attend.backward(read, lists, score.scale, do, shift)
     if listed_columns(task.pattern) is not None:
-        raise RefusedError(
-            "triton", "it has no gradients along unaligned blocks and columns; the reference has"
-        )
+        from foveal.engines.tile import column_attend
+
+        read = (_rows(q), _rows(k), _rows(v), o, lse)
+        shift = d_statistic / LSE_UNIT if task.with_lse else None
+        return column_attend.backward(read, task.pattern, task.extent, score.scale, do, shift)
     with torch.enable_grad():
         leaves = [
             term.parameter.detach().requires_grad_(wanted)

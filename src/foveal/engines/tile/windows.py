@@ -63,8 +63,10 @@ class Windows:
         first, own, seen = (x[tokens] for x in (self.first, self.own, self.seen))
         return dataclasses.replace(self, first=first, own=own, seen=seen)
 
-    def lists(self, indices: Tensor) -> TokenLists:
-        return TokenLists(indices, self.starts, self.stops, self.block, True, self.shift)
+    def lists(self, indices: Tensor, near: tuple[int, int] | None = None) -> TokenLists:
+        """near: how many of the first and the last blocks of a sequence every token lists."""
+        near = None if self.packed else near
+        return TokenLists(indices, self.starts, self.stops, self.block, True, self.shift, near)
 
 
 def windows(

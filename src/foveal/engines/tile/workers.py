@@ -59,17 +59,18 @@ def in_order(
     items: Sequence[Item],
     work: Callable[[Item, Scratch], Result],
     finish: Callable[[Item, Result], None] = _nothing,
+    each: int = 2,
 ) -> None:
     """Runs work(item, scratch) for every item on as many threads as PyTorch uses, then finish(item, result).
 
     `finish` runs item by item in their order: there goes what has to be summed in a fixed order.
     `work` runs without gradients, must not write to memory that another item writes to, and may
-    return what lives in the scratch.
+    return what lives in the scratch.  Fewer than `each` items per thread run one after the other.
     """
     threads = torch.get_num_threads()
     spare: list[Scratch] = []
     try:
-        if threads == 1 or len(items) < 2 * threads:
+        if threads == 1 or len(items) < each * threads:
             scratch = _borrow(spare)
             for item in items:
                 finish(item, work(item, scratch))

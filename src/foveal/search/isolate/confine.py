@@ -51,11 +51,14 @@ class Limits:
     device: bool = False
 
 
-def enter_namespaces() -> bool:
-    """Own network (none), processes, IPC and names; processes only after the next fork."""
+def enter_namespaces(device: bool = False) -> bool:
+    """Own network (none), processes, IPC and names; processes only after the next fork.
+
+    With a device processes stay those of the system: CUDA looks itself up in /proc by its number.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
-    flags = _NEW_USER | _NEW_NET | _NEW_PID | _NEW_IPC | _NEW_UTS
+    flags = _NEW_USER | _NEW_NET | _NEW_IPC | _NEW_UTS | (0 if device else _NEW_PID)
     if libc.unshare(flags) != 0:
         return False
     for name, text in (
@@ -142,6 +145,8 @@ def _landlock(
     if device:
         granted += [(f"/dev/{n}", _DEVICE) for n in os.listdir("/dev") if n.startswith("nvidia")]
         granted += [("/proc", _READ), ("/sys", _READ), ("/dev/shm", rights)]
+        # CUDA names its threads by writing there; /proc as a whole would be settings of the system too.
+        granted.append(("/proc/self", _READ | _DEVICE))
     if writable is not None:
         granted.append((writable, rights))
     for path, access in granted:
@@ -174,7 +179,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "delete_module": (176, 106), "reboot": (169, 142), "swapon": (167, 224),
     "open_by_handle_at": (304, 265), "pidfd_getfd": (438, 438), "pidfd_open": (434, 434),
     "memfd_create": (319, 279), "kill": (62, 129), "tkill": (200, 130), "setpriority": (141, 140),
-    "sched_setaffinity": (203, 122), "shmget": (29, 194), "personality": (135, 92),
+    "sched_setaffinity": (203, 122), "shmget": (29, 194), "personality": (135, 92), "setsid": (112, 157),
 }  # fmt: skip
 _PROGRAMS = ("fork", "vfork", "execve", "execveat", "kill")
 _ON_DEVICES = ("memfd_create", "socketpair", "connect", "sched_setaffinity", "shmget")

@@ -137,9 +137,12 @@ class Process:
         self.layers = layers
         self.limits = limits
         self.writable = writable
+        self._session = _session(pid)
         self._space: str | None = None
         with contextlib.suppress(OSError):
-            self._space = os.readlink(f"/proc/{pid}/ns/pid")
+            space = os.readlink(f"/proc/{pid}/ns/pid")
+            if space != os.readlink("/proc/self/ns/pid"):
+                self._space = space
 
     @property
     def strong(self) -> bool:
@@ -218,16 +221,23 @@ class Process:
         self.close()
 
     def _pids(self) -> list[int]:
-        """It, and with it whatever lives in its namespace."""
-        if not self.limits.programs or self._space is None:
+        """It, and with it whatever lives in its namespace, or in its session where it has none of its own."""
+        if not self.limits.programs:
             return [self.pid]
         found = [self.pid]
         for name in os.listdir("/proc"):
-            if name.isdecimal() and int(name) != self.pid:
-                with contextlib.suppress(OSError):
-                    if os.readlink(f"/proc/{name}/ns/pid") == self._space:
-                        found.append(int(name))
+            if name.isdecimal() and int(name) != self.pid and self._owns(int(name)):
+                found.append(int(name))
         return found
+
+    def _owns(self, pid: int) -> bool:
+        if self._space is not None:
+            with contextlib.suppress(OSError):
+                return os.readlink(f"/proc/{pid}/ns/pid") == self._space
+            return False
+        alone = self._session not in (None, _session(os.getpid()))
+        # The guard leads the session and ends with the process.
+        return alone and pid != self._session and _session(pid) == self._session
 
     def _watch(self) -> None:
         """Ends a process that holds more than it may."""
@@ -242,6 +252,14 @@ class Process:
         if self.writable is not None and _bytes_in(self.writable) > self.limits.memory:
             self.close()
             raise ProgramError(f"it wrote more than {self.limits.memory} bytes of files")
+
+
+def _session(pid: int) -> int | None:
+    """The session of a process; None when it is gone."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
 
 
 def _state(pid: int) -> str:

@@ -77,6 +77,13 @@ class _Bench:
         self.program = load(program, self.device)
         return {"loaded": True}
 
+    def do_compile(self, program: Message, inputs: Sequence[Message], target: str) -> Message:
+        """Compiles the kernels of a template for a class of devices, and says what they are."""
+        from foveal.search.compiling import compiled_facts
+
+        shapes = [(tuple(each["shape"]), str(each["dtype"])) for each in inputs]
+        return {"facts": compiled_facts(program, shapes, target)}
+
     def do_describe(self, seed: int = 0) -> Message:
         return self.loaded.describe(seed)
 

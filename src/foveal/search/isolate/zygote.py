@@ -37,7 +37,8 @@ def _guard(request: dict[str, Any], handles: Sequence[int]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     confine.die_with_parent()
-    layers = [confine.NAMESPACES] if confine.enter_namespaces() else []
+    device = bool(request["limits"]["device"])
+    layers = [confine.NAMESPACES] if confine.enter_namespaces(device) else []
     start, go = os.pipe()
     pid = os.fork()
     if pid == 0:

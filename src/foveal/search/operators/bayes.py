@@ -20,7 +20,7 @@ from foveal.search.gaussian import (
 from foveal.search.operators.base import View, faster_first
 from foveal.search.space import Space, Value
 
-_FEWEST = 6
+_FEWEST = 3
 _POOL = 1000
 _FANTASIES = 16
 _MOST = 300

@@ -11,12 +11,14 @@ import ast
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from foveal.search.compiling import Launch
 
 SIGNATURE = ("p_x", "p_w", "p_o", "columns", "TILE")
 
@@ -61,6 +63,16 @@ def build(
         return o
 
     return run
+
+
+def launches(
+    inputs: Sequence[Tensor], *, architecture: str, text: str = START, warps: int = 4
+) -> list[Launch]:
+    """What `build` launches, on any class of devices; nothing runs."""
+    x, w = inputs
+    tile = 1 << max(x.shape[1] - 1, 1).bit_length()
+    arguments = (x, w, torch.empty_like(x), x.shape[1], x.stride(0), x.stride(0))
+    return [Launch(_compiled(text), arguments, {"TILE": tile, "num_warps": warps})]
 
 
 def _compiled(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import secrets
 import time
@@ -29,6 +30,7 @@ STAGES = (
 
 CANDIDATE = "candidate"
 _REPEATS = 3
+_COMPILING = 120.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class Judge:
         try:
             progress(stage)
             static.check(program)
+            for target in self.task.targets:
+                facts = self._compiled(program, target) | facts
             runner = self.start(program)
             layers = runner.process.layers
             closed(COMPILE)
@@ -197,6 +201,23 @@ class Judge:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _compiled(self, program: Message, target: str) -> dict[str, float]:
+        """Facts about the kernels of a template on a class of devices, compiled in a process of its own."""
+        limits = dataclasses.replace(limits_of(self.task), programs=True, files=1024)
+        limits = dataclasses.replace(
+            limits, file_size=256 << 20, memory=max(limits.memory, 4 << 30)
+        )
+        inputs = [
+            {"shape": list(each.shape), "dtype": each.dtype}
+            for each in self.task.cases_of(TIMED)[-1].inputs
+        ]
+        request = {"do": "compile", "program": program, "inputs": inputs, "target": target}
+        with self.nursery.start(limits, 1 << 20) as process:
+            found = process.ask(request, max(self.seconds, _COMPILING))["facts"]
+        if not all(isinstance(value, float) for value in found.values()):
+            raise _FailedError("what it says about its kernels are no numbers")
+        return dict(found)
 
     def _stages(
         self, runner: Runner, cases: Sequence[Case], facts: dict[str, float]

@@ -22,6 +22,12 @@ from foveal.layers.trainable_sparse_gates import (
     polar_heads,
     seer_attention,
 )
+from foveal.layers.trainable_sparse_spans import (
+    CoreContextAttention,
+    MonarchAttention,
+    PolarAttention,
+    SparseKAttention,
+)
 from foveal.layers.trainable_sparse_tokens import (
     EvictionRouter,
     core_context,
@@ -302,6 +308,7 @@ MONARCH = System(
     kind="operator",
     summary="Attention between tiles of a frame factored over rows and columns, in one refinement step.",
     op=monarch_attention,
+    layer=MonarchAttention,
     family=FAMILY,
     engine="torch",
     identities=(
@@ -342,6 +349,7 @@ CORE = System(
     kind="operator",
     summary="Recent tokens, and one core token per group of older ones, in one softmax.",
     op=core_context,
+    layer=CoreContextAttention,
     family=FAMILY,
     identities=(
         Identity("single", "Groups of one token: causal attention.", _core_single),
@@ -495,6 +503,7 @@ SPARSEK = System(
     kind="operator",
     summary="A differentiable top-k over learned key scores: their projection on sums of k.",
     op=sparsek_attention,
+    layer=SparseKAttention,
     family=FAMILY,
     engine="torch",
     operands=_nosa_operands,
@@ -542,6 +551,7 @@ POLAR = System(
     kind="operator",
     summary="A router keeps the best heads of every sequence; the others are not computed.",
     op=polar_heads,
+    layer=PolarAttention,
     family=FAMILY,
     operands=_polar_operands,
     identities=(

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from foveal._attend import attend
 from foveal.compose.segments import attend_segments
 from foveal.compose.selected import attend_selected
-from foveal.patterns import Causal, Chosen, Sliding
-from foveal.selectors import Antidiagonal, Forced, LowBit, Mass, Threshold, VerticalSlash
+from foveal.patterns import Causal, Chosen, Pattern, Sliding, TokenSelection
+from foveal.selectors import (
+    Antidiagonal,
+    Forced,
+    LastQueries,
+    LowBit,
+    Mass,
+    Threshold,
+    Tiling,
+    VerticalSlash,
+    by_importance,
+    permuted,
+)
+from foveal.selectors.base import against_keys, tile_means
 from foveal.systems.base import Claim, Draw, Identity, System
+from foveal.systems.sparse.heads import Head, Mode, attend_planned
 from foveal.systems.sparse.shapes import qkv_shapes
 
 
@@ -30,15 +45,20 @@ def minference(
     sinks: int = 30,
     local: int = 100,
     tile: int = 64,
+    heads: Sequence[Head] | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Vertical-slash attention: heavy columns and heavy diagonals of the last queries, one softmax.
 
-    Shapes: q [B, L, Hq, D], k [B, L, Hkv, D], v [B, L, Hkv, Dv].  Options as of `VerticalSlash`.
+    Shapes: q [B, L, Hq, D], k [B, L, Hkv, D], v [B, L, Hkv, Dv].  Options as of `VerticalSlash`; heads, what
+    each query head computes instead (window, columns and diagonals, blocks), as `search_heads` finds it
+    offline and a plan in JSON keeps it.
     Limits: a prompt in chunks gives other lists; the columns are those of its last queries.  On a GPU
     implementation="triton" walks them, forward only; it was not checked there yet, so the plan takes the
     reference.
     """
+    if heads is not None:
+        return attend_planned(q, k, v, heads)[0]
     found = VerticalSlash(vertical, slash, queries, sinks, local, tile).select(q, k)
     return attend(q, k, v, Chosen(found) & Causal(), implementation=implementation)
 
@@ -62,6 +82,28 @@ def _short_diagonals(draw: Draw) -> Claim:
     )
 
 
+def _planned_heads(draw: Draw) -> Claim:
+    """Heads with entries of their own are those operators, head by head."""
+    length = draw.integer(9, 14)
+    modes = Mode("a_shape", 2, 3), Mode("vertical_slash", 1, length), Mode("dense")
+    heads = tuple(Head("none", (modes[draw.integer(0, 2)],)) for _ in range(4))
+    patterns = {"a_shape": Sliding(2, sink_tokens=2)}
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = []
+        for h, head in enumerate(heads):
+            pattern = patterns.get(head.modes[0].kind, Causal())
+            g = slice(h // 2, h // 2 + 1)
+            own.append(attend(q[:, :, h : h + 1], k[:, :, g], v[:, :, g], pattern))
+        return torch.cat(own, dim=2)
+
+    return Claim(
+        draw.qkv((length,), heads=4, kv_heads=2),
+        lambda q, k, v: minference(q, k, v, heads=heads),
+        alone,
+    )
+
+
 MINFERENCE = System(
     name="minference",
     title="MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
@@ -79,6 +121,7 @@ MINFERENCE = System(
             "The smallest distances and the first column are a window with a sink.",
             _short_diagonals,
         ),
+        Identity("planned_heads", "A plan is its modes, head by head.", _planned_heads),
     ),
     operands=qkv_shapes,
     reference_shapes=({"grid": (131072,), "heads": 32, "kv_heads": 8, "head_dim": 128},),
@@ -135,6 +178,37 @@ def _one_segment(draw: Draw) -> Claim:
         lambda q, k, v: attend_segments(q, k, v, segment=8, block=4, mass=0.1, queries=4),
         _causal,
     )
+
+
+def pbs_pattern(
+    q: Tensor,
+    k: Tensor,
+    *,
+    segment: int = 256,
+    block: int = 128,
+    mass: float = 0.9,
+    queries: int = 128,
+) -> Pattern:
+    """The pairs of `pbs_attention` on keys as they stand: its sorted blocks as lists of single keys."""
+    length, tiles = k.shape[1], -(-q.shape[1] // block)
+    groups = q.shape[2] // k.shape[2]
+    with torch.no_grad():
+        paid = LastQueries(queries).map(q, k).sum(2).unflatten(1, (k.shape[2], -1)).sum(2)
+        order = by_importance(paid, segment)
+        s = against_keys(tile_means(q, block), tile_means(permuted(k, order), block))
+        number = torch.arange(tiles, device=q.device) * block // segment
+        earlier = number < number[:, None]
+        shares = torch.softmax(
+            (s * q.shape[-1] ** -0.5).masked_fill(~earlier, -torch.inf), dim=-1
+        ).nan_to_num(0.0).masked_fill(~earlier, -torch.inf)  # fmt: skip
+        kept = Mass(mass).keep(shares, Tiling(length, length, block, block, True))
+        first = (order == 0).to(torch.int8).argmax(-1).repeat_interleave(groups, dim=1) // block
+        kept = kept | (torch.arange(tiles, device=q.device) == first[..., None])[:, :, None]
+        kept = (kept | (mass == 1.0)) & earlier
+        place = order.argsort(-1).repeat_interleave(groups, dim=1) // block
+        keys = kept.gather(-1, place[:, :, None].expand(-1, -1, tiles, -1))
+        own = torch.arange(length, device=q.device) // segment == number[:, None]
+    return Chosen(TokenSelection.from_mask(keys | own, block)) & Causal()
 
 
 PBS_ATTENTION = System(

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import SelectionError
-from foveal.compose.merge import merge
-from foveal.patterns import Causal, Chosen, Dense, Pattern, Sliding, SpanSelection, TokenSelection
-from foveal.selectors import Clusters, LowRank, Stripes, cluster, key_basis
+from foveal.layers.trainable_sparse_spans import SuperlinearAttention, superlinear
+from foveal.patterns import Causal, Chosen, Dense, Pattern, Sliding, TokenSelection
+from foveal.selectors import Clusters, LowRank, cluster, key_basis
+from foveal.selectors.low_bit import rounded
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.sparse.shapes import qkv_shapes
 
@@ -39,17 +40,33 @@ def squeezed_attention(
     as `selectors.cluster` finds them (None: `count` clusters of all keys but the last Lq).
     Equals: threshold = 0 is causal attention.
     """
-    prefix = k.shape[1] - q.shape[1] if clusters is None else clusters.labels.shape[-1]
+    prefix = k.shape[1] - q.shape[1]
     if clusters is None and prefix:
         clusters = cluster(k[:, :prefix], min(count, prefix))
     if clusters is None:
         return _causal(q, k, v)
+    pattern = squeezed_pattern(
+        q, k, clusters, threshold=threshold, coarse=coarse, coarse_threshold=coarse_threshold
+    )
+    return attend(q, k, v, pattern)
+
+
+def squeezed_pattern(
+    q: Tensor,
+    k: Tensor,
+    clusters: Clusters,
+    *,
+    threshold: float,
+    coarse: Clusters | None = None,
+    coarse_threshold: float = 0.0,
+) -> Pattern:
+    """The pairs of `squeezed_attention`."""
     kept = _kept(q, clusters, threshold)
     if coarse is not None:
         kept = kept & _kept(q, coarse, coarse_threshold)
-    after = kept.new_ones(*kept.shape[:3], k.shape[1] - prefix)
+    after = kept.new_ones(*kept.shape[:3], k.shape[1] - clusters.labels.shape[-1])
     mask = torch.cat([kept, after], dim=-1)
-    return attend(q, k, v, Chosen(TokenSelection.from_mask(mask)) & Causal())
+    return Chosen(TokenSelection.from_mask(mask)) & Causal()
 
 
 def _kept(q: Tensor, clusters: Clusters, threshold: float) -> Tensor:
@@ -120,6 +137,18 @@ def loki(
     [Hkv, D, D] from calibration keys (None: those of the call), see `selectors.key_basis`.
     Equals: share = 1 is causal attention; rank_share = 1 keeps the keys of largest exact score.
     """
+    return attend(q, k, v, loki_pattern(q, k, basis, share=share, rank_share=rank_share))
+
+
+def loki_pattern(
+    q: Tensor,
+    k: Tensor,
+    basis: Tensor | None = None,
+    *,
+    share: float = 0.25,
+    rank_share: float = 0.25,
+) -> Pattern:
+    """The pairs of `loki`."""
     if not 0 < share <= 1 or not 0 < rank_share <= 1:
         raise SelectionError("share", (share, rank_share), "both above 0 and at most 1 are needed")
     rank = math.ceil(rank_share * q.shape[-1])
@@ -133,7 +162,7 @@ def loki(
         count = torch.ceil((position + 1) * share)[:, None]
         kept = torch.zeros_like(s, dtype=torch.bool)
         kept.scatter_(-1, order, (key < count).expand_as(order))
-    return attend(q, k, v, Chosen(TokenSelection.from_mask(kept)) & Causal())
+    return Chosen(TokenSelection.from_mask(kept)) & Causal()
 
 
 def _all_keys(draw: Draw) -> Claim:
@@ -171,49 +200,6 @@ LOKI = System(
     operands=qkv_shapes,
     reference_shapes=({"grid": (2048,), "heads": 8, "kv_heads": 8, "head_dim": 128},),
 )
-
-
-def superlinear(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    search_q: Tensor | None = None,
-    *,
-    anchors: int = 3,
-    first: int = 8,
-    exponent: float = 2.0,
-    backward: float = 2.0,
-) -> Tensor:
-    """o_t = sum_r softmax_r(search_q_t . k_a_r) softmax(q_t k over window and span r) v.
-
-    Anchors are the best `anchors` of the keys at t + 1 - i^exponent, i > first, by unscaled products; the
-    span of anchor a is [a - ceil(backward sqrt(t + 1)), a], cut before the window of (first + 1)^exponent
-    - 1 tokens.  Without an anchor the window alone counts.  The anchors' softmax carries the gradient
-    of the search.
-    Shapes: q and search_q [B, L, Hq, D] (None: q), k [B, L, Hkv, D], v [B, L, Hkv, Dv].
-    """
-    search_q = q if search_q is None else search_q
-    window = int((first + 1) ** exponent) - 1
-    near = attend(q, k, v, Sliding(max(window - 1, 0)), return_lse=True)
-    place, logits = Stripes(exponent, first).anchors(search_q, k)
-    count = min(anchors, place.shape[1])
-    if count == 0:
-        return near[0]
-    best = logits.topk(count, dim=-1)
-    weights = torch.softmax(best.values.masked_fill(best.values == -torch.inf, -1e30), dim=-1)
-    position = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
-    reach = torch.ceil(backward * (position + 1).double().sqrt()).long()[:, None]
-    chosen = place.expand(*logits.shape[:2], -1, -1).gather(-1, best.indices)
-    before = (position - max(window, 1) + 1)[:, None]  # the first key of the window
-    starts = (chosen - reach).clamp(min=0)
-    stops = torch.where(chosen < 0, 0, (chosen + 1).minimum(before)).clamp(min=0)
-    total = torch.zeros_like(near[0])
-    for r in range(count):
-        spans = SpanSelection(starts[..., r : r + 1].int(), stops[..., r : r + 1].int())
-        far = attend(q, k, v, Chosen(spans), return_lse=True)
-        joined = merge((near[0], far[0]), (near[1], far[1]))[0]
-        total = total + weights[..., r].transpose(1, 2)[..., None].to(joined.dtype) * joined
-    return total
 
 
 def _window_alone(draw: Draw) -> Claim:
@@ -262,6 +248,7 @@ SUPERLINEAR = System(
     summary="Searches keys at square distances, attends to a window and to the span of each of the "
     "best anchors, and mixes the results by the anchors' softmax; L^1.5 in all.",
     op=superlinear,
+    layer=SuperlinearAttention,
     identities=(
         Identity("window_alone", "Without an anchor it is the window.", _window_alone),
         Identity(
@@ -281,6 +268,8 @@ def spatten(
     *,
     keep: float = 0.5,
     value_keep: float = 1.0,
+    bits: int | None = None,
+    sure: float = 0.1,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of a cascade: o, the importance after it, and the keys [B, n] that the next layer keeps.
@@ -288,7 +277,8 @@ def spatten(
     Attention is that over the keys whose importance is not -inf (pruned ones stay pruned); their
     importance grows by the probabilities that all heads and queries give them; the ceil(keep L) most
     important keys survive.  With value_keep < 1 a query takes only the ceil(value_keep n) largest of its
-    n probabilities to the values, not normalised again.
+    n probabilities to the values, not normalised again.  With bits, keys are first read in so many bits, one
+    scale per key; a query whose largest probability is then below `sure` reads them whole and starts again.
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]; importance [B, Lk] (None: 0).
     Cost: the probabilities are laid out, [B, Hq, Lq, Lk].
     """
@@ -306,6 +296,8 @@ def spatten(
         hidden = hidden | (torch.arange(length, device=q.device) > position[:, None])
     s = (s * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
     p = torch.softmax(s, dim=-1).masked_fill(hidden, 0.0)
+    if bits is not None:
+        p = _from_few_bits(q, k, p, hidden, bits, sure)
     after = before + p.detach().sum((1, 2))
     if value_keep < 1:
         count = torch.ceil((~hidden).sum(-1, keepdim=True) * value_keep)
@@ -315,6 +307,30 @@ def spatten(
     o = torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), v.repeat_interleave(groups, 2))
     kept = after.topk(math.ceil(keep * length), dim=-1).indices.sort(-1).values
     return o, after.masked_fill(~_among(kept, length), -torch.inf), kept
+
+
+def _from_few_bits(
+    q: Tensor, k: Tensor, p: Tensor, hidden: Tensor, bits: int, sure: float
+) -> Tensor:
+    """Probabilities from keys in few bits, exact ones p for queries that are not sure of them."""
+    with torch.no_grad():
+        numbers, unit = rounded(k, bits)
+        error = numbers * unit - k
+    few = (k + error).repeat_interleave(q.shape[2] // k.shape[2], 2)
+    s = torch.einsum("bihd,bjhd->bhij", q, few).to(p.dtype) * q.shape[-1] ** -0.5
+    quick = torch.softmax(s.masked_fill(hidden, -torch.inf), dim=-1).masked_fill(hidden, 0.0)
+    return torch.where(quick.detach().amax(-1, keepdim=True) < sure, p, quick)
+
+
+def head_importance(o: Tensor, before: Tensor | None = None) -> Tensor:
+    """Sum of |o| of every head over tokens and channels, beside that of earlier layers.  [B, Hq]
+
+    `HeadSelection` of the largest ones leaves the others out: a cascade over heads like that over tokens.
+    Shapes: o [B, L, Hq, Dv], before [B, Hq].
+    """
+    wide = torch.promote_types(o.dtype, torch.float32)
+    total: Tensor = o.detach().to(wide).abs().sum((1, 3))
+    return total if before is None else before + total
 
 
 def _among(kept: Tensor, length: int) -> Tensor:
@@ -330,10 +346,14 @@ def spatten_layer(
     *,
     keep: float = 0.5,
     value_keep: float = 1.0,
+    bits: int | None = None,
+    sure: float = 0.1,
     causal: bool = True,
 ) -> Tensor:
     """The output of `spatten` alone."""
-    return spatten(q, k, v, importance, keep=keep, value_keep=value_keep, causal=causal)[0]
+    return spatten(
+        q, k, v, importance, keep=keep, value_keep=value_keep, bits=bits, sure=sure, causal=causal
+    )[0]
 
 
 def _nothing_pruned(draw: Draw) -> Claim:
@@ -343,6 +363,14 @@ def _nothing_pruned(draw: Draw) -> Claim:
         draw.qkv((draw.integer(4, 9),), heads=4, kv_heads=2),
         lambda q, k, v: spatten_layer(q, k, v, causal=causal),
         lambda q, k, v: attend(q, k, v, pattern),
+    )
+
+
+def _never_sure(draw: Draw) -> Claim:
+    return Claim(
+        draw.qkv((draw.integer(4, 9),), heads=4, kv_heads=2),
+        lambda q, k, v: spatten_layer(q, k, v, bits=4, sure=2.0),
+        lambda q, k, v: attend(q, k, v, Causal()),
     )
 
 
@@ -372,6 +400,7 @@ SPATTEN = System(
     engine="torch",
     identities=(
         Identity("nothing_pruned", "The first layer is plain attention.", _nothing_pruned),
+        Identity("never_sure", "Queries that are never sure read whole keys.", _never_sure),
         Identity(
             "pruned_stay_pruned", "The next layer attends to the survivors.", _pruned_stay_pruned
         ),

@@ -1,0 +1,1 @@
+"""What methods that choose keys lose on a real model: `foveal bench --suite sparse`."""
