@@ -181,6 +181,7 @@ CHECKS = (
     Problem(fv.MLSTM("sigmoid"), "token", F32, (1, 200, 1, 2, 64, 64), piece=1),
     Problem(fv.Delta(), "fixed", BF16, (1, 130, 1, 1, 256, 40)),
     Problem(fv.Delta(), "none", BF16, (1, 130, 1, 1, 64, 64)),
+    Problem(fv.Delta(), "fixed", BF16, (1, 321, 2, 2, 64, 64), steep=True, packed=PACKED),
     Problem(fv.Additive(), "none", BF16, (1, 130, 1, 1, 256, 64), gated=False),
     Problem(fv.Delta(), "token", BF16, (1, 700, 1, 2, 128, 128), piece=3),
     Problem(fv.Delta(), "channel", BF16, (1, 700, 1, 2, 128, 64), steep=True, piece=3),

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ TIMINGS = {
 POLICIES = ROOT / "benchmarks" / "policies.jsonl"
 POLICIES_GPU = ROOT / "benchmarks" / "policies_h100.jsonl"
 CONVERSIONS = ROOT / "benchmarks" / "conversions.jsonl"
+CALLS = {
+    name: ROOT / "benchmarks" / f"{name}_h100.jsonl" for name in ("entmax", "sparse", "decode")
+}
 FUZZ = ROOT / "benchmarks" / "fuzz_h100.jsonl"
 SPARSE = ROOT / "benchmarks" / "sparse_quality.jsonl"
 OURS = "foveal"
@@ -58,6 +62,8 @@ def main() -> int:
     results = _between(RESULTS.read_text(encoding="utf-8"), "masks", _masks())
     for name, path in TIMINGS.items():
         results = _between(results, name, _timings(path))
+    for name, path in CALLS.items():
+        results = _between(results, f"{name} calls", _calls(path))
     results = _between(results, "fuzz", _fuzz())
     results = _between(results, "sparse", markdown(_lines(SPARSE)))
     results = _between(results, "policies", _policies())
@@ -174,6 +180,28 @@ def _timings(path: Path) -> str:
     return "\n".join(
         [*table, "", f"{facts['device']},{types} PyTorch {facts['torch']}, Triton 3.6."]
     )
+
+
+def _calls(path: Path) -> str:
+    """Milliseconds of records that hold one call, or a forward and a backward, in a line."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, str] = {}
+    for line in lines:
+        if "foveal forward ms" in line:
+            times = [line["foveal forward ms"], line["foveal backward ms"]]
+        elif "ms" in line:
+            times = [line["ms"]]
+        elif "samples_ms" in line:
+            times = [statistics.median(line["samples_ms"])]
+        else:
+            continue
+        shape = f", {line['length']:,} tokens" if "length" in line else ""
+        shape += f", {line['heads']} heads on {line['kv_heads']}" if "kv_heads" in line else ""
+        found[line["case"] + shape] = " / ".join(f"{time:.3f}" for time in times)
+    rows = [f"| {case} | {times} |" for case, times in found.items()]
+    facts = lines[0]
+    device = f"{facts['device']}, bfloat16, PyTorch {facts['torch']}, Triton {facts['triton']}."
+    return "\n".join(["| case | ms |", "|---|---|", *rows, "", device])
 
 
 def _fuzz() -> str:

@@ -43,7 +43,8 @@ def convolve(
     or per axis one or a pair before and after), None keeps the grid: dilation (window - 1) zeros
     in all, the odd one behind; causal, one truth value or one per axis, puts all of them in front, so that
     the last tap meets the token itself; implementation names one of "toeplitz", "triton", "cpu",
-    "torch", "reference", of strips "triton", "in turn", "reference", which then runs or raises RefusedError; None lets the plan choose.
+    "torch", "reference", of strips one of "triton", "in turn", "reference", which then runs or raises
+    RefusedError; None lets the plan choose.
     Gradients flow to x, filter and bias; sums are in float32 at least.
     Cost: two FLOPs per tap, channel and token; x and y moved once.
     Limits: stride 1; the filter is no longer than the padded grid.  Raises a subclass of

@@ -20,9 +20,6 @@ from foveal.patterns.sphere import Latitudes
 from foveal.scores import KeyBias, Score, Softmax
 from foveal.scores.normal import NormalForm
 
-# Up to here the backward of the Hopper edition is one kernel, which takes biases.
-_BIASED_BACKWARD_DIM = 64
-
 
 @kept(32)
 def latitude_weights(count: int, latitudes: Latitudes = "equiangular") -> Tensor:
@@ -100,14 +97,13 @@ def attend_areas(
     """o and lse of attention in which every key counts with the area around it.
 
     Shapes: as `attend`, on grids [rows, columns].  The areas are a bias per key, or stand in columns of k
-    in the Hopper edition, whose forward is slower with biases.
+    where that lets the Hopper edition run, which is slower with biases.
     """
     grid, precision = tuple(k.shape[1:-2]), area_precision(k)
     score = area_score(grid, latitudes, k.device, precision)
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    biased = training and _biases_in_backward(q, v)
-    if not biased and _in_columns(q, v, pattern, implementation):
+    if _in_columns(q, v, pattern, implementation):
         areas = _log_areas((grid[0], grid[1]), latitudes, k.device, precision)
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return attend_weighted(
             q, k, v, areas.flatten(), pattern,
             square=training, return_lse=True, implementation=implementation,
@@ -119,12 +115,6 @@ def _in_columns(q: Tensor, v: Tensor, pattern: Pattern, implementation: str | No
     if not q.is_cuda or implementation not in (None, "hopper") or not isinstance(pattern, Dense):
         return False
     return _hopper_runs(q.shape[-1] + EXTRA_COLUMNS, v.shape[-1], q.dtype)
-
-
-def _biases_in_backward(q: Tensor, v: Tensor) -> bool:
-    """Whether the backward of the Hopper edition takes biases at these sizes: more columns cost it more."""
-    own = q.shape[-1] == v.shape[-1] and q.shape[-1] <= _BIASED_BACKWARD_DIM
-    return own and not torch.are_deterministic_algorithms_enabled()
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,9 +18,10 @@ from foveal.scores.local_linear import LocalForm, LocalLinear
 class SolveReport:
     """How the tiles of a forward were solved.
 
-    iterations: per tile of queries, or per query those of its tile; ratio: the largest residual, or estimate of rounding noise, over what the
-    tolerance allows, at most 1 where all is solved; unfinished: how many rows (tiles, on the CPU) stay
-    above it, because max_iterations ended them or because the precision ends before the tolerance.
+    iterations: per tile of queries, or per query those of its tile; ratio: the largest residual, or
+    estimate of rounding noise, over what the tolerance allows, at most 1 where all is solved;
+    unfinished: how many rows (tiles, on the CPU) stay above it, because max_iterations ended them or
+    because the precision ends before the tolerance.
     """
 
     implementation: str

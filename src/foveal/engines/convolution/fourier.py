@@ -298,7 +298,9 @@ def convolution_fourier_forward(
         re, im = _transformed(re, im, FIRST, -1)
         for r in gl.static_range(FIRST):
             if TO_GRID:
-                y = re[r] * (_cosine(r, 4 * FIRST) / POINTS) - im[r] * (_sine(r, 4 * FIRST) / POINTS)
+                y = re[r] * (_cosine(r, 4 * FIRST) / POINTS) - im[r] * (
+                    _sine(r, 4 * FIRST) / POINTS
+                )
                 own = b * length * WIDTH + r * PART * WIDTH
                 there = left > r * PART
                 if p_plain is not None:

@@ -41,7 +41,7 @@ def caveat(problem: Convolution) -> str | None:
 
 
 def seconds(problem: Convolution) -> tuple[float, float]:
-    """Estimates for an H100: of one launch, that computes rows again for every part of a column, and of two."""
+    """Estimates for an H100: of one launch, which computes rows again for parts of columns, and of two."""
     from foveal.engines.convolution.launch_strips import height
 
     outputs = problem.batch * problem.channels * math.prod(problem.out_grid)

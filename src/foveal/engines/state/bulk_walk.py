@@ -100,7 +100,7 @@ def walk_chunks(
         size = gl.minimum(past_token - start, C)
         until = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, Z))
         if DECAY == 1:
-            until = gl.exp2(rate * (size - 1 - row).to(gl.float32))
+            until = gl.exp2(rate * gl.maximum(size - 1 - row, 0).to(gl.float32))
             s *= gl.exp2(rate * size.to(gl.float32))
         elif DECAY == 2:
             until = gl.exp2(whole - sums)

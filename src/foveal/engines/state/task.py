@@ -150,7 +150,9 @@ def task(linear: Recurrence, training: bool) -> Task:
     found = tuning(q.dtype, q.shape[-1], linear.delta, decay)
     job = Task(q, k, v, None, gate, decay, linear.scale, linear.delta, linear.lengths, 1, found)
     plain = not training and not linear.delta and linear.divisor is None and copies_in_bulk(job)
-    bulk = plain and adds_in_bulk(q.dtype, *job.dims, decay, gate is not None)
+    whole = all(length % CHUNK == 0 for length in linear.lengths[:-1])
+    # A chunk that reaches into the next sequence would take over what is not finite there.
+    bulk = plain and whole and adds_in_bulk(q.dtype, *job.dims, decay, gate is not None)
     if bulk:
         found = dataclasses.replace(found, piece=0)
     columns = v.shape[1], k.shape[2] + v.shape[2]

@@ -45,6 +45,9 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
             f"its tiles hold a head_dim and value_dim of at most {_LARGEST_DIM}; "
             f"here are {problem.head_dim} and {problem.value_dim}"
         )
+    narrow = 1 in (problem.head_dim, problem.value_dim) and problem.device == "cuda"
+    if narrow and len(problem.extent.q_grid) > 1:
+        return "Triton 3.6 does not compile the gradients of one channel on a grid"
     if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
