@@ -345,8 +345,10 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 
 def _value(default: object) -> str:
-    if inspect.isclass(default):
+    if inspect.isclass(default) or inspect.isfunction(default):
         return str(default.__name__)
+    if isinstance(default, tuple) and any(map(inspect.isfunction, default)):
+        return f"({', '.join(map(_value, default))})"
     if dataclasses.is_dataclass(default) and _all_defaults(default):
         return f"{type(default).__name__}()"
     key = getattr(default, "key", None)
