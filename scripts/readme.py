@@ -97,7 +97,7 @@ def _table(records: Sequence[Record]) -> str:
             others = [
                 f"{r.title} {_ms(r, part)} ms ({ratio(r.samples[part], ours.samples[part]).median:.1f}x)"
                 for r in group
-                if r is not ours and r.same_result and part in r.samples
+                if r is not ours and r.run == ours.run and r.same_result and part in r.samples
             ]
             lines.append(f"| {title} | {part} | **{_ms(ours, part)} ms** | {', '.join(others)} |")
     facts = records[0].environment
