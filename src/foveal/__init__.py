@@ -3,8 +3,8 @@
 import importlib as _importlib
 import typing as _typing
 
+from foveal import _operators as _operators  # exported programs name its operators
 from foveal import errors
-from foveal._attend import attend
 from foveal.patterns import (
     Axial,
     Blocks,
@@ -45,6 +45,7 @@ from foveal.scores import (
 from foveal.systems import System, system, systems
 
 if _typing.TYPE_CHECKING:
+    from foveal._attend import attend
     from foveal._convolve import convolve
     from foveal._convolve_explain import (
         ConvolutionExplanation,
@@ -69,6 +70,7 @@ __version__ = "0.1.0"
 
 # Found on first use: importing foveal is to take a third of a second at most.
 _LATER = {
+    "foveal._attend": ("attend",),
     "foveal._convolve": ("convolve",),
     "foveal._convolve_explain": (
         "ConvolutionExplanation",

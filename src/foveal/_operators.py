@@ -10,17 +10,19 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveal._errors import PatternError
-from foveal._plan import Prepared, prepare
 from foveal._problem import describe
 from foveal.patterns.base import Pattern
 from foveal.patterns.blocks import Blocks, BlockSelection
 from foveal.scores.base import Score
+
+if TYPE_CHECKING:
+    from foveal._plan import Prepared
 
 _CALL = "Tensor? cu_seqlens, Tensor[] tensors, str text, SymInt[]? integers, float[]? floats"
 _LIBRARY = torch.library.Library("foveal", "DEF")
@@ -164,6 +166,8 @@ def _blocks(selection: BlockSelection) -> Blocks:
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Prepared, Score]:
+    from foveal._plan import prepare
+
     pattern, score, return_lse, implementation = _built(call)
     return prepare(q, k, v, pattern, score, call.cu_seqlens, return_lse, implementation), score
 

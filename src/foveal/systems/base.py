@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal._attend import attend
 from foveal._errors import PatternError
-from foveal._plan import TILE_IMPLEMENTATIONS
 from foveal._problem import Problem
 from foveal.patterns.base import Extent, Pattern
 from foveal.scores.base import Geometry, Score
@@ -145,6 +143,8 @@ class System:
         """
         if self.compose is None:
             return {"torch": None}
+        from foveal._plan import TILE_IMPLEMENTATIONS
+
         shape = self.reference_shapes[0] if shape is None else shape
         grid, heads, head_dim = tuple(shape["grid"]), shape["heads"], shape["head_dim"]
         problem = Problem(
@@ -218,6 +218,8 @@ def attending(compose: Compose) -> Callable[..., Any]:
         implementation: str | None = None,
         **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        from foveal._attend import attend
+
         pattern, score = compose(tuple(k.shape[1:-2]), **options)
         if return_lse:
             return attend(q, k, v, pattern, score, return_lse=True, implementation=implementation)
