@@ -51,6 +51,26 @@ SHOWN = {
 }
 
 
+# On a GPU: which record, which case, what it is called, and the peers' names.
+GPU_SHOWN = {
+    ("tile", "dense D128"): "dense attention, 16,384 tokens, 16 heads of 128",
+    ("tile", "causal D128"): "causal, the same",
+    ("tile", "window 1024"): "window of 1,024, 32,768 tokens",
+    ("tile", "blocks 10 %"): "lists of blocks, 10 %, 32,768 tokens",
+    ("tile", "64 documents causal"): "64 causal documents, 65,536 tokens",
+    ("convolution", "31x31, bf16"): "depthwise 31x31, 64 images of 56x56, 128 channels",
+    ("convolution", "7x7, bf16"): "depthwise 7x7, the same",
+    ("convolution", "local_mix 7x7, bf16"): "`local_mix` 7x7, 8 images of 56x56, 8 heads of 32",
+}
+PEERS = {
+    "cudnn": "cuDNN",
+    "flash2": "FlashAttention-2",
+    "flex": "FlexAttention",
+    "torch": "PyTorch",
+    "unfold and einsum": "unfold and einsum",
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="exit 1 instead of writing")
@@ -58,6 +78,7 @@ def main() -> int:
     records = [r for r in RecordFile(RECORDS).read() if r.name in SHOWN]
     text = README.read_text(encoding="utf-8")
     text = _between(text, "numbers", _table(records))
+    text = _between(text, "gpu numbers", _gpu_table())
     text = _between(text, "families", _families())
     results = _between(RESULTS.read_text(encoding="utf-8"), "masks", _masks())
     for name, path in TIMINGS.items():
@@ -147,18 +168,54 @@ def _masks() -> str:
     return "\n\n".join(blocks)
 
 
-def _timings(path: Path) -> str:
-    """Milliseconds forward / backward of every runner; of several runs of a case the newest counts."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _newest(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Milliseconds by case, runner and pass; of several runs of a case the newest counts."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    run, newest = 0, {}
-    for line in lines:
+    newest: dict[str, int] = {}
+    run = 0
+    for line in _lines(path):
         run += "device" in line
         if "milliseconds" in line:
             if newest.get(line["case"]) != run:
                 newest[line["case"]], found[line["case"]] = run, {}
             own = found[line["case"]].setdefault(line["runner"], {})
             own[line["pass"]] = line["milliseconds"]
+    return found
+
+
+def _gpu_table() -> str:
+    """The fastest of ours and of every peer, whatever its layout, forward / backward."""
+    lines = ["| ms forward / backward | foveal | others in the same run |", "|---|---|---|"]
+    for (name, case), title in GPU_SHOWN.items():
+        times: dict[str, list[float]] = {}
+        for runner, passes in _newest(TIMINGS[name])[case].items():
+            kind = runner.partition(",")[0]
+            kind = OURS if kind in ("hopper", "triton") else kind
+            if FORWARD in passes and BACKWARD in passes:
+                own = [passes[FORWARD], passes[BACKWARD]]
+                times[kind] = [min(pair) for pair in zip(own, times.get(kind, own), strict=True)]
+        ours = times[OURS]
+        cells = []
+        for kind in (kind for kind in PEERS if kind in times):
+            factors = " / ".join(f"{x / y:.3g}x" for x, y in zip(times[kind], ours, strict=True))
+            cells.append(f"{PEERS[kind]} {_pair(times[kind])} ({factors})")
+        lines.append(f"| {title} | **{_pair(ours)}** | {', '.join(cells)} |")
+    facts = _lines(TIMINGS["tile"])[0]
+    lines.append("")
+    lines.append(
+        f"{facts['device']}, bfloat16, PyTorch {facts['torch']}; medians of device time. "
+        "[All records](benchmarks/README.md), what falls short among them"
+    )
+    return "\n".join(lines)
+
+
+def _pair(times: Sequence[float]) -> str:
+    return " / ".join(f"{time:#.3g}" for time in times)
+
+
+def _timings(path: Path) -> str:
+    """Milliseconds forward / backward of every runner."""
+    lines, found = _lines(path), _newest(path)
     runners = list(dict.fromkeys(runner for case in found.values() for runner in case))
     table = [
         f"| ms forward / backward | {' | '.join(runners)} |",
