@@ -2,8 +2,8 @@
 
 python scripts/cpu_state.py [--threads 2] [--length 16384] [--rounds 7] [--out F]
 
-4 heads of 64 channels, float32, forward.  By turns in every round: the chunk form, the chunk form of half the
-length, and in the first two rounds the loop.  JSON lines hold all samples in seconds.
+4 heads of 64 channels, float32, forward.  By turns in every round: the chunk form, that of half and of twice
+the length, and in the first two rounds the loop.  JSON lines hold all samples in seconds.
 """
 
 from __future__ import annotations
@@ -63,20 +63,22 @@ def draw(rule: Rule, decay: str, length: int) -> dict[str, Tensor]:
 
 def measured(rule: Rule, decay: str, length: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of all samples by what ran."""
-    whole, half = draw(rule, decay, length), draw(rule, decay, length // 2)
+    lengths = {"chunk": length, "chunk, half": length // 2, "chunk, twice": length * 2}
+    drawn = {name: draw(rule, decay, tokens) for name, tokens in lengths.items()}
 
     def seconds(inputs: dict[str, Tensor], implementation: str) -> float:
         start = time.perf_counter()
         fv.scan(**inputs, rule=rule, implementation=implementation)
         return time.perf_counter() - start
 
-    seconds(whole, "chunk")
-    samples: dict[str, list[float]] = {"chunk": [], "chunk, half": [], "loop": []}
+    for inputs in drawn.values():
+        seconds(inputs, "chunk")
+    samples: dict[str, list[float]] = {name: [] for name in (*drawn, "loop")}
     for turn in range(rounds):
-        samples["chunk"].append(seconds(whole, "chunk"))
-        samples["chunk, half"].append(seconds(half, "chunk"))
+        for name, inputs in drawn.items():
+            samples[name].append(seconds(inputs, "chunk"))
         if turn < LOOPS:
-            samples["loop"].append(seconds(whole, "reference"))
+            samples["loop"].append(seconds(drawn["chunk"], "reference"))
     return samples
 
 
@@ -97,16 +99,19 @@ def main() -> int:
         median = {name: statistics.median(found) for name, found in samples.items()}
         faster = median["loop"] / median["chunk"]
         doubling = median["chunk"] / median["chunk, half"]
+        again = median["chunk, twice"] / median["chunk"]
         print(
             f"{rule.key}, {decay}: {1e3 * median['chunk']:.1f} ms, {faster:.1f}x the loop, "
-            f"doubling costs {doubling:.2f}x, load {load:.1f}",
+            f"doubling costs {doubling:.2f}x and {again:.2f}x, load {load:.1f}",
             flush=True,
         )
         line = {
             "case": f"{rule.key}, {decay}", "length": options.length, "heads": HEADS, "head_dim": DIM,
             "threads": options.threads, "load": load, "samples": samples, "faster": faster,
-            "doubling": doubling, "torch": torch.__version__, "machine": platform.processor(),
-            "command": " ".join(["python", *sys.argv[:1], f"--threads {options.threads}"]),
+            "doubling": doubling, "doubling again": again, "torch": torch.__version__,
+            "machine": platform.processor(),
+            "command": f"python scripts/cpu_state.py --threads {options.threads} --length {options.length} "
+            f"--rounds {options.rounds}",
         }  # fmt: skip
         if options.out is not None:
             with options.out.open("a", encoding="utf-8") as file:

@@ -7,9 +7,11 @@ python scripts/gpu_search.py landscape NAME... [--seconds 25] --points P --out F
 python scripts/gpu_search.py search NAME... [--seconds 25] --points P --archive A [--strategy full]
 python scripts/gpu_search.py confirm NAME[=SIZES]... --points P [--against SIZES] [--archive A] [--out F]
 python scripts/gpu_search.py confirm all --points P [--seconds 25] [--out F]
+python scripts/gpu_search.py propose RECORDS...
 
-NAME: STAGE/DIM or STAGE/DIM/float32, such as backward_kv/64 (a portable tile kernel, timed alone), or
-gated_delta, kimi_delta, fixed_decay (forward and backward of a recurrence).
+NAME: STAGE/DIM or STAGE/DIM/float32, such as backward_kv/64 (a portable tile kernel, timed alone), with
+@PATTERN (dense, causal, window, lists, documents) for one class of patterns, or gated_delta, kimi_delta,
+fixed_decay (forward and backward of a recurrence).
 `compile` fills Triton's cache, compares every setting (with SIZES: these and their neighbours) with float64
 in processes of its own, and writes to P what is right, but for points of F; `landscape` times all of P, for
 `search_race.py` to replay strategies on; `check` compares sizes with float64 on every held-out problem, with
@@ -18,6 +20,7 @@ the champion of the archive, else the shipped ones) against the shipped ones (or
 held-out shapes, beside a control: what is compared against, twice.
 `explore` compiles, times roughly beside whatever else runs, and checks the two best of each kernel, or the
 sizes that are named; `confirm all` takes everything that was checked.
+`propose` needs no GPU: what the lines of `confirm` say about changes of the tables, by class of patterns.
 """
 
 from __future__ import annotations
@@ -41,16 +44,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from gpu_search_kernels import DEVICE, Tiles, kernels
+from gpu_search_kernels import CLASSES, DEVICE, Tiles, kernels
 
 from foveal.search.acceptance import decide
 from foveal.search.archive import Archive
 from foveal.search.controller import Search
 from foveal.search.device import DeviceEvaluator
+from foveal.search.prior import guess
 from foveal.search.space import Point, Space, Value
 from foveal.search.strategies import strategy
 from foveal.search.task import Case, Input, Task
+from foveal.search.templates import tile_traits
 from foveal.tuning.config import Config
+from foveal.tuning.proposal import Change, Proposal, Timing, propose
 
 Write = Callable[[dict[str, object]], None]
 _DRAWN = 400
@@ -111,7 +117,7 @@ def explore(names: Sequence[str], seconds: float, workers: int, path: Path) -> N
         if sizes:
             chosen += [(name, _point(kernels(name), text)) for text in sizes.split(";")]
         else:
-            for rank, point in enumerate(sorted(coverage(name), key=_aspect)):
+            for rank, point in enumerate(likely_first(name, coverage(name))):
                 jobs.append((rank, name, point))
     jobs.sort(key=lambda job: job[0])
     rough: dict[str, list[tuple[float, dict[str, Value]]]] = {}
@@ -134,8 +140,12 @@ def explore(names: Sequence[str], seconds: float, workers: int, path: Path) -> N
                 print(f"{line['name']} {line['point']} {str(line['wrong'])[:160]}", flush=True)
             else:
                 rough.setdefault(line["name"], []).append((line["ratio"], line["point"]))
-        for waiting in first:
-            line = waiting.get(timeout=max(start + seconds - time.monotonic(), 0.01))
+        for job, waiting in zip(chosen, first, strict=True):
+            try:
+                line = waiting.get(timeout=max(start + seconds - time.monotonic(), 0.01))
+            except multiprocessing.TimeoutError:
+                print(f"{job[0]} {job[1]}: no time left", flush=True)
+                continue
             keep(line)
             print(f"{line['name']} {line['point']} {line['wrong'] or 'right'}", flush=True)
         pool.terminate()
@@ -158,10 +168,14 @@ def explore(names: Sequence[str], seconds: float, workers: int, path: Path) -> N
         pool.terminate()
 
 
-def _aspect(point: Point) -> float:
-    """Tiles that are nearly square first."""
-    sides = float(point["queries"]), float(point["keys"])
-    return max(sides) / min(sides)
+def likely_first(name: str, points: Sequence[dict[str, Value]]) -> list[dict[str, Value]]:
+    """The shipped sizes, then others by what is known of kindred kernels."""
+    first, *others = points
+    stage = name.split("/")[0]
+    if "queries" not in first or not others:
+        return list(points)
+    expected = guess(tile_traits.known(), [tile_traits.traits(stage, each) for each in others])
+    return [first, *(others[place] for place in expected.argsort().tolist())]
 
 
 def coverage(each: str) -> list[dict[str, Value]]:
@@ -313,7 +327,7 @@ class Known(Space):
 def known_space(space: Space, points: Sequence[Point]) -> Known:
     """A space of these points only."""
     known = frozenset(tuple(point[p.name] for p in space.params) for point in points)
-    return Known(space.params, space.allows, known)
+    return Known(space.params, space.allows, space.means, known)
 
 
 def task_of(name: str, space: Space) -> Task:
@@ -337,7 +351,8 @@ def search(name: str, seconds: float, archive: Path, recipe: str, seed: int, poi
             torch.device(DEVICE),
             seed=seed,
         )
-        run = Search(task_of(name, space), store, [evaluator], strategy(recipe), seed)
+        known = tile_traits.known() if isinstance(found, Tiles) else []
+        run = Search(task_of(name, space), store, [evaluator], strategy(recipe), seed, known=known)
         run.run(seconds)
         entries = store.entries(evaluated=True)
         print(
@@ -427,6 +442,33 @@ def checked_names(path: Path) -> list[str]:
     return [names[turn] for turn in turns for names in columns if turn < len(names)]
 
 
+def proposals(paths: Sequence[Path]) -> list[Proposal]:
+    """Changes of the tables for which files have lines of `confirm`; the last line of a problem counts."""
+    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for path in paths:
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if line.get("what") == "confirm" and "queries" in line["found"]:
+                key = line["name"], json.dumps(line["found"]), json.dumps(line["shape"])
+                lines[key] = line
+    timings: dict[Change, list[Timing]] = {}
+    for line in lines.values():
+        stage, size, *kind = line["name"].split("@")[0].split("/")
+        point, (pattern, grid, heads) = line["found"], line["shape"]
+        sizes = Config(point["queries"], point["keys"], point["warps"], point["stages"])
+        change = Change("sm_90", stage, int(size), kind[0] if kind else "half", None, sizes)
+        timings.setdefault(change, []).append(
+            Timing(
+                f"{pattern} {'x'.join(map(str, grid))}, {heads} heads",
+                CLASSES[pattern],
+                line["held_out"],
+                line["gain"],
+                line["control"],
+                line["correct"],
+            )
+        )
+    return propose(timings)
+
+
 def _point(found: Any, text: str) -> dict[str, Value]:
     assert isinstance(found, Tiles)
     sizes = Config.parse(text)
@@ -462,7 +504,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "what", choices=("compile", "check", "explore", "landscape", "search", "confirm")
+        "what",
+        choices=("compile", "check", "explore", "landscape", "search", "confirm", "propose"),
     )
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=25.0)
@@ -481,6 +524,10 @@ def main() -> int:
         compile_points(
             options.names, options.seconds, options.workers, options.points, options.known
         )
+        return 0
+    if options.what == "propose":
+        for each in proposals([Path(name) for name in options.names]):
+            print(each)
         return 0
     if options.what == "explore":
         explore(options.names, options.seconds, options.workers, options.points)

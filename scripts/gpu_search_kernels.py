@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,13 @@ from torch import Tensor
 
 import foveal as fv
 from foveal.engines.tile import launches as tile_launches
+from foveal.patterns.documents import Packed
 from foveal.search.artefact import facts_of
 from foveal.search.space import Param, Point, Space, Value, steps
+from foveal.search.templates import tile_traits
 from foveal.testing.agreement import check_attend
 from foveal.tuning import state as state_tuning
+from foveal.tuning import tables
 from foveal.tuning import tile as tile_tuning
 
 BF16 = torch.bfloat16
@@ -28,13 +32,18 @@ _ALLOWED = 2.0
 """Factor on the error of the shipped sizes that other sizes may have."""
 
 
-def _space(start: Mapping[str, Value], values: Mapping[str, Sequence[Value]], fits: Any) -> Space:
+def _space(
+    start: Mapping[str, Value],
+    values: Mapping[str, Sequence[Value]],
+    fits: Any,
+    means: Callable[[Point], Sequence[float]] | None = None,
+) -> Space:
     """Ordered parameters; what is shipped belongs to the values and is the start."""
     params: list[Param] = []
     for name, known in values.items():
         every = sorted({*known, start[name]})
         params.append(steps(name, *every, begins=start[name]))
-    return Space(tuple(params), fits)
+    return Space(tuple(params), fits, means)
 
 
 Shape = tuple[str, tuple[int, ...], int]
@@ -46,37 +55,82 @@ PATTERNS: Mapping[str, fv.Pattern] = {
     "window": fv.Neighborhood((17, 17)),
     "sliding": fv.Sliding(1023),
     "volume": fv.Neighborhood((5, 9, 9)),
+    "sinks": fv.Sliding(1023, sink_tokens=64),
 }
+DOCUMENTS = "documents"
+
+CLASSES: Mapping[str, str] = {
+    "causal": tables.CAUSAL,
+    "dense": tables.DENSE,
+    "window": tables.WINDOW,
+    "sliding": tables.WINDOW,
+    "volume": tables.WINDOW,
+    "sinks": tables.LISTS,
+    DOCUMENTS: tables.DOCUMENTS,
+}
+"""The class of each pattern, by which sizes are looked up."""
+
+_SEARCHED: Mapping[str, tuple[int, ...]] = {
+    tables.CAUSAL: (8192,),
+    tables.DENSE: (4096,),
+    tables.WINDOW: (96, 112),
+    tables.LISTS: (8192,),
+    tables.DOCUMENTS: (8192,),
+}
+
+
+def pattern_of(name: str, grid: tuple[int, ...]) -> fv.Pattern:
+    """A pattern by its name; documents of a quarter, an eighth, a half and the rest of the tokens."""
+    if name != DOCUMENTS:
+        return PATTERNS[name]
+    (tokens,) = grid
+    lengths = tokens // 4, tokens // 8, tokens // 2
+    return Packed(fv.Causal(), (*lengths, tokens - sum(lengths)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """One kernel of the portable tile edition, at one head_dim and type, timed alone."""
+    """One kernel of the portable tile edition, at one head_dim and type, timed alone.
+
+    pattern: the class of patterns that it is searched and confirmed for; None: searched on causal ones,
+    confirmed for all.
+    """
 
     stage: str
     dim: int
     dtype: torch.dtype
+    pattern: str | None = None
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        return (("causal", (4096 if self.dtype == torch.float32 else 8192,), 8),)
+        searched = self.pattern or tables.CAUSAL
+        grid = _SEARCHED[searched]
+        if self.dtype == torch.float32:
+            grid = (grid[0] // 2, *grid[1:])
+        return ((next(n for n, c in CLASSES.items() if c == searched), grid, 8),)
 
     @property
     def held_out(self) -> tuple[Shape, ...]:
         heads = 4 if self.dtype == torch.float32 else 8
-        return (
+        every: tuple[Shape, ...] = (
             ("causal", (2048,), 2 * heads),
             ("causal", (5008,), heads),
             ("sliding", (6144,), heads),
             ("dense", (3072,), heads),
+            ("dense", (1500,), 2 * heads),
             ("window", (64, 80), heads),
             ("volume", (8, 24, 24), heads),
+            ("sinks", (6144,), heads),
+            ("sinks", (3000,), 2 * heads),
+            (DOCUMENTS, (6144,), heads),
+            (DOCUMENTS, (3000,), 2 * heads),
         )
+        return tuple(each for each in every if self.pattern in (None, CLASSES[each[0]]))
 
     @property
     def shipped(self) -> tile_tuning.Config:
         architecture = tile_tuning.architecture(torch.device(DEVICE))
-        return tile_tuning.shipped(self.stage, architecture, self.dim, self.dtype)
+        return tile_tuning.shipped(self.stage, architecture, self.dim, self.dtype, self.pattern)
 
     @property
     def space(self) -> Space:
@@ -108,7 +162,7 @@ class Tiles:
             shared = 2 * self.dim * (own * 2 + 2 * other * int(point["stages"]))
             return 1024 <= q * k * 8 // w <= 32768 and shared <= 232448 * 1.5
 
-        return _space(start, values, fits)
+        return _space(start, values, fits, functools.partial(tile_traits.traits, self.stage))
 
     def call(self, point: Point, shape: Shape) -> Callable[[], object]:
         """The kernel alone, with everything that it is launched with."""
@@ -154,7 +208,8 @@ class Tiles:
                     for _ in "qkv"
                 )
                 try:
-                    check_attend(q, k, v, _small(pattern), implementation="triton")
+                    seen = _small(pattern, small)
+                    check_attend(q, k, v, seen, implementation="triton")
                 except AssertionError as error:
                     return str(error)[:300]
         return ""
@@ -169,7 +224,8 @@ class Tiles:
         with tile_tuning.forced(self.stage, self.config(point)):
             if self.stage == tile_tuning.FORWARD:
                 with torch.no_grad():
-                    return {"o": fv.attend(q, k, v, PATTERNS[shape[0]], implementation="triton")}
+                    pattern = pattern_of(*shape[:2])
+                    return {"o": fv.attend(q, k, v, pattern, implementation="triton")}
             names = "q" if self.stage == tile_tuning.BACKWARD_Q else "kv"
             leaves = [{"q": q, "k": k, "v": v}[name] for name in names]
             found = torch.autograd.grad(o, leaves, do, retain_graph=True)
@@ -203,10 +259,13 @@ def _kept(key: Any, make: Callable[[], Any]) -> Any:
     return _KEPT[key]
 
 
-def _small(pattern: str) -> fv.Pattern:
-    return {"sliding": fv.Sliding(63), "volume": fv.Neighborhood((3, 5, 5))}.get(
-        pattern, PATTERNS[pattern]
-    )
+def _small(name: str, grid: tuple[int, ...]) -> fv.Pattern:
+    smaller: Mapping[str, fv.Pattern] = {
+        "sliding": fv.Sliding(63),
+        "volume": fv.Neighborhood((3, 5, 5)),
+        "sinks": fv.Sliding(63, sink_tokens=17),
+    }
+    return smaller[name] if name in smaller else pattern_of(name, grid)
 
 
 @contextlib.contextmanager
@@ -240,7 +299,7 @@ def _attended(shape: Shape, dim: int, dtype: torch.dtype) -> Any:
         )
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         with heard(""):
-            o = fv.attend(q, k, v, PATTERNS[name], implementation="triton")
+            o = fv.attend(q, k, v, pattern_of(name, grid), implementation="triton")
         return (q, k, v), o, do
 
     return _kept((shape, dim, dtype), make)
@@ -256,7 +315,7 @@ def _exact(kernel: Tiles, shape: Shape) -> dict[str, Tensor]:
             leaves = [
                 x[..., head : head + 1, :].detach().double().requires_grad_() for x in (q, k, v)
             ]
-            o = fv.attend(*leaves, PATTERNS[shape[0]], implementation="reference")
+            o = fv.attend(*leaves, pattern_of(*shape[:2]), implementation="reference")
             gradients = torch.autograd.grad(o, leaves, do[..., head : head + 1, :].double())
             for name, x in zip("oqkv", (o.detach(), *gradients), strict=True):
                 found[name].append(x)
@@ -372,5 +431,7 @@ def kernels(name: str) -> Tiles | Recurrences:
     if name == "fixed_decay":
         walks = ("additive", "queries", "keys")
         return Recurrences(fv.Additive(), "fixed", walks, _ADDITIVE_TILES, False)
+    name, _, pattern = name.partition("@")
     stage, dim, *kind = name.split("/")
-    return Tiles(stage, int(dim), torch.float32 if kind == ["float32"] else BF16)
+    dtype = torch.float32 if kind == ["float32"] else BF16
+    return Tiles(stage, int(dim), dtype, pattern or None)

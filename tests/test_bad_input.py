@@ -1,6 +1,7 @@
 """Every row of the bad-input table: what is raised, what it says, and that nothing was computed."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -504,6 +505,109 @@ def test_a_bad_value_cannot_be_made(
     with pytest.raises(error) as raised:
         make()
     assert re.match(rf"{argument}: got .*{re.escape(came)}.*; .+", str(raised.value))
+
+
+LINE = torch.randn(1, 6, 2, 3)
+GATE = -torch.rand(1, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "argument", "came"),
+    [
+        (lambda: fv.attend([1.0], K, K), "q", "a list"),
+        (lambda: fv.attend(Q, None, K), "k", "None"),
+        (lambda: fv.attend(Q.numpy(), K, K), "q", "a ndarray"),
+        (lambda: fv.attend(Q, K, K, cu_seqlens=[0, 8]), "cu_seqlens", "a list"),
+        (lambda: fv.explain(Q, K, 3), "v", "a int"),
+        (lambda: fv.tiles(Q, None), "k", "None"),
+        (lambda: fv.tiles(Q, K, "causal"), "pattern", "str"),
+        (lambda: fv.tiles(Q, K, device="tpu"), "device", "tpu"),
+        (lambda: fv.explain(Q, K, K, device="meta"), "device", "meta"),
+        (lambda: fv.scan(None, LINE, LINE), "q", "None"),
+        (lambda: fv.scan(LINE, LINE, LINE, log_decay=0.9), "log_decay", "a float"),
+        (lambda: fv.scan(LINE, LINE, LINE, cu_seqlens=[0, 6]), "cu_seqlens", "a list"),
+        (lambda: fv.scan(LINE, LINE, LINE, initial_state=[3]), "initial_state", "a int"),
+        (lambda: fv.scan(LINE, LINE, LINE, scale=float("nan")), "scale", "nan"),
+        (lambda: fv.scan(LINE, LINE, LINE, scale="1"), "scale", "1"),
+        (lambda: fv.explain_scan(LINE, LINE, LINE, log_decay=0.9), "log_decay", "a float"),
+        (lambda: fv.convolve(None, GATE), "x", "None"),
+        (lambda: fv.convolve(GATE, None), "filter", "None"),
+        (lambda: fv.convolve(GATE, [GATE, 3]), "filter", "a int"),
+        (lambda: fv.explain_convolve(GATE, "x"), "filter", "a str"),
+        (lambda: fv.local_mix(None, LINE, 3), "weights", "None"),
+        (lambda: fv.fftconv(GATE, [1.0]), "filter", "a list"),
+        (lambda: fv.fftconv(GATE, GATE, skip=1.0), "skip", "a float"),
+        (lambda: fv.decode(None, None), "q", "None"),
+        (lambda: fv.decode(LINE, [LINE]), "cache", "list"),
+        (lambda: fv.page_mass(LINE, None), "cache", "NoneType"),
+        (lambda: fv.explain_decode(LINE, LINE), "cache", "Tensor"),
+        (lambda: fv.Softmax(sink=[0.0, 0.0]), "sink", "a list"),
+        (lambda: fv.Softmax(scale="1"), "scale", "1"),
+        (lambda: fv.Softmax(scale=torch.tensor(2.0)), "scale", "2.0"),
+        (lambda: fv.Softmax(soft_cap="30"), "soft_cap", "30"),
+        (lambda: fv.Bias(1.0), "Bias", "a float"),
+        (lambda: fv.KeyBias(None), "KeyBias", "None"),
+        (lambda: fv.Alibi([0.5, 0.25]), "slopes", "a list"),
+        (lambda: fv.RelativeBias(None), "table", "None"),
+        (lambda: fv.Entmax("1.5"), "alpha", "1.5"),
+        (lambda: fv.LocalLinear("1"), "ridge", "1"),
+        (lambda: fv.Parallax(None), "r", "None"),
+        (lambda: fv.Partition(None), "size", "None"),
+        (lambda: fv.Partition([4, 4]), "size", "[4, 4]"),
+        (lambda: fv.Partition(()), "size", "()"),
+        (lambda: fv.Scales(3), "grids", "3"),
+        (lambda: fv.Scales((2, "3")), "grids", "(2, '3')"),
+        (lambda: fv.Scales((2, 3), window="3"), "window", "3"),
+        (lambda: fv.Sphere("0.1"), "radius", "0.1"),
+        (lambda: fv.Rows([0], [1]), "lower", "a list"),
+        (lambda: fv.Tree([[0, 0]]), "groups", "a list"),
+        (lambda: fv.Lifetimes(None), "ends", "None"),
+        (lambda: fv.Blocks(torch.zeros(1, 1, 1, 1, dtype=torch.int32)), "selection", "Tensor"),
+        (lambda: fv.BlockSelection([[0]]), "indices", "a list"),
+        (lambda: lists([0], q_block=4.0), "q_block", "4.0"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(
+    make: Callable[[], object], argument: str, came: str
+) -> None:
+    with Watch() as watch, pytest.raises(errors.FovealError) as raised:
+        make()
+    assert re.match(rf"{argument}: got .*{re.escape(came)}.*; .+", str(raised.value))
+    assert not watch.operators & COMPUTING
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda: fv.Causal() & "sliding",
+        lambda: fv.Causal() | None,
+        lambda: fv.Softmax() + 1.0,
+        lambda: fv.Causal() & fv.Softmax(),
+    ],
+)
+def test_only_likes_are_joined(join: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        join()
+
+
+def test_names_that_are_no_text_are_unknown_too() -> None:
+    for call in (
+        lambda: fv.system(3),
+        lambda: fv.attend(Q, K, K, implementation=3),
+        lambda: fv.scan(LINE, LINE, LINE, implementation=3),
+    ):
+        with pytest.raises(errors.UnknownNameError, match="got 3; known: "):
+            call()
+
+
+def test_an_unknown_option_of_a_system_is_named() -> None:
+    gna = fv.system("gna")
+    with pytest.raises(
+        errors.UnknownNameError, match=r"option: got 'windw'; did you mean window\?"
+    ):
+        gna.op(GRID, GRID, GRID, windw=3)
+    with pytest.raises(errors.UnknownNameError, match="option: got 'causl'"):
+        gna.pattern((4, 6), causl=True)
 
 
 @pytest.mark.parametrize(

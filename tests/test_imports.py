@@ -2,7 +2,6 @@
 
 import ast
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,18 @@ ROOT = Path(foveal.__file__).parent
 
 
 RUN = """
-import json, sys, time, torch
+import json, sys, time
+start = time.process_time()
+import torch
+of_torch = time.process_time() - start
 before = set(sys.modules)
 start = time.process_time()
 import foveal
 seconds = time.process_time() - start
 brought = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
 asked = torch.cuda.is_initialized()
-print(json.dumps({"seconds": seconds, "brought": brought, "asked the device": asked}))
+found = {"seconds": seconds, "of torch": of_torch, "brought": brought, "asked the device": asked}
+print(json.dumps(found))
 """
 
 
@@ -35,7 +38,10 @@ def runs() -> list[dict[str, object]]:
 
 
 def test_takes_under_a_third_of_a_second_beyond_torch(runs: list[dict[str, object]]) -> None:
-    assert statistics.median(run["seconds"] for run in runs) < 0.3
+    """On a slow machine, under an eighth of what torch takes there; the least of five runs, as a busy
+    machine only adds."""
+    least = min(float(run["of torch"]) for run in runs)
+    assert min(float(run["seconds"]) for run in runs) < max(0.3, least / 8)
 
 
 def test_brings_torch_and_the_standard_library_only(runs: list[dict[str, object]]) -> None:
@@ -78,7 +84,7 @@ def test_values_import_only_values(part: str) -> None:
     files = [place] if place.is_file() else sorted(place.rglob("*.py"))
     assert files
     for path in files:
-        allowed = ALLOWED[part] | {"foveal._errors"}
+        allowed = ALLOWED[part] | {"foveal._arguments", "foveal._errors", "foveal._kept"}
         if path.name == "hooks.py":  # jit functions, which share others with the engines
             allowed |= {"foveal.engines.common"}
         for name in imports_of(path):

@@ -222,6 +222,59 @@ def test_second_derivatives_are_refused_in_a_sentence(source: torch.Generator) -
         torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
 
 
+@pytest.mark.parametrize(
+    "score",
+    [fv.Softmax(soft_cap=3.0), fv.Entmax(1.5), fv.LocalLinear(1.0)],
+    ids=["softmax", "entmax", "local linear"],
+)
+def test_a_second_derivative_of_some_inputs_is_refused_too(
+    score: fv.Score, source: torch.Generator
+) -> None:
+    """torch.autograd.grad walks to the tensors it is asked for; a mark beside that way would be missed."""
+    x = torch.randn(1, 9, 1, 4, generator=source, requires_grad=True)
+    for loss in (Tensor.sum, lambda o: o.square().sum()):
+        o = fv.attend(x, x, x, fv.Causal(), score)
+        (gradient,) = torch.autograd.grad(loss(o), x, create_graph=True)
+        with pytest.raises(fv.errors.RefusedError, match="second derivative"):
+            torch.autograd.grad(gradient.square().sum(), x, allow_unused=True)
+
+
+# PyTorch scripts its own formulas when forward mode is first used.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+@FORWARD_MODE
+def test_the_reference_is_differentiated_in_every_way(source: torch.Generator) -> None:
+    def call(x: Tensor) -> Tensor:
+        score = fv.Softmax(soft_cap=2.0) + fv.Alibi(slopes)
+        return fv.attend(x, k, v, fv.Sliding(3), score, implementation="reference")
+
+    x, k, v, tangent = (
+        torch.randn(1, 7, 2, 3, dtype=torch.float64, generator=source) for _ in range(4)
+    )
+    slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    o, forward = torch.func.jvp(call, (x,), (tangent,))
+    step = 1e-6
+    apart = (call(x + step * tangent) - call(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(o, call(x))
+    torch.testing.assert_close(forward, apart, rtol=1e-6, atol=1e-8)
+    hessian = torch.func.hessian(lambda x: call(x).sin().sum())(x)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(leaf).sin().sum(), leaf, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * tangent).sum(), leaf)
+    torch.testing.assert_close(torch.tensordot(hessian, tangent, 4), product)
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("implementation", ["cpu", "sdpa"])
+def test_forward_mode_is_refused_in_a_sentence(
+    implementation: str, source: torch.Generator
+) -> None:
+    x = torch.randn(1, 9, 1, 4, generator=source)
+    with pytest.raises(fv.errors.RefusedError, match=r"forward-mode derivative; 'reference' has"):
+        torch.func.jvp(lambda x: fv.attend(x, x, x, implementation=implementation), (x,), (x,))
+
+
 def test_nothing_unwritten_reaches_the_operator(source: torch.Generator) -> None:
     problem = Problem(CASES["grid, everything"], source)
     want = problem.results(problem.call)

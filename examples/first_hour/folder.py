@@ -23,8 +23,8 @@ class RunFolder:
 
     @classmethod
     def default(cls) -> RunFolder:
-        """`first_hour` in $FOVEAL_CACHE, or in `runs` of the working directory."""
-        return cls(Path(os.environ.get("FOVEAL_CACHE", "runs")) / "first_hour")
+        """`first_hour` in $FOVEAL_CACHE_DIR, or in `runs` of the working directory."""
+        return cls(Path(os.environ.get("FOVEAL_CACHE_DIR", "runs")) / "first_hour")
 
     def finished(self, stage: str, settings: Mapping[str, Any]) -> Result | None:
         """The result of a stage, or None when it has to run."""

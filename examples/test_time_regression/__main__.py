@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("estimators", "trained"))
     parser.add_argument("--task", help="only what is trained on the task of this name")
     parser.add_argument("--models", help="only models of these names, with commas between them")
+    parser.add_argument("--steps", type=int, help="of training, in place of those of the device")
     parser.add_argument("--seconds", type=float, help="start no run after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/test_time_regression"))
     parser.add_argument(
@@ -103,6 +105,8 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
             planned = [run for run in planned if run.task.name == options.task]
         if options.models:
             planned = [run for run in planned if run.model in options.models.split(",")]
+        if options.steps:
+            planned = [dataclasses.replace(run, steps=options.steps) for run in planned]
         for number, run in enumerate(planned):
             if options.seconds and time.monotonic() - began > options.seconds:
                 print(f"{len(planned) - number} runs left out: the time is over", file=sys.stderr)

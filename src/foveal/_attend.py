@@ -6,11 +6,14 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from foveal import _operators
+from foveal._arguments import need_tensors
+from foveal._host import on_host
 from foveal._memory import memory_note
-from foveal._plan import prepare
-from foveal.engines.tile.recorded import record, transforming
+from foveal._plan import Prepared, prepare
+from foveal.engines.tile.recorded import mapped, record, transforming
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
 from foveal.scores.base import Score
@@ -41,6 +44,7 @@ def attend(
     return_lse: Literal[True],
     implementation: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@on_host
 def attend(
     q: Tensor,
     k: Tensor,
@@ -64,11 +68,16 @@ def attend(
     Cost: 2 (D + Dv) FLOPs per visible pair and query head forward, 2.5 times that backward.
     Limits: a row that sees no key gives o = 0, lse = -inf and gradient 0; NaN and inf reach the rows
     that see them and no others.  Raises a subclass of foveal.errors.FovealError on bad input.
-    Transforms: one operator under torch.compile; autocast casts q, k, v as it does for PyTorch's own
-    attention; torch.func maps it and differentiates it once.  The capture of a CUDA graph needs one
-    call of the same kind before it; cu_seqlens on a device are read once per tensor and per write that
-    PyTorch counts, which the replay of a graph is not.
+    Transforms: one operator under torch.compile, under torch.export and for fake tensors; autocast casts
+    q, k, v as it does for PyTorch's own attention; torch.func maps it and differentiates it once,
+    "reference" any number of times, forward too.  The capture of a CUDA graph needs one call of the same
+    kind before it; cu_seqlens on a device are read once per tensor and per write that PyTorch counts,
+    which the replay of a graph is not.
     """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        need_tensors(q=q, k=k, v=v)
+    if cu_seqlens is not None:
+        need_tensors(cu_seqlens=cu_seqlens)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
@@ -92,11 +101,11 @@ def _attend(
     return_lse: bool,
     implementation: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         return _operators.attend(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
     prepared = prepare(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
     problem, form = prepared.problem, prepared.form(score)
-    if prepared.division is not None or transforming():
+    if prepared.division is not None or (transforming() and not _transforms(prepared, v)):
         run = prepared.run(form)
         with memory_note(problem, prepared.plan):
             o, statistic = record(run, q, k, v, *form.parameters)
@@ -110,6 +119,13 @@ def _attend(
     grid = problem.extent.q_grid
     o = o.unflatten(1, grid)
     return (o, lse.to(problem.lse_dtype).unflatten(1, grid)) if return_lse else o
+
+
+def _transforms(prepared: Prepared, v: Tensor) -> bool:
+    """Whether torch.func reads the implementation itself: plain operations that ask for no value but v's."""
+    return (
+        prepared.plan.implementation == "reference" and prepared.engine == "tile" and not mapped(v)
+    )
 
 
 def _lse(statistic: Tensor, unit: float, extent: Extent) -> Tensor:

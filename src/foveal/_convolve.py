@@ -8,18 +8,22 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors, tensors_or_none
+from foveal._convolve_direct import DIRECT, direct_key, keep_direct
 from foveal._convolve_plan import (
     CONVOLUTION_IMPLEMENTATIONS,
     STRIP_IMPLEMENTATIONS,
     choose_convolution,
 )
 from foveal._errors import ShapeError
+from foveal._host import on_host
 from foveal.engines.convolution.problem import Axes, Convolution, Flags, Padding, describe
 from foveal.engines.convolution.strips_problem import Strips
 
 Filters = Tensor | Sequence[Tensor] | Strips
 
 
+@on_host
 def convolve(
     x: Tensor,
     filter: Filters,
@@ -52,9 +56,17 @@ def convolve(
     Equals: a filter of one tap 1 is x; the product with the dense Toeplitz matrix.
     """
     options = (dilation, padding, causal, channels_first)
+    key = direct_key(x, filter, bias, options, implementation)
+    call = DIRECT.get(key)
+    if call is not None:
+        return call(x, filter, bias)
+    check_operands(x, filter, bias)
     x, filter, bias = _cast(x, filter, bias)
     if isinstance(filter, Tensor | Strips):
-        return _convolve(x, filter, bias, *options, implementation)
+        y = _convolve(x, filter, bias, *options, implementation)
+        if key is not None and key not in DIRECT and isinstance(filter, Tensor):
+            keep_direct(key, *_prepared(x, filter, bias, options, implementation), filter.shape)
+        return y
     parts = split_channels(x, filter, channels_first)
     biases = [None] * len(parts) if bias is None else bias.split([len(each) for each in filter])
     found = [
@@ -62,6 +74,17 @@ def convolve(
         for part, each, own in zip(parts, filter, biases, strict=True)
     ]
     return torch.cat(found, dim=1 if channels_first else -1)
+
+
+def check_operands(x: Tensor, filter: Filters, bias: Tensor | None) -> None:
+    """Raises DtypeError for what is no tensor, nor strips, nor several tensors."""
+    need_tensors(x=x)
+    tensors_or_none(bias=bias)
+    if isinstance(filter, Sequence) and not isinstance(filter, str):
+        for one in filter:
+            need_tensors(filter=one)
+    elif not isinstance(filter, Strips):
+        need_tensors(filter=filter)
 
 
 def _convolve(
@@ -82,6 +105,9 @@ def _convolve(
     elif weight.shape[axis] != problem.channels:
         weight = weight.repeat_interleave(problem.channels // weight.shape[axis], dim=axis)
     module = implementations_of(weight)[name]
+    if channels_first and hasattr(module, "planes"):
+        planes: Tensor = module.planes(problem, x, weight, bias)
+        return planes
     last = x.movedim(1, -1) if channels_first else x
     y: Tensor = module.depthwise(problem, last, weight, bias)
     return y.movedim(-1, 1) if channels_first else y

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal._convolve import Filters, described, implementations_of, split_channels
+from foveal._arguments import named_device, need_tensors, tensors_or_none
+from foveal._convolve import Filters, check_operands, described, implementations_of, split_channels
 from foveal._convolve_plan import (
     MIX_IMPLEMENTATIONS,
     SPECTRAL_IMPLEMENTATIONS,
     choose_convolution,
 )
+from foveal._host import on_host
 from foveal.engines.convolution.mix_problem import Border, describe_mix
 from foveal.engines.convolution.problem import Axes, Flags, Padding
 from foveal.engines.convolution.spectral import describe_spectral
@@ -51,6 +53,7 @@ class ConvolutionExplanation:
         return "\n".join(lines)
 
 
+@on_host
 def explain_convolve(
     x: Tensor,
     filter: Filters,
@@ -67,6 +70,7 @@ def explain_convolve(
 
     Shapes: as `convolve`; tensors on the meta device stand for a call on `device`.
     """
+    check_operands(x, filter, bias)
     found = []
     if isinstance(filter, Tensor | Strips):
         pairs: list[tuple[Tensor, Tensor | Strips]] = [(x, filter)]
@@ -106,6 +110,7 @@ def explain_convolve(
     )
 
 
+@on_host
 def explain_local_mix(
     weights: Tensor,
     v: Tensor,
@@ -121,6 +126,7 @@ def explain_local_mix(
 
     Shapes: as `local_mix`; tensors on the meta device stand for a call on `device`.
     """
+    need_tensors(weights=weights, v=v)
     problem = describe_mix(weights, v, window, dilation, border, causal)
     grid = "x".join(str(n) for n in problem.grid)
     taps = "x".join(str(k) for k in problem.window)
@@ -135,6 +141,7 @@ def explain_local_mix(
     )
 
 
+@on_host
 def explain_fftconv(
     x: Tensor,
     filter: Tensor,
@@ -150,6 +157,8 @@ def explain_fftconv(
 
     Shapes: as `fftconv`; tensors on the meta device stand for a call on `device`.
     """
+    need_tensors(x=x, filter=filter)
+    tensors_or_none(pre_gate=pre_gate, post_gate=post_gate, skip=skip)
     problem = describe_spectral(x, filter, pre_gate, post_gate, skip, causal)
     sizes = " x ".join(str(n) for n in problem.sizes)
     tensors = (x, x, filter, pre_gate, post_gate)
@@ -173,6 +182,7 @@ def _explanation(
     flops: int,
     moved: int,
 ) -> ConvolutionExplanation:
+    device = named_device(device)
     if problem.device == "meta":
         problem = dataclasses.replace(problem, device=device)
     plan = choose_convolution(problem, implementations, implementation)

@@ -14,6 +14,7 @@ from foveal.engines.convolution import (
     library,
     mix_library,
     mix_reference,
+    mix_taps,
     mix_triton,
     reference,
     spectral,
@@ -42,6 +43,7 @@ STRIP_IMPLEMENTATIONS: dict[str, ModuleType] = {
 
 MIX_IMPLEMENTATIONS: dict[str, ModuleType] = {
     "triton": mix_triton,
+    "taps": mix_taps,
     "torch": mix_library,
     "reference": mix_reference,
 }

@@ -8,8 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._decode_plan import choose_decode
-from foveal._errors import PatternError, ScoreError, ShapeError
+from foveal._errors import CacheError, PatternError, ScoreError, ShapeError
+from foveal._host import on_host
 from foveal.caches.base import Cache, Part
 from foveal.compose.merge import merge
 from foveal.engines.decode.problem import Terms, describe_decode, describe_terms
@@ -39,6 +41,7 @@ def decode(
     return_lse: Literal[True],
     implementation: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@on_host
 def decode(
     q: Tensor,
     cache: Cache,
@@ -64,7 +67,7 @@ def decode(
     Equals: `attend(q, k, v, Causal())` on the stored keys; any cut of them in parts, merged by lse.
     Paper: FlashDecoding, LeanAttention (2405.10480), FlashInfer (2501.01005).
     """
-    parts = cache.parts()
+    parts = asked(q, cache)
     problem = describe_decode(q, cache.shape, parts)
     if not isinstance(score, Score):
         raise ScoreError("score", type(score), "a score such as fv.Softmax() is needed")
@@ -87,6 +90,14 @@ def decode(
         if terms.sink is not None:
             o, lse = _with_sink(o, lse, terms.sink)
     return (o, lse) if return_lse else o
+
+
+def asked(q: Tensor, cache: Cache) -> tuple[Part, ...]:
+    """The parts of a cache that a query asks; raises where one of the two is something else."""
+    need_tensors(q=q)
+    if not isinstance(cache, Cache):
+        raise CacheError("cache", type(cache), "a cache such as foveal.caches.Paged is needed")
+    return cache.parts()
 
 
 def _part(module: object, part: Part, terms: Terms, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foveal._decode import asked
 from foveal._decode_plan import choose_decode
+from foveal._host import on_host
 from foveal.caches.base import Cache, Part
 from foveal.engines.decode.problem import Terms, describe_decode, describe_terms
 from foveal.patterns.base import Pattern
@@ -55,6 +57,7 @@ class DecodeExplanation:
         return "\n".join(lines)
 
 
+@on_host
 def explain_decode(
     q: Tensor,
     cache: Cache,
@@ -68,7 +71,7 @@ def explain_decode(
 
     Options: ceilings, from foveal.probe.ceilings, adds the time bound of this device.
     """
-    parts = cache.parts()
+    parts = asked(q, cache)
     problem = describe_decode(q, cache.shape, parts)
     terms = describe_terms(problem, score, pattern, parts)
     plan = choose_decode(problem, terms, implementation)

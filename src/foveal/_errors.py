@@ -76,7 +76,7 @@ class UnknownNameError(FovealError, ValueError):
     """A name that is not in a written list (system, implementation, suite, baseline)."""
 
     def __init__(self, kind: str, name: str, known: tuple[str, ...]) -> None:
-        close = difflib.get_close_matches(name, known)
+        close = difflib.get_close_matches(str(name), known)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         super().__init__(f"{kind}: got {name!r}; {hint}known: {', '.join(known)}")
         self.name = name

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foveal._arguments import named_device, need_tensors, tensors_or_none
+from foveal._host import on_host
 from foveal._plan import decide
 from foveal._problem import describe, element_bytes
 from foveal._tiles import TileCounts, count_tiles
@@ -58,6 +60,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@on_host
 def explain(
     q: Tensor,
     k: Tensor,
@@ -76,7 +79,9 @@ def explain(
     Shapes: as `attend`; tensors on the meta device stand for a call on `device`.
     Options: ceilings, from foveal.probe.ceilings, adds the time bound of this device.
     """
-    problem = describe(q, k, v, return_lse)
+    need_tensors(q=q, k=k, v=v)
+    tensors_or_none(cu_seqlens=cu_seqlens)
+    problem, device = describe(q, k, v, return_lse), named_device(device)
     if problem.device == "meta":
         problem = dataclasses.replace(problem, device=device)
     plan, form, _ = decide(problem, q.device, pattern, score, cu_seqlens, implementation)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from foveal._arguments import need_tensors, tensors_or_none
 from foveal._convolve_plan import SPECTRAL_IMPLEMENTATIONS, choose_convolution
+from foveal._host import on_host
 from foveal.engines.convolution.spectral import describe_spectral
 
 
+@on_host
 def fftconv(
     x: Tensor,
     filter: Tensor,
@@ -35,6 +38,8 @@ def fftconv(
     1 is x.
     Paper: long convolutions (2302.06646); FlashFFTConv (2311.05908).
     """
+    need_tensors(x=x, filter=filter)
+    tensors_or_none(pre_gate=pre_gate, post_gate=post_gate, skip=skip)
     problem = describe_spectral(x, filter, pre_gate, post_gate, skip, causal)
     plan = choose_convolution(problem, SPECTRAL_IMPLEMENTATIONS, implementation)
     module = SPECTRAL_IMPLEMENTATIONS[plan.implementation]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._convolve_plan import MIX_IMPLEMENTATIONS, choose_convolution
+from foveal._host import on_host
 from foveal.engines.convolution.mix_problem import Border, describe_mix
 from foveal.engines.convolution.problem import Axes, Flags
 
 
+@on_host
 def local_mix(
     weights: Tensor,
     v: Tensor,
@@ -29,7 +32,7 @@ def local_mix(
     on its token and v is zero outside the grid; "shift": it is moved inside the grid, so that every
     token has all its neighbours, and window * dilation fits the axis; causal, a truth value or one per axis:
     the window ends at its token and v is zero before the grid; implementation names one of "triton",
-    "torch", "reference", which then runs or raises RefusedError; None lets the plan choose.
+    "taps", "torch", "reference", which then runs or raises RefusedError; None lets the plan choose.
     Gradients flow to the weights and v.
     Cost: two FLOPs per tap and channel; weights, v and o moved once.
     Limits: weights of places outside the grid count nothing and have gradient 0.  Raises a subclass of
@@ -38,6 +41,7 @@ def local_mix(
     `Neighborhood` with its softmax as the weights ("shift").
     Paper: dynamic convolutions (1901.10430); neighborhood attention (2204.07143).
     """
+    need_tensors(weights=weights, v=v)
     problem = describe_mix(weights, v, window, dilation, border, causal)
     plan = choose_convolution(problem, MIX_IMPLEMENTATIONS, implementation)
     o: Tensor = MIX_IMPLEMENTATIONS[plan.implementation].mix(problem, weights, v)

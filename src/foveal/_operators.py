@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import PatternError
+from foveal._host import on_host
 from foveal._problem import describe
 from foveal.patterns.base import Pattern
 from foveal.patterns.blocks import Blocks, BlockSelection
@@ -173,6 +174,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Prepared, S
 
 
 @torch.library.impl(_LIBRARY, "attend", "CompositeExplicitAutograd")
+@on_host
 def _attend(q: Tensor, k: Tensor, v: Tensor, *spelled: Any) -> tuple[Tensor, Tensor]:
     prepared, score = _prepared(q, k, v, _Call(*spelled))
     form = prepared.form(score)
@@ -183,6 +185,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *spelled: Any) -> tuple[Tensor, Ten
 
 
 @torch.library.impl(_LIBRARY, "attend_backward", "CompositeExplicitAutograd")
+@on_host
 def _attend_backward(
     do: Tensor,
     dlse: Tensor,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foveal._decode import decode
+from foveal._decode import asked, decode
 from foveal._errors import CacheError
+from foveal._host import on_host
 from foveal.caches.base import Cache
 from foveal.engines.decode.mass import page_weights
 from foveal.engines.decode.problem import describe_decode, describe_terms
@@ -15,6 +16,7 @@ from foveal.scores.base import Score
 from foveal.scores.softmax import Softmax
 
 
+@on_host
 def page_mass(
     q: Tensor,
     cache: Cache,
@@ -32,7 +34,7 @@ def page_mass(
     Limits: a cache of one part whose keys are kept whole or quantised.
     Paper: PagedEviction (2509.04377) and retrieval by pages judge pages by such masses.
     """
-    parts = cache.parts()
+    parts = asked(q, cache)
     if len(parts) > 1 or type(cache).project is not Cache.project:
         raise CacheError(
             "cache", type(cache).__name__, "a cache of one part of whole keys is needed"

@@ -21,6 +21,7 @@ from foveal._errors import (
     UnknownNameError,
 )
 from foveal._families import TILE_IMPLEMENTATIONS, family
+from foveal._kept import lasting
 from foveal._packing import document_ends
 from foveal._problem import Problem, describe
 from foveal._recent import Recent
@@ -206,7 +207,9 @@ def _prepare(
     plan, form, geometry = decide(problem, q.device, pattern, score, cu_seqlens, implementation)
     division = None
     if form.engine == "tile" and plan.implementation in KERNELS:
-        with torch.inference_mode(False):  # it is kept, and may serve a training call next
+        # It is kept, and may serve a training call next; lists of torch.func's are its own.
+        listed = plan.pattern.depends_on_data
+        with torch.inference_mode(False) if listed else lasting():
             division = divide(plan.pattern, problem.extent, q.device)
     plain = None if form.parameters else form
     return Prepared(problem, plan, form.engine, geometry, plain, division)

@@ -24,5 +24,6 @@ class Recent(Generic[Value]):
 
     def put(self, key: Hashable, value: Value) -> None:
         self._values[key] = value
-        while len(self._values) > self._size:
-            self._values.pop(next(iter(self._values), None), None)
+        # Listed in one step: another thread may put at the same time.
+        for oldest in list(self._values)[: -self._size]:
+            self._values.pop(oldest, None)

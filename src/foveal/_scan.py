@@ -7,7 +7,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from foveal._errors import ShapeError
+from foveal._arguments import finite, need_tensors, tensors_or_none
+from foveal._errors import RuleError, ShapeError
+from foveal._host import on_host
 from foveal._scan_plan import choose_scan
 from foveal.engines.state.problem import describe_scan
 from foveal.rules.additive import Additive
@@ -51,6 +53,7 @@ def scan(
     reverse: bool = ...,
     implementation: str | None = ...,
 ) -> tuple[Tensor, State]: ...
+@on_host
 def scan(
     q: Tensor,
     k: Tensor,
@@ -85,6 +88,15 @@ def scan(
     subclass of foveal.errors.FovealError on bad input.
     Equals: any cut of a sequence in two calls that pass the state; `scan_step` token by token.
     """
+    need_tensors(q=q, k=k, v=v)
+    tensors_or_none(
+        log_decay=log_decay,
+        write_gate=write_gate,
+        log_momentum=log_momentum,
+        cu_seqlens=cu_seqlens,
+    )
+    if scale is not None and not finite(scale):
+        raise RuleError("scale", scale, "a finite number is needed")
     initial = parts_of(initial_state)
     problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens, log_momentum)
     plan = choose_scan(problem, rule, implementation)
@@ -150,7 +162,10 @@ def parts_of(state: State | None) -> Parts | None:
     """The parts of a state as a tuple."""
     if state is None:
         return None
-    return (state,) if isinstance(state, Tensor) else tuple(state)
+    parts = (state,) if isinstance(state, Tensor) else tuple(state)
+    for part in parts:
+        need_tensors(initial_state=part)
+    return parts
 
 
 def _state(parts: Parts) -> State:

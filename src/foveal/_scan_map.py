@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import RuleError
+from foveal._host import on_host
 from foveal._scan import scan
 from foveal.rules.additive import Additive
 from foveal.rules.base import Rule
@@ -41,6 +42,7 @@ class ChunkMap:
         return self.transition * x if self.diagonal else self.transition @ x
 
 
+@on_host
 def scan_map(
     k: Tensor,
     v: Tensor,

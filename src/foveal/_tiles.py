@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from foveal._arguments import named_device, need_tensors, tensors_or_none
+from foveal._errors import PatternError
+from foveal._host import on_host
 from foveal._problem import Problem, describe
 from foveal.engines.tile.walk import choose_tile, flat_tile
 from foveal.patterns.base import FULL, PARTIAL, SKIPPED, Bounds, Extent, Pattern
@@ -61,7 +64,7 @@ class TileCounts:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TileList:
     """The tiles that each query tile of a sub-problem visits, in ascending order.
 
@@ -84,7 +87,7 @@ class TileList:
     states: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles:
     """What `tiles` found: the counts, and a list per kind of sub-problem."""
 
@@ -109,6 +112,7 @@ class Tiles:
         return self.counts.speedup_bound
 
 
+@on_host
 def tiles(
     q: Tensor,
     k: Tensor,
@@ -131,7 +135,11 @@ def tiles(
     Cost: memory of the lists, 4 (1 + axes) bytes per visited tile.
     Raises what `attend` raises for such q, k and pattern.
     """
-    problem = describe(q, k, k, return_lse=False)
+    need_tensors(q=q, k=k)
+    tensors_or_none(cu_seqlens=cu_seqlens)
+    if not isinstance(pattern, Pattern):
+        raise PatternError("pattern", type(pattern), "a pattern such as fv.Causal() is needed")
+    problem, device = describe(q, k, k, return_lse=False), named_device(device)
     if problem.device == "meta":
         problem = dataclasses.replace(problem, device=device)
     if cu_seqlens is not None:

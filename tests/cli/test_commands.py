@@ -153,7 +153,12 @@ def test_bad_usage_is_two_and_a_sentence(
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("argv", [[], ["lost"], ["show"], ["explain", "Causal", "--grid", "x"]])
+def test_without_a_command_it_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["lost"], ["show"], ["explain", "Causal", "--grid", "x"]])
 def test_the_parser_says_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -196,3 +201,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     )
     assert done.stdout.startswith("locality")
     assert not done.stderr
+
+
+def test_no_command_shows_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr().err
+    assert all(f"    {name} " in shown for name in ("list", "show", "explain", "bench", "doctor"))

@@ -39,8 +39,8 @@ def gemma(kv_heads: int = 1, window: int = 24) -> Any:
     return _built(transformers.Gemma3ForCausalLM, config)
 
 
-def llama() -> Any:
-    return _built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SIZES))
+def llama(**sizes: Any) -> Any:
+    return _built(transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SIZES | sizes))
 
 
 def qwen3() -> Any:
@@ -61,6 +61,47 @@ def mixtral() -> Any:
 def phi() -> Any:
     config = transformers.PhiConfig(**_SIZES)
     return _built(transformers.PhiForCausalLM, config)
+
+
+def jamba() -> Any:
+    """A layer of states and one of attention."""
+    config = transformers.JambaConfig(
+        **_SIZES,
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+        mamba_d_state=4,
+    )
+    return _built(transformers.JambaForCausalLM, config)
+
+
+def bart() -> Any:
+    config = transformers.BartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    return _built(transformers.BartForConditionalGeneration, config)
+
+
+def modern_bert() -> Any:
+    """Looks both ways, in windows of 8 tokens on each side and everywhere."""
+    config = transformers.ModernBertConfig(
+        **_SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 4}, local_attention=16
+    )
+    return _built(transformers.ModernBertModel, config)
 
 
 def vit() -> Any:

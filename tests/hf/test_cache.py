@@ -159,17 +159,28 @@ def _raises(*_: Any) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nan_in_one_sequence_stays_there(model: Any, name: str) -> None:
-    ids = tokens(2, PROMPT)
+    """In the prompt and in what is generated behind it, for as long as the policy acts."""
+    ids = tokens(2, PROMPT + 4)
+
+    def spoil(module: Any, args: Any, embedded: torch.Tensor) -> torch.Tensor:
+        rows = embedded.clone()
+        rows[0, embedded.shape[1] // 2] = torch.nan
+        return rows
+
+    def steps() -> torch.Tensor:
+        answers = [model(ids[:, :PROMPT])]
+        for i in range(PROMPT, PROMPT + 4):
+            cache = answers[-1].past_key_values
+            answers.append(model(ids[:, i : i + 1], past_key_values=cache))
+        return torch.cat([x.logits for x in answers], dim=1)
+
     with hf.using(model, cache=name, budget=24), torch.no_grad():
-        clean = model(ids).past_key_values
-        expected = model(ids[:, -1:], past_key_values=clean).logits[1]
-        embedded = model.get_input_embeddings()(ids)
-        embedded[0, 50] = torch.nan
-        if name == "a_vl":
-            pytest.skip("A-VL needs token numbers; embeddings have none")
-        cache = model(inputs_embeds=embedded).past_key_values
-        found = model(ids[:, -1:], past_key_values=cache).logits[1]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        expected = steps()[1]
+        hook = model.get_input_embeddings().register_forward_hook(spoil)
+        found = steps()
+        hook.remove()
+    torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-4)
+    assert bool(found[0, -1].isnan().all())
 
 
 @pytest.mark.parametrize("assistance", ["prompt_lookup_num_tokens", "assistant_model"])
@@ -213,7 +224,16 @@ def test_misuse_is_an_error_that_says_what_to_do(model: Any) -> None:
             model(ids[:, :1], past_key_values=cache)
 
 
+def test_a_static_cache_is_refused_in_a_sentence(model: Any) -> None:
+    with (
+        hf.using(model, cache="snapkv", budget=24),
+        pytest.raises(errors.CacheError, match="a cache that grows"),
+    ):
+        written(model, tokens(1, 40), cache_implementation="static")
+
+
 def test_hooks_are_gone_when_undone(model: Any) -> None:
     hf.use(model, cache="snapkv")
     hf.use(model, None)
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert "forward" not in vars(model)

@@ -14,6 +14,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "minference": {"slash": 200, "vertical": 4, "tile": 8, "queries": 8},
     "pbs_attention": {"segment": 16, "block": 8, "mass": 1.0},
     "pyramid_sparse": {"levels": ((1, 1.0),), "q_block": 8, "kv_block": 8},
+    "retrieval_attention": {"keys": 200, "sinks": 1, "window": 2},
     "sale": {"threshold": 0.0, "q_block": 8, "kv_block": 8},
     "squeezed_attention": {"threshold": 0.0, "count": 4},
     "xattention": {"mass": 1.0, "stride": 4, "block": 8},
@@ -23,6 +24,7 @@ FEWER: dict[str, dict[str, Any]] = {
     "minference": {"slash": 4, "vertical": 4, "sinks": 1, "local": 2, "tile": 8, "queries": 8},
     "pbs_attention": {"segment": 16, "block": 8, "mass": 0.1},
     "pyramid_sparse": {"levels": ((1, 0.2), (2, 0.5)), "q_block": 8, "kv_block": 8},
+    "retrieval_attention": {"keys": 4, "sinks": 1, "window": 2},
     "sale": {"threshold": 0.2, "sink": 4, "local": 8, "q_block": 8, "kv_block": 8},
     "xattention": {"mass": 0.2, "stride": 4, "block": 8},
 }
@@ -114,6 +116,8 @@ def test_every_other_system_says_why_not() -> None:
     assert "trained" in said["nsa"]
     assert 'cache="snapkv"' in said["snapkv"]
     assert "both ways" in said["vggt_block_sparse"]
+    assert "LouisCache" in said["louis_kv"]
+    assert "fv.decode" in said["vattention"]
     with pytest.raises(errors.RefusedError, match="sliding window"):
         hf.use(gemma(), "minference", layers="all")
     with pytest.raises(errors.RefusedError, match="only back"):

@@ -7,7 +7,17 @@ import torch
 
 import foveal as fv
 from foveal import errors, hf
-from tests.hf.models import TEXT_MODELS, gemma, llama, tokens, vit
+from tests.hf.models import (
+    TEXT_MODELS,
+    bart,
+    gemma,
+    jamba,
+    llama,
+    mistral,
+    modern_bert,
+    tokens,
+    vit,
+)
 
 
 def left_padding(ids: torch.Tensor) -> torch.Tensor:
@@ -107,6 +117,36 @@ def test_an_image_model_and_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_windows_that_look_both_ways() -> None:
+    model, ids = modern_bert(), tokens()
+    mask = left_padding(ids)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        with hf.using(model):
+            found = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    model, ids = bart(), tokens()
+    expected = written(model, ids, attention_mask=left_padding(ids), num_beams=2)
+    with hf.using(model):
+        found = written(model, ids, attention_mask=left_padding(ids), num_beams=2)
+    assert torch.equal(found, expected)
+    with pytest.raises(errors.RefusedError, match="two caches"):
+        hf.use(model, cache="snapkv")
+
+
+@pytest.mark.parametrize("cached", [{}, {"cache": "snapkv", "budget": 90}])
+def test_states_beside_attention(cached: dict[str, Any]) -> None:
+    model, ids = jamba(), tokens()
+    mask = left_padding(ids)
+    options: dict[str, Any] = {"attention_mask": mask, "prefill_chunk_size": 13}
+    expected = written(model, ids, **options)
+    with hf.using(model, **cached):
+        assert torch.equal(written(model, ids, **options), expected)
+
+
 def test_by_the_name_of_the_attention() -> None:
     hf.register()
     model, ids = llama(), tokens()
@@ -147,6 +187,10 @@ def test_what_cannot_be_said_is_refused_in_a_sentence() -> None:
         hf.use(model, "gna", windw=9)
     with pytest.raises(errors.UnknownNameError, match="layers"):
         hf.use(model, "gna", window=9, layers="some")
+    with pytest.raises(errors.RefusedError, match="window in every layer"):
+        hf.use(mistral(), cache="snapkv")
+    with pytest.raises(errors.RefusedError, match="both ways"):
+        hf.use(vit(), cache="snapkv")
     with hf.using(model), pytest.raises(errors.RefusedError, match="output_attentions"):
         model(tokens(), output_attentions=True)
     model.config.attention_dropout = 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,23 @@ def test_a_router_learns_from_the_values(source: torch.Generator) -> None:
     assert bool((router(torch.zeros_like(k), torch.zeros_like(v))[:, 4:-4] > 0).any())
     learnable_token_eviction(q, k, v, scores, window=8).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in router.parameters())
+
+
+@pytest.mark.parametrize("score", ["relu", "sigmoid"])
+def test_a_score_is_above_zero_where_the_net_is(
+    score: Literal["relu", "sigmoid"], source: torch.Generator
+) -> None:
+    torch.manual_seed(0)
+    router = EvictionRouter(2, 4, 4, score=score)
+    with torch.no_grad():
+        router.steps[-1].bias.zero_()  # type: ignore[union-attr, operator]
+    k, v = (torch.randn(1, 40, 2, 4, generator=source) for _ in range(2))
+    x = torch.cat([k, v], -1).flatten(2).transpose(1, 2)
+    x = router.steps[1](torch.nn.functional.silu(router.steps[0](x)))
+    z = router.steps[2](torch.nn.functional.silu(x)).transpose(1, 2)
+    right = z.clamp(min=0) if score == "relu" else 1 / (1 + torch.exp(-z)) - 0.5
+    torch.testing.assert_close(router(k, v), right, rtol=1e-4, atol=1e-6)
+    assert torch.equal(router(k, v) > 0, z > 0)
 
 
 def test_the_score_of_a_token_waits_for_three(source: torch.Generator) -> None:

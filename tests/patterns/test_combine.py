@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveal as fv
-from foveal.testing import check_pattern
+from foveal.testing import check_attend, check_pattern
 
 ONE_AXIS = [
     fv.Dense(),
@@ -109,3 +109,29 @@ def test_a_cross_visits_its_row_and_column_of_tiles() -> None:
 def test_members_that_are_no_boxes_keep_raster_order() -> None:
     pattern = fv.Neighborhood((3, 3), dilation=2) | fv.Axial(0)
     assert pattern.parts(fv.Extent((9, 9), (9, 9))) is None
+
+
+def test_lists_per_key_head_join_lists_per_query_head(source: torch.Generator) -> None:
+    """Four query heads on two key heads; one member is listed for the former, the other for the latter."""
+    per_query = torch.rand(1, 4, 5, 6, generator=source) < 0.6
+    per_key = torch.rand(2, 2, 7, 4, generator=source) < 0.6
+    ends = torch.randint(0, 40, (2, 2, 23), generator=source)
+    of_queries = fv.Blocks(fv.BlockSelection.from_block_mask(per_query, 4, 4))
+    of_keys = fv.Blocks(fv.BlockSelection.from_block_mask(per_key, 3, 6))
+    shapes = ((2, 19, 4, 3), (2, 23, 2, 3), (2, 23, 2, 5))
+    q, k, v = (torch.randn(shape, generator=source) for shape in shapes)
+    drawn = [p.dense_mask(19, 23) for p in (of_queries, of_keys, fv.Lifetimes(ends))]
+    queries, keys, lives = (m.repeat_interleave(4 // m.shape[1], 1) for m in drawn)
+    for pattern, mask in (
+        (of_queries & of_keys, queries & keys),
+        (of_keys | of_queries, keys | queries),
+        (
+            (of_keys & fv.Sliding(9)) | of_queries,
+            (keys & fv.Sliding(9).dense_mask(19, 23)) | queries,
+        ),
+        (of_queries & fv.Lifetimes(ends), queries & lives),
+        (fv.Lifetimes(ends) | of_queries, queries | lives),
+    ):
+        assert torch.equal(pattern.dense_mask(19, 23).expand(mask.shape), mask)
+        for implementation in ("cpu", "reference"):
+            check_attend(q, k, v, pattern, implementation=implementation)

@@ -20,7 +20,7 @@ from foveal.search.space import Point, Space, steps
 from foveal.search.strategies import strategy
 from foveal.search.task import Case, Input, Task
 
-MOST = 60
+MOST = {"evolution": 60, "bayes": 25}
 SPACE = Space(tuple(steps(name, *range(8)) for name in "abc"))
 
 
@@ -53,9 +53,9 @@ class Planted:
     confirm = challenge
 
 
-def run(path: Path) -> None:
+def run(path: Path, recipe: str) -> None:
     with Archive(path) as archive:
-        Search(task(), archive, [Planted()], strategy("evolution"), 7).run(1e6, most=MOST)
+        Search(task(), archive, [Planted()], strategy(recipe), 7).run(1e6, most=MOST[recipe])
 
 
 def contents(path: Path) -> list[object]:
@@ -76,10 +76,10 @@ def accepted_in(path: Path) -> list[str]:
 
 
 def main() -> None:
-    folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
+    folder, wanted, recipe = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     source = random.Random()
     begun = time.perf_counter()
-    run(folder / "whole.db")
+    run(folder / "whole.db", recipe)
     usual = time.perf_counter() - begun
     killed, kills, lost = folder / "killed.db", 0, 0
     while True:
@@ -87,7 +87,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                run(killed)
+                run(killed, recipe)
             finally:
                 os._exit(0)
         if kills < wanted:

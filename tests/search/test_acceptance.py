@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from foveal.search.acceptance import (
-    LOOKS,
+    CHALLENGE,
+    CONFIRMATION,
     LOST,
     OPEN,
     WON,
+    Looks,
     decide,
     least_successes,
     samples_to_next_look,
@@ -45,25 +47,30 @@ def test_a_gain_of_three_percent_is_found(name: str) -> None:
 
 
 def test_few_successes_are_enough_only_if_a_fair_coin_has_none() -> None:
-    for count, error in ((20, 2e-4), (40, 1e-4), (80, 1e-4)):
+    for count, error in ((8, 4e-3), (13, 1.3e-4), (20, 2e-4), (40, 1e-4), (80, 1e-4)):
         least = least_successes(count, error)
         tail = sum(math.comb(count, k) for k in range(least, count + 1)) / 2**count
         more = sum(math.comb(count, k) for k in range(least - 1, count + 1)) / 2**count
         assert tail <= error < more
-    assert sum(error for _, error in LOOKS) <= 5e-4
+    sifted, sure = (sum(error for _, error in looks) for looks in (CHALLENGE, CONFIRMATION))
+    assert sure <= 5e-4
+    assert sifted * sure <= 1e-5
 
 
-def test_looks_follow_each_other() -> None:
+@pytest.mark.parametrize("looks", [CHALLENGE, CONFIRMATION])
+def test_looks_follow_each_other(looks: Looks) -> None:
     count = 0
-    for look, _ in LOOKS:
-        count += samples_to_next_look(count)
+    for look, _ in looks:
+        count += samples_to_next_look(count, looks)
         assert count == look
-    assert samples_to_next_look(count) == 0
+    assert samples_to_next_look(count, looks) == 0
 
 
 def test_a_clear_gain_wins_and_a_clear_loss_is_given_up_early() -> None:
-    assert decide({"a": [-0.1] * 20}).verdict == WON
+    assert decide({"a": [-0.1] * 13}).verdict == WON
     assert decide({"a": [-0.1] * 8}).verdict == OPEN
+    assert decide({"a": [-0.1] * 8}, looks=CHALLENGE).verdict == WON
+    assert decide({"a": [-0.1] * 7 + [0.0]}, looks=CHALLENGE).verdict == OPEN
     assert decide({"a": [0.1] * 8}).verdict == LOST
 
 

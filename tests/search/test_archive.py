@@ -113,12 +113,13 @@ def test_cells_come_from_what_was_measured() -> None:
     assert cell_of(gpu) == (3, 1, 1, 0)
 
 
-def test_twenty_kills_lose_no_accepted_candidate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["evolution", pytest.param("bayes", marks=pytest.mark.slow)])
+def test_twenty_kills_lose_no_accepted_candidate(recipe: str, tmp_path: Path) -> None:
     """A search that is killed at random moments ends with what an uninterrupted one has."""
     script = Path(__file__).parent / "killed.py"
     root = str(Path(foveal.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "20"],
+        [sys.executable, str(script), str(tmp_path), "20", recipe],
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from foveal.search.candidate import Candidate
 from foveal.search.controller import Search
 from foveal.search.evaluator import Comparison
 from foveal.search.gaussian import Hyper, Posterior, expected_improvement, kernel, sample_hypers
-from foveal.search.operators.bayes import improvement
+from foveal.search.operators.bayes import Data, improvement
 from foveal.search.space import Point, Space, choice, flag, steps
 from foveal.search.strategies import strategy
 from foveal.search.task import Case, Input, Task
@@ -28,6 +28,10 @@ def process(source: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, Hyper]
     x = torch.rand(12, 3, generator=source, dtype=DOUBLE)
     y = torch.sin(4 * x[:, 0]) + x[:, 1] ** 2
     return x, y, Hyper(torch.tensor([0.4, 0.7, 2.0], dtype=DOUBLE), 1.3, 1e-3, 0.2)
+
+
+def plainly(x: torch.Tensor) -> Data:
+    return Data(x, torch.zeros(len(x), dtype=DOUBLE))
 
 
 def test_the_posterior_is_the_textbook_formula(source: torch.Generator) -> None:
@@ -73,15 +77,37 @@ def test_nothing_pending_is_plain_improvement_and_a_pending_point_is_worth_less(
 ) -> None:
     x, y, hyper = process(source)
     points = torch.rand(30, 3, generator=source, dtype=DOUBLE)
-    none = torch.empty(0, 3, dtype=DOUBLE)
-    plain = improvement(x, y, points, none, [hyper], source)
+    none = plainly(torch.empty(0, 3, dtype=DOUBLE))
+    data, candidates = plainly(x), plainly(points)
+    plain = improvement(data, y, candidates, none, [hyper], source)
     posterior = Posterior(x, y, hyper)
     mean, deviation = posterior.at(points)
     best = float(posterior.at(x)[0].min())
-    torch.testing.assert_close(plain, expected_improvement(mean[:, 0], deviation, best))
-    first = int(plain.argmax())
-    after = improvement(x, y, points, points[first : first + 1], [hyper], source)
-    assert float(after[first]) < 0.5 * float(plain[first])
+    torch.testing.assert_close(plain.gain, expected_improvement(mean[:, 0], deviation, best))
+    ahead = torch.special.ndtr((best - 0.005 - mean[:, 0]) / deviation)
+    torch.testing.assert_close(plain.chance, ahead)
+    first = int(plain.gain.argmax())
+    queued = plainly(points[first : first + 1])
+    after = improvement(data, y, candidates, queued, [hyper], source)
+    assert float(after.gain[first]) < 0.5 * float(plain.gain[first])
+
+
+def test_a_guess_is_the_mean_that_a_process_is_about(source: torch.Generator) -> None:
+    x, y, hyper = process(source)
+    points = torch.rand(7, 3, generator=source, dtype=DOUBLE)
+    none = plainly(torch.empty(0, 3, dtype=DOUBLE))
+    moved = improvement(
+        Data(x, torch.full((12,), 0.7, dtype=DOUBLE)),
+        y - 0.7,
+        Data(points, torch.full((7,), 0.7, dtype=DOUBLE)),
+        none,
+        [Hyper(hyper.lengths, hyper.amplitude, hyper.noise, hyper.mean - 0.7)],
+        source,
+    )
+    plain = improvement(plainly(x), y, plainly(points), none, [hyper], source)
+    torch.testing.assert_close(moved.gain, plain.gain)
+    better = Data(points, torch.tensor([-9.0] + [0.0] * 6, dtype=DOUBLE))
+    assert int(improvement(plainly(x), y, better, none, [hyper], source).gain.argmax()) == 0
 
 
 def test_sampled_lengths_tell_what_matters(source: torch.Generator) -> None:

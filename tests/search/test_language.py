@@ -27,12 +27,16 @@ PROGRAM = "import torch\n\ndef candidate(x):\n    return torch.exp(x) / torch.ex
 FASTER = "```python\nimport torch\n\ndef candidate(x):\n    return torch.softmax(x, -1)\n```"
 
 
+STALL = "stall"
+
+
 class Script(ThreadingHTTPServer):
-    """Answers with its replies in order: a text, or a number for an HTTP status, or seconds to wait."""
+    """Answers with its replies in order: a text, a number for an HTTP status, or STALL until it ends."""
 
     def __init__(self, replies: list[Any]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.replies = replies
+        self.ended = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -44,8 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(self.headers["Content-Length"])
         self.server.requests.append(json.loads(self.rfile.read(size)))
         reply = self.server.replies.pop(0) if self.server.replies else 500
-        if isinstance(reply, float):
-            time.sleep(reply)
+        if reply == STALL:
+            self.server.ended.wait(60.0)
             reply = "late"
         if isinstance(reply, int):
             self.send_response(reply)
@@ -73,6 +77,7 @@ def served(*replies: Any) -> Iterator[Script]:
     try:
         yield server
     finally:
+        server.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -151,12 +156,12 @@ def test_replies_without_a_program_are_noted_and_nothing_else_happens(
 
 
 def test_a_stalled_endpoint_costs_no_more_than_its_deadline() -> None:
-    with served(1.5) as server:
+    with served(STALL) as server:
         endpoint = Endpoint(server.url, "small", Allowance(seconds=0.4))
         start = time.monotonic()
         with pytest.raises(EndpointError):
             endpoint.ask([{"role": "user", "content": "hello"}])
-        assert time.monotonic() - start < 1.2
+        assert time.monotonic() - start < 20.0  # it would wait for a minute
 
 
 def test_a_busy_endpoint_is_asked_again() -> None:

@@ -176,7 +176,7 @@ def test_verify_prints_a_verdict(
     ("arguments", "sentence"),
     [
         (["search"], "TASK: got none"),
-        (["search", "nothing.py"], "cannot be read"),
+        (["search", "nothing.py"], "neither a file nor a template"),
         (["search", "attention/causal", "--strategy", "cuda_forge"], "it needs a language model"),
         (["search", "attention/causal", "--strategy", "best"], "known: full"),
         (["search", "attention/causal", "--workers", "0"], "at least 1"),
@@ -209,9 +209,10 @@ def test_an_interrupt_ends_after_what_is_in_flight() -> None:
     class Running:
         stop = threading.Event()
 
+    before = signal.getsignal(signal.SIGINT)
     with _interruptible(Running()):  # type: ignore[arg-type]
         signal.raise_signal(signal.SIGINT)
         assert Running.stop.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

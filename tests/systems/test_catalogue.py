@@ -65,7 +65,7 @@ def test_support_names_what_refuses() -> None:
 
 def test_options_reach_the_pattern() -> None:
     assert fv.system("gna").pattern((9, 9), window=5, stride=3) == Neighborhood(5, stride=3)
-    with pytest.raises(TypeError, match="kernel_size"):
+    with pytest.raises(fv.errors.UnknownNameError, match="kernel_size"):
         fv.system("gna").pattern((9, 9), kernel_size=5)
 
 

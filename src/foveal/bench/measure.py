@@ -99,13 +99,13 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     On CUDA the allocator's own maximum.  On Linux the kernel's high-water mark of resident
     memory, reset before the run after freed pages were given back: it sees every allocation,
     also those inside libraries, to about 1 % and some hundred kilobytes.  Pages of code that are
-    touched for the first time count too, so a short call is repeated and the least growth
-    taken.  None where the system offers neither.
+    touched for the first time count too, so the run is repeated, a long one once, and the
+    least growth taken.  None where the system offers neither.
     """
     count = _cuda_growth if device.type == "cuda" else _resident_growth
     start = time.perf_counter()
     growths: list[int | None] = []
-    while len(growths) < _MEMORY_RUNS and (not growths or time.perf_counter() - start < 1.0):
+    while len(growths) < 2 or (len(growths) < _MEMORY_RUNS and time.perf_counter() - start < 1.0):
         growths.append(count(run, device))
     found = [growth for growth in growths if growth is not None]
     return min(found) if found else None

@@ -15,6 +15,8 @@ from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
 from foveal.caches.view import Columns, View
 
+_PIECE = 256  # tokens of a prompt that come to the device at a time, at least
+
 
 class Offloaded(Cache):
     """The newest `recent` tokens stay on the device; older ones live in pages on the host.
@@ -22,13 +24,15 @@ class Offloaded(Cache):
     `select` names the old pages that the next decodes read, per sequence or per key head; those that are
     not on the device yet are copied there, in place of the ones that were not named for longest.
     `prefetch` does the copying beside whatever else the device does.  `host_keys` are the old keys,
-    for selectors that summarise them.
+    for selectors that summarise them.  `fetched` counts the pages that the last call copied to the device,
+    `fetched_bytes` and `stored_bytes` all bytes that ever went there and to the host.
     Options: max_tokens of a sequence on the host; slots, pages per sequence and head on the device;
-    page_size tokens; recent tokens, at least.
-    Limits: `keep` is refused: what is not selected is not read, and nothing is dropped.
+    page_size tokens; recent tokens, at least; biased keeps a logarithmic weight per key.
+    Limits: `keep` is refused: what is not selected is not read, and nothing is dropped.  A write that
+    fails on the way has stored a first part of a long prompt, which `host_seen` counts.
     Equals: with all pages selected, `Paged`.
-    Paper: RetrievalAttention (2409.10516), LouisKV (2510.11292), NOSA (2510.13602): their tier, not
-    their choice of pages.
+    Paper: RetrievalAttention (2409.10516), LouisKV (2510.11292), NOSA (2510.13602): their tier;
+    `compose.RetrievalCache`, `compose.LouisCache` and `compose.NosaCache` choose the pages.
     """
 
     def __init__(
@@ -39,26 +43,30 @@ class Offloaded(Cache):
         slots: int,
         page_size: int = 64,
         recent: int = 256,
+        biased: bool = False,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("slots", slots), ("page_size", page_size)):
             if isinstance(value, bool) or value < 1:
                 raise CacheError(name, value, "an integer of at least 1 is needed")
+        if isinstance(recent, bool) or recent < 0:
+            raise CacheError("recent", recent, "an integer of at least 0 is needed")
         self.shape, self.page_size, self.slots, self.recent = shape, page_size, slots, recent
         self._most = -(-max_tokens // page_size)
         device = torch.device(shape.device)
         pinned = device.type == "cuda"
-        room = -(-(recent + 2 * page_size) // page_size) + 1
-        self.near = Paged(shape, pages=shape.batch * room, page_size=page_size)
-        self._room = recent + 2 * page_size
+        self._room = recent + max(2 * page_size, _PIECE)
+        room = -(-self._room // page_size) + 1
+        self.near = Paged(shape, pages=shape.batch * room, page_size=page_size, biased=biased)
         size = (shape.batch, shape.kv_heads, self._most, page_size)
-        self.host_keys, self.host_values = (
-            torch.zeros(*size, dim, dtype=shape.dtype, pin_memory=pinned)
-            for dim in (shape.head_dim, shape.values)
-        )
+        kinds = [(shape.head_dim, shape.dtype), (shape.values, shape.dtype)]
+        kinds += [(1, torch.float32)] * biased
+        self._host = [
+            torch.zeros(*size, dim, dtype=dtype, pin_memory=pinned) for dim, dtype in kinds
+        ]
         units = shape.batch * shape.kv_heads
         self._columns = [
-            torch.zeros(units * slots * page_size, dim, dtype=shape.dtype, device=device)
-            for dim in (shape.head_dim, shape.values)
+            torch.zeros(units * slots * page_size, dim, dtype=dtype, device=device)
+            for dim, dtype in kinds
         ]
         self._positions = torch.zeros(units * slots * page_size, dtype=torch.int32, device=device)
         self._table = torch.zeros(
@@ -70,7 +78,18 @@ class Offloaded(Cache):
         # For every sequence and head: page on the host -> slot, the one named last at the end.
         self._there: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(units)]
         self._side = torch.cuda.Stream(device) if pinned else None
-        self.fetched = 0
+        self._page_bytes = page_size * sum(dim * dtype.itemsize for dim, dtype in kinds)
+        self.fetched = self.fetched_bytes = self.stored_bytes = 0
+
+    @property
+    def host_keys(self) -> Tensor:
+        """[batch, kv_heads, pages, page_size, head_dim]: old keys; nothing behind `host_pages`."""
+        return self._host[0]
+
+    @property
+    def host_values(self) -> Tensor:
+        """[batch, kv_heads, pages, page_size, value_dim]: old values."""
+        return self._host[1]
 
     @property
     def lengths(self) -> Tensor:
@@ -105,8 +124,10 @@ class Offloaded(Cache):
         bias: Tensor | None = None,
     ) -> None:
         check_append(self.shape, k, v, counts, bias)
-        if bias is not None or last:
-            raise CacheError("bias or last", "given", "plain rows are needed on the host")
+        if last:
+            raise CacheError("last", last, "the first rows are stored: roll those that are padded")
+        if bias is not None and len(self._host) == 2:
+            raise CacheError("bias", "a tensor", "a cache built with biased=True is needed")
         given = [k.shape[1]] * self.shape.batch if counts is None else list(counts)
         for b, n in enumerate(given):
             old = self._old(self.near.host_lengths[b][0] + n)
@@ -117,7 +138,8 @@ class Offloaded(Cache):
             step = min(k.shape[1] - place, self._room - max(n for (n,) in self.near.host_lengths))
             rows = slice(place, place + step)
             part = [min(max(n - place, 0), step) for n in given]
-            self.near.append(k[:, rows], v[:, rows], counts=part)
+            own = None if bias is None else bias[:, rows]
+            self.near.append(k[:, rows], v[:, rows], counts=part, bias=own)
             place += step
             self._move()
 
@@ -131,12 +153,24 @@ class Offloaded(Cache):
         if not any(moved):
             return
         size = self.page_size
-        for held, rows in zip((self.host_keys, self.host_values), self.near.dense(), strict=True):
+        for held, rows in zip(self._host, self._near_rows(), strict=True):
             for b, n in enumerate(moved):
-                pages = rows[b, : n * size].unflatten(0, (n, size)).permute(2, 0, 1, 3)
+                pages = rows[b, :, : n * size].unflatten(1, (n, size))
                 held[b, :, self._pages[b] : self._pages[b] + n].copy_(pages)
         self._pages = [had + n for had, n in zip(self._pages, moved, strict=True)]
+        self.stored_bytes += sum(moved) * self.shape.kv_heads * self._page_bytes
         self.near.drop_first([[n * size] for n in moved])
+
+    def _near_rows(self) -> list[Tensor]:
+        """Keys, values and weights of the new tokens, each [batch, kv_heads, L, width]."""
+        rows = [x.transpose(1, 2) for x in self.near.dense()]
+        view = self.near.view()
+        if view.bias is None:
+            return rows
+        tokens = torch.arange(rows[0].shape[2], device=self._table.device)
+        inside = tokens < view.lengths[..., None]
+        slots = torch.where(inside, view.slots(tokens[None, None]), 0)
+        return [*rows, view.bias[slots][..., None]]
 
     def select(self, pages: Tensor) -> None:
         """The old pages that decodes read from now on.
@@ -221,6 +255,7 @@ class Offloaded(Cache):
                 source.append((*divmod(unit, self.shape.kv_heads), page))
                 target.append(unit * self.slots + slot)
         self.fetched = len(source)
+        self.fetched_bytes += len(source) * self._page_bytes
         if not source:
             return
         if self._side is None:
@@ -234,7 +269,7 @@ class Offloaded(Cache):
         b, h, page = torch.tensor(source).T
         device = self._table.device
         slots = torch.tensor(target).to(device, non_blocking=True)
-        for held, column in zip((self.host_keys, self.host_values), self._columns, strict=True):
+        for held, column in zip(self._host, self._columns, strict=True):
             rows = held[b, h, page]
             rows = rows.pin_memory() if self._side is not None else rows
             pages = column.view(-1, self.page_size, column.shape[1])
@@ -264,7 +299,7 @@ class Offloaded(Cache):
         """All tokens, those on the host too."""
         device = self._table.device
         found = []
-        for held, near in zip((self.host_keys, self.host_values), self.near.dense(), strict=True):
+        for held, near in zip(self._host, self.near.dense(), strict=False):
             rows = []
             for b, n in enumerate(self._pages):
                 old = held[b, :, :n].flatten(1, 2).transpose(0, 1).to(device)
@@ -278,8 +313,7 @@ class Offloaded(Cache):
 
     def host_bytes(self) -> int:
         """Bytes of the pages in use on the host."""
-        row = (self.shape.head_dim + self.shape.values) * self.shape.dtype.itemsize
-        return sum(self._pages) * self.shape.kv_heads * self.page_size * row
+        return sum(self._pages) * self.shape.kv_heads * self._page_bytes
 
     def capacity_bytes(self) -> int:
         """Bytes taken from the device."""
@@ -303,6 +337,7 @@ class Offloaded(Cache):
             keys=Columns(codecs[0], (self._columns[0],)),
             values=Columns(codecs[1], (self._columns[1],)),
             value_dim=self.shape.values,
+            bias=self._columns[2].view(-1) if len(self._columns) > 2 else None,
             positions=self._positions,
             after=self.near.lengths[:, 0],
         )

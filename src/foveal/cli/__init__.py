@@ -17,7 +17,11 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns its exit status: 0, 1 (a gate is red) or 2 (bad usage)."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser().print_help(sys.stderr)
+        return 2
+    args = parser().parse_args(words)
     try:
         status: int = args.run(args)
         sys.stdout.flush()

@@ -21,6 +21,7 @@ from foveal.cli.tune import budget
 if TYPE_CHECKING:
     from foveal.search.archive import Archive
     from foveal.search.controller import Search, State
+    from foveal.search.prior import Known
     from foveal.search.task import Task
 
 
@@ -90,6 +91,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--external", metavar="COMMAND", help="a command that edits program.py")
     parser.add_argument(
+        "--known",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="the archive of a search of another kernel with the same parameters: begin where it was fast",
+    )
+    parser.add_argument(
         "--lessons", metavar="FILE", help="begin with what helped in other searches"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -117,8 +125,10 @@ def run(args: argparse.Namespace) -> int:
                 _finish(args, archive, task)
             return 0
         with Archive(path) as archive:
-            _search(args, nursery, task, archive)
+            exhausted = _search(args, nursery, task, archive)
             _finish(args, archive, task)
+            if exhausted and not args.json:
+                print(_exhausted(args, task))
     return 0
 
 
@@ -129,12 +139,17 @@ def _task(args: argparse.Namespace, nursery: Any) -> Task:
 
     if args.task in TEMPLATES:
         return template_task(args.task, args.device, args.threads, tuple(args.compile_for))
+    if not Path(args.task).exists():
+        raise TaskError(
+            f"TASK: got {args.task!r}, which is neither a file nor a template: {', '.join(TEMPLATES)}"
+        )
     if args.compile_for:
         raise TaskError("compile-for: only templates are compiled for devices that are not here")
     return read_task(args.task, nursery, dict(args.set), args.device, args.threads)
 
 
-def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive) -> None:
+def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive) -> bool:
+    """Searches; whether it ended because no operator had another idea."""
     from foveal.bench.record import environment
     from foveal.search import knowledge
     from foveal.search.controller import Search
@@ -170,23 +185,55 @@ def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive
             for _ in range(args.workers - 1):
                 other = stack.enter_context(Judge(task, nursery, seconds=args.patience))
                 evaluators.append(JudgedEvaluator(task, other, exclusive=exclusive))
-        search = Search(task, archive, evaluators, chosen, args.seed)
+        known = _known(args, task)
+        search = Search(task, archive, evaluators, chosen, args.seed, known=known)
         facts = environment(_device(args.device))
         archive.keep("environment", {k: v for k, v in facts.items() if k != "ceilings"})
         if args.lessons and not archive.lessons():
             knowledge.read(archive, args.lessons, task.device)
         start = time.monotonic()
+        doing = ""
 
         def show(state: State) -> None:
-            share = min((time.monotonic() - start) / args.budget, 1.0)
-            progress(
-                f"{state.speedup:.3f}x, {state.accepted} accepted, {state.cells} niches, "
-                f"{state.judged} judged: {state.doing}",
-                share,
+            nonlocal doing
+            doing = (
+                f"{state.speedup:.2f}x, {state.accepted} of {state.judged} accepted: {state.doing}"
             )
+            step()
 
+        def step(text: str = "") -> None:
+            share = (time.monotonic() - start) / args.budget
+            last = "; the budget is spent, this is the last" if share > 1 else ""
+            progress(f"{doing}{text and ', '}{text}{last}", min(share, 1.0))
+
+        for each in evaluators:
+            if isinstance(each, JudgedEvaluator):
+                each.watch = step
         with _interruptible(search):
             search.run(args.budget, show)
+        return search.exhausted
+
+
+def _exhausted(args: argparse.Namespace, task: Task) -> str:
+    """Why a search ended before its time."""
+    own = "all its parameters were tried" if task.space.params else "it has no parameters (SPACE)"
+    if args.strategy in ("full", "autokernel"):
+        own += ", and no rewrite of the library applies to its text"
+    return (
+        f"ended before its time, for no operator had another idea: {own}. A language model (--model-url) or "
+        f"a command (--external) may go on."
+    )
+
+
+def _known(args: argparse.Namespace, task: Task) -> list[Known]:
+    """What was found on kindred kernels: in archives that are named, and with the template on a GPU."""
+    from foveal.search.library import TEMPLATES
+    from foveal.search.prior import of_archive
+
+    found = [of_archive(path, task.space) for path in args.known]
+    if args.task in TEMPLATES and task.device != "cpu":
+        found += TEMPLATES[args.task].known()
+    return found
 
 
 def _note_all(archive: Archive, lost: list[str]) -> None:
@@ -235,6 +282,10 @@ def _finish(args: argparse.Namespace, archive: Archive, task: Task) -> None:
     ]
     print(table(("accepted", "times the reference", "gain", "what it is"), rows))
     print()
+    if len(rows) < 2:
+        lost = [c["reason"] for c in archive.challenges() if c["kind"] != "elite"]
+        last = f"; the last comparison: {lost[-1]}" if lost else ""
+        print(f"nothing was faster than the start{last}\n")
     for name, value in _facts(archive, task)["counts"].items():
         print(field(name, str(value), 12))
     print(field("archive", str(archive.path), 12))

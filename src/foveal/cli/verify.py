@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveal.cli._arguments import option
@@ -26,10 +27,15 @@ def add_parser(subparsers: Any) -> None:
         "full of NaN, and times it on a clock that it cannot reach. It runs in a process without network, "
         "files of yours, or a way to start others; nothing of it runs in this one.",
         epilog="FILE defines reference and SHAPES, and candidate; or Model, get_inputs and ModelNew. Where "
-        "it defines the candidate only, --task names the file with the rest. Exit status: 0 the candidate "
+        "it defines the candidate only, --task names the file with the rest. Instead of FILE a change of the "
+        "shipped tile sizes may be named, such as 'sm_90/backward_kv/64/half/causal=128x64 warps 4 stages "
+        "2': the kernel is compiled for that class of devices, and results with these sizes are compared "
+        "with float64 on problems of that pattern (without one, of all). Exit status: 0 the candidate "
         "passes; 1 it does not; 2 bad usage, or a task that a do-nothing kernel would pass.",
     )
-    parser.add_argument("file", metavar="FILE", help="a Python file with the candidate")
+    parser.add_argument(
+        "file", metavar="FILE", help="a Python file with the candidate, or a change of tile sizes"
+    )
     parser.add_argument("--task", metavar="FILE", help="the file with the reference")
     parser.add_argument("--entry", metavar="NAME", help="candidate (default) or ModelNew")
     parser.add_argument(
@@ -53,6 +59,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
+    if "=" in args.file and not Path(args.file).exists():
+        return _change(args)
     from foveal._errors import TaskError
     from foveal.search.isolate.process import Nursery
     from foveal.search.task import read_candidate, read_task
@@ -85,6 +93,49 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(task.name, verdict, len(tried))
     return 0 if verdict.ok else 1
+
+
+def _change(args: argparse.Namespace) -> int:
+    """Verifies a change of the tables of tile sizes."""
+    import torch
+
+    from foveal.search.verify.sizes import check_change, check_compiled
+    from foveal.tuning import tile
+    from foveal.tuning.proposal import Change
+    from foveal.tuning.tables import FLOAT32
+
+    change = Change.parse(args.file)
+    dtype = torch.float32 if change.kind == FLOAT32 else torch.bfloat16
+    kept = tile.shipped(change.stage, change.architecture, change.size, dtype, change.pattern)
+    with Progress("verify") as progress:
+        progress(f"compiling for {change.architecture}", 0.0)
+        found = [check_compiled(change)]
+        if not found[0].wrong:
+            found += check_change(change, args.device, progress)
+    ok = all(not each.wrong for each in found)
+    if args.json:
+        report = {
+            "ok": ok,
+            "change": str(change),
+            "shipped": str(kept),
+            "findings": [dataclasses.asdict(each) for each in found],
+        }
+        print(json.dumps(report, indent=2))
+        return 0 if ok else 1
+    rows = [
+        (each.pattern, "FAILED" if each.wrong else "passed", f"{each.seconds:.1f} s", each.problem)
+        for each in found
+    ]
+    print(table(("what", "", "took", "problem"), rows))
+    print()
+    print(field("change", str(change)))
+    print(field("shipped", str(kept)))
+    where = "Triton's interpreter" if args.device == "cpu" else f"{args.device}, compiled"
+    print(field("ran in", f"{where}: output, lse and gradients beside float64"))
+    for each in found:
+        if each.wrong:
+            print(f"{each.problem}: {each.wrong}", file=sys.stderr)
+    return 0 if ok else 1
 
 
 def _print(name: str, verdict: Verdict, tried: int) -> None:

@@ -17,6 +17,7 @@ from foveal.engines.decode.problem import describe_decode, describe_terms
 from foveal.patterns.base import Pattern
 from foveal.patterns.blocks import BlockSelection
 from foveal.patterns.dense import Dense
+from foveal.scores.base import Score
 from foveal.scores.softmax import Softmax
 
 
@@ -87,7 +88,7 @@ def decode_view(
     q: Tensor,
     view: View,
     shape: KVShape,
-    score: Softmax,
+    score: Score,
     pattern: Pattern,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:

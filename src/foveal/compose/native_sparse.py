@@ -11,10 +11,11 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
+from foveal._kept import kept
 from foveal.engines.tile.listed_tokens import attend_lists
 from foveal.engines.tile.select import Choice, select
 from foveal.engines.tile.windows import Windows, windows
-from foveal.patterns.base import Pattern, kept
+from foveal.patterns.base import Pattern
 from foveal.patterns.blocks import Blocks, BlockSelection
 from foveal.patterns.dense import Causal
 from foveal.patterns.rows import Rows

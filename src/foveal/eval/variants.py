@@ -74,4 +74,5 @@ def _known(name: str) -> None:
     try:
         system(name)
     except UnknownNameError as error:
-        raise UnknownNameError("variant", name, (*POLICIES, *error.known)) from None
+        known = tuple(dict.fromkeys((*POLICIES, *error.known)))
+        raise UnknownNameError("variant", name, known) from None

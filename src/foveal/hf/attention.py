@@ -39,7 +39,7 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     score: Score = Softmax(scale=scaling, soft_cap=softcap, sink=s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    call = LayerCall(q, k, v, _own_pattern(bool(causal), sliding_window), score)
+    call = LayerCall(q, k, v, _own_pattern(module, bool(causal), sliding_window), score)
     if attention_mask is not None and attention_mask.dim() == 4:
         call = replace(call, pattern=Dense(), score=score + Bias(_additive(attention_mask, k)))
     elif attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -68,10 +68,14 @@ def _refuse(dropout: float, options: dict[str, Any]) -> None:
         raise RefusedError(NAME, reason)
 
 
-def _own_pattern(causal: bool, window: int | None) -> Pattern:
+def _own_pattern(module: Any, causal: bool, window: int | None) -> Pattern:
     if window is None:
         return Causal() if causal else Dense()
-    return Sliding(window - 1) if causal else Sliding(window, window)
+    if causal:
+        return Sliding(window - 1)
+    # Masks of both ways are made from the configuration; some layers hold one more than it says.
+    window = getattr(getattr(module, "config", None), "sliding_window", window)
+    return Sliding(window, window)
 
 
 def _additive(mask: Tensor, k: Tensor) -> Tensor:

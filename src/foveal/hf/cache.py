@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from foveal._errors import CacheError
-from foveal.caches.policies.base import Counts, Policy, Reading, Vote
+from foveal.caches.policies.base import Counts, Decision, Policy, Reading, Vote
 from foveal.caches.policies.held import Held
 from foveal.hf.layer_call import LayerCall, solve
 from foveal.hf.selected import Selected
+from foveal.patterns import Causal
 from foveal.scores import Softmax
 
 
@@ -21,7 +22,8 @@ from foveal.scores import Softmax
 class Session:
     """One cache of one model under one policy: what its layers share.
 
-    before: tokens seen when a call began that has not ended.
+    before: tokens seen when a call began that has not ended; undo: what the layers in which the policy
+    acted since held then.
     """
 
     policy: Policy
@@ -30,6 +32,27 @@ class Session:
     votes: dict[int, Vote] = field(default_factory=dict)
     tokens: Tensor | None = None
     before: int | None = None
+    undo: dict[int, Held] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """A call of the model begins."""
+        self.before = self.seen()
+
+    def end(self, whole: bool) -> None:
+        """It has ended; one that failed on the way leaves nothing behind."""
+        before, self.before = self.before, None
+        undo, self.undo = self.undo, {}
+        if whole or before is None:
+            return
+        self.votes = {}
+        for index, layer in self.layers.items():
+            layer._unread = False
+            if index in undo or before == 0:
+                layer.held = undo[index] if before else Held()
+            else:
+                layer.held.crop(layer.held.seen - before)
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, :before]
 
     def seen(self) -> int:
         """Tokens that every layer has."""
@@ -52,7 +75,7 @@ class Session:
         """Takes the vote of one layer; acts when every layer that the policy compares has voted."""
         vote = self.policy.vote(reading)
         if self.policy.scope == "layer":
-            layer.held.settle(self.policy.settle([vote], layer.held.seen)[0])
+            self._settle(layer, self.policy.settle([vote], layer.held.seen)[0])
             return
         self.votes[layer.index] = vote
         if len(self.votes) < self.count:
@@ -62,7 +85,13 @@ class Session:
         self.votes = {}
         seen = self.layers[numbers[0]].held.seen
         for n, decision in zip(numbers, self.policy.settle(votes, seen), strict=True):
-            self.layers[n].held.settle(decision)
+            self._settle(self.layers[n], decision)
+
+    def _settle(self, layer: Any, decision: Decision) -> None:
+        held: Held = layer.held
+        if self.before and layer.index not in self.undo:
+            self.undo[layer.index] = held.earlier(held.seen - self.before)
+        held.settle(decision)
 
     def bytes(self) -> int:
         """Bytes that all layers under the policy hold."""
@@ -155,6 +184,12 @@ def attend_held(layer: Any, call: LayerCall, selected: Selected | None) -> Tenso
     if not isinstance(score, Softmax) or call.documents is not None:
         raise CacheError(
             "attention_mask", "a rule per pair", "a cache under a policy takes padding only"
+        )
+    if not isinstance(call.pattern, Causal):
+        raise CacheError(
+            "layers",
+            f"number {layer.index}, {call.pattern!r}",
+            "a policy needs layers that see all",
         )
     new = call.k.shape[1]
     real = None if call.padding is None else call.padding[:, -new:]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,63 +15,116 @@ from foveal.hf.cache import Session, layer_class
 
 
 def install(model: Any, policy: Policy, modules: Sequence[Any]) -> list[Any]:
-    """Hooks on a model and on the attention layers under the policy; `remove` of each undoes them."""
+    """What stands around a model and the attention layers under the policy; `remove` of each undoes it."""
     call = _Call()
-
-    def begins(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        call.tokens = ids if isinstance(ids, torch.Tensor) else None
-        call.session, call.running = None, True
-        session = getattr(kwargs.get("past_key_values"), "_foveal_session", None)
-        if session is not None and session.before is not None:
-            _back(session, session.before)  # an interrupted call left something behind
-
-    def ends(module: Any, args: tuple[Any, ...], answer: Any) -> None:
-        if call.session is not None:
-            call.session.before = None
-        call.running = False
-
-    def attends(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            return
-        if not hasattr(cache, "_foveal_session"):
-            cache._foveal_session = Session(policy, len(modules))
-        session: Session = cache._foveal_session
-        if call.session is not session:
-            call.enter(session)
-        if module.layer_idx not in session.layers:
-            _replace(cache, module.layer_idx, session)
-        module._foveal_layer = cache.layers[module.layer_idx]
-
-    hooks = [model.register_forward_pre_hook(begins, with_kwargs=True)]
-    hooks += [model.register_forward_hook(ends)]
-    hooks += [m.register_forward_pre_hook(attends, with_kwargs=True) for m in modules]
-    return hooks
+    attends = _Attends(call, policy, len(modules))
+    hooks: list[Any] = [_Forward(model, call)]
+    return hooks + [m.register_forward_pre_hook(attends, with_kwargs=True) for m in modules]
 
 
 @dataclass
 class _Call:
-    """What one call of the model is reading, and into which session."""
+    """What one call of the model is reading, and into which session.
+
+    undo: takes back what the call left in layers that no policy rules.
+    """
 
     tokens: torch.Tensor | None = None
     session: Session | None = None
     running: bool = False
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def begin(self, tokens: Any, cache: Any) -> None:
+        """A call of the model on these tokens, into this cache."""
+        self.tokens = tokens if isinstance(tokens, torch.Tensor) else None
+        self.session, self.running = None, True
+        layers = list(getattr(cache, "layers", ()))
+        self.undo = [undo for layer in layers if (undo := _undo(layer)) is not None]
+        if cache is not None:
+            self.undo.append(lambda: _empty(cache, len(layers)))
 
     def enter(self, session: Session) -> None:
         """The first layer of a call reads into a session."""
         self.session = session
-        session.before = session.seen() if self.running else None
+        if self.running:
+            session.begin()
         old, new = session.tokens, self.tokens
         if new is not None:
             fits = old is not None and len(old) == len(new)
             session.tokens = torch.cat([old, new], dim=1) if fits and old is not None else new
 
+    def end(self, whole: bool) -> None:
+        """The call has come to its end, or failed on the way and leaves nothing behind."""
+        if self.session is not None:
+            self.session.end(whole)
+        for undo in () if whole else self.undo:
+            undo()
+        self.session, self.running, self.tokens, self.undo = None, False, None, []
+
+
+class _Forward:
+    """Stands in the place of the forward of a model; a copy of the model has one of its own."""
+
+    def __init__(self, model: Any, call: _Call) -> None:
+        self.model, self.call, self.own = model, call, vars(model).get("forward")
+        self.__signature__ = inspect.signature(model.forward)
+        model.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.own or type(self.model).forward.__get__(self.model)
+        given = self.__signature__.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        self.call.begin(given.get("input_ids"), given.get("past_key_values"))
+        whole = False
+        try:
+            answer = inner(*args, **kwargs)
+            whole = True
+        finally:
+            self.call.end(whole)
+        return answer
+
+    def remove(self) -> None:
+        """Gives the model its own forward back."""
+        del self.model.forward
+        if self.own is not None:
+            self.model.forward = self.own
+
+
+@dataclass
+class _Attends:
+    """Runs before an attention layer under the policy: its cache is ruled from now on."""
+
+    call: _Call
+    policy: Policy
+    count: int
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        module.__dict__.pop("_foveal_layer", None)  # of a call that failed before it attended
+        if cache is None:
+            return
+        if not hasattr(cache, "_foveal_session"):
+            cache._foveal_session = Session(self.policy, self.count)
+        session: Session = cache._foveal_session
+        if self.call.session is not session:
+            self.call.enter(session)
+        if module.layer_idx not in session.layers:
+            _replace(cache, module.layer_idx, session)
+        module._foveal_layer = cache.layers[module.layer_idx]
+
 
 def _replace(cache: Any, index: int, session: Session) -> None:
     """Our layer in the place of an empty one."""
+    from transformers.cache_utils import StaticLayer
+
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
+    if isinstance(cache.layers[index], StaticLayer):
+        raise CacheError(
+            "past_key_values",
+            "a static cache",
+            "a cache that grows is needed under a policy, which frees what it does not keep",
+        )
     if cache.layers[index].get_seq_length() > 0:
         raise CacheError(
             "past_key_values",
@@ -80,11 +134,41 @@ def _replace(cache: Any, index: int, session: Session) -> None:
     cache.layers[index] = session.layers[index] = layer_class()(session, index)
 
 
-def _back(session: Session, seen: int) -> None:
-    """The session as it was when it had seen `seen` tokens."""
-    for layer in session.layers.values():
-        layer._unread = False
-        layer.held.crop(layer.held.seen - seen)
-    session.votes, session.before = {}, None
-    if session.tokens is not None:
-        session.tokens = session.tokens[:, :seen]
+def _undo(layer: Any) -> Callable[[], None] | None:
+    """Takes back what comes into a layer of transformers from now on; None for ours.
+
+    Keys and values that only grow are cut again; everything else is small, or not written in place.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    if isinstance(layer, layer_class()):
+        return None
+    grows = getattr(type(layer), "update", None) is DynamicLayer.update
+    seen = int(layer.get_seq_length()) if grows else 0
+    cut = ("keys", "values") if seen else ()
+    held = {name: _kept(x) for name, x in vars(layer).items() if name not in cut}
+
+    def undo() -> None:
+        if seen and (more := int(layer.get_seq_length()) - seen):
+            DynamicLayer.crop(layer, -more)
+        vars(layer).update(held)
+
+    return undo
+
+
+def _kept(x: Any) -> Any:
+    """What is written in place, counts and the states of linear attention, as it is now."""
+    if isinstance(x, torch.Tensor):
+        return x if x.dim() else x.clone()
+    members = list(x.values()) if isinstance(x, dict) else x
+    if not isinstance(members, list):
+        return x
+    states = [y.clone() if isinstance(y, torch.Tensor) else y for y in members]
+    return dict(zip(x, states, strict=True)) if isinstance(x, dict) else states
+
+
+def _empty(cache: Any, first: int) -> None:
+    """Empties the layers of transformers that a cache did not have before."""
+    for layer in getattr(cache, "layers", ())[first:]:
+        if not isinstance(layer, layer_class()):
+            layer.reset()

@@ -56,10 +56,12 @@ _CAUSAL: dict[str, Reads] = {
     "minference": "a whole",
     "pbs_attention": "a whole",
     "pyramid_sparse": "a whole",
+    "retrieval_attention": "steps",
     "sale": "pieces",
     "squeezed_attention": "pieces",
     "xattention": "pieces",
 }
+_STORES = {"lean_attention", "dist_attention", "vattention", "eigen_attention", "matryoshka_kv"}
 _BIDIRECTIONAL: dict[str, Reads] = {
     "monarch_rt": "a whole",
     "pyramid_sparse": "a whole",
@@ -94,6 +96,14 @@ def _reason(entry: System, causal: bool) -> str:
     if name in (_BIDIRECTIONAL if causal else _CAUSAL):
         seen = ("both ways", "only back") if causal else ("only back", "both ways")
         return f"{name} looks {seen[0]}, and this model {seen[1]}"
+    if name in _STORES:
+        return (
+            f"{name} is a way to hold and read keys: fv.decode with a cache of foveal.caches has it"
+        )
+    if name == "louis_kv":
+        return (
+            "louis_kv compares queries of different calls: foveal.compose.LouisCache remembers them"
+        )
     if name == "spatten":
         return "spatten hands what it pruned to the next layer, and layers do not meet here"
     if entry.family == "sparse":

@@ -63,10 +63,16 @@ def use(
     policy = _policy(cache, budget, options)
     chosen = chosen_layers(model, layers)
     causal = all(module.is_causal for module in chosen)
+    if policy is not None and (reason := _without_a_cache(model, causal)):
+        raise RefusedError(NAME, reason)
     selected = _selected(attention, causal, {} if policy is not None else options)
     if (policy or (selected and selected.operator)) and (sliding := _first_sliding(chosen)):
         what = "a policy" if policy else f"{attention}"
         raise RefusedError(NAME, f"layer {sliding[0]} has a sliding window; {what} needs all keys")
+    if not chosen and (policy or selected):
+        raise RefusedError(
+            NAME, f"layers={layers!r} names none: there is a sliding window in every layer"
+        )
     register()
     if not model._can_set_attn_implementation():
         reason = f"{type(model).__name__} does not ask transformers for its attention function"
@@ -123,8 +129,14 @@ def chosen_layers(model: Any, layers: Layers) -> list[Any]:
 
 
 def slides(module: Any) -> bool:
-    """Whether a layer sees the keys of a window only."""
-    return getattr(module, "sliding_window", None) is not None
+    """Whether a layer sees the keys of a window only; some say so in their configuration alone."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window is not None
+    config = getattr(module, "config", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is not None and index is not None:
+        return bool(kinds[index] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None
 
 
 def _names(config: Any) -> list[tuple[Any, str]]:
@@ -135,6 +147,13 @@ def _names(config: Any) -> list[tuple[Any, str]]:
         if inner is not None:
             found += _names(inner)
     return found
+
+
+def _without_a_cache(model: Any, causal: bool) -> str | None:
+    """Why there is no one cache of a model that a policy could rule."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder and a decoder keep two caches, and a policy rules one"
+    return None if causal else "the model looks both ways and keeps no cache for a policy"
 
 
 def _first_sliding(modules: list[Any]) -> list[int]:

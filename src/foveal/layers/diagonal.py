@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import PatternError, ShapeError
+from foveal._kept import kept
 from foveal.patterns import Pattern, Rows
-from foveal.patterns.base import kept
 from foveal.patterns.strided import Triangular
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import PatternError
+from foveal._kept import kept
 from foveal.layers.heads import MultiHead
 from foveal.patterns import Blocks, BlockSelection, Causal, Pattern
-from foveal.patterns.base import kept
 
 
 def head_shards(

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import PatternError
+from foveal._kept import kept
 from foveal._problem import Problem
 from foveal.compose.weighted import EXTRA_COLUMNS, attend_weighted
 from foveal.engines.tile import hopper
 from foveal.layers.heads import MultiHead
 from foveal.patterns import Dense, Pattern, Sphere
-from foveal.patterns.base import Extent, kept
+from foveal.patterns.base import Extent
 from foveal.patterns.sphere import Latitudes
 from foveal.scores import KeyBias, Score, Softmax
 from foveal.scores.normal import NormalForm

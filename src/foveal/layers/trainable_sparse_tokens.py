@@ -256,10 +256,22 @@ class EvictionRouter(nn.Module):
     Shapes: forward(k before rotary positions [B, L, Hkv, D], v [B, L, Hkv, Dv]) gives scores [B, L, Hkv].
     Each has width 3 and sees one token ahead, so that the score of a token is known 3 tokens later;
     channels halve from one to the next.  The last bias is 0.5, so that training starts with all kept.
+    Options: score, what becomes of the last number z: "relu" max(z, 0), so that a token which is dropped
+    teaches nothing, or "sigmoid" sigmoid(z) - 1/2; both are above 0 where z is.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, value_dim: int) -> None:
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        score: Literal["relu", "sigmoid"] = "relu",
+    ) -> None:
         super().__init__()
+        if score not in ("relu", "sigmoid"):
+            raise SelectionError("score", score, '"relu" or "sigmoid" is needed')
+        self.score = score
         width = head_dim + value_dim
         if width % 4:
             raise ShapeError("head_dim", head_dim, "head_dim + value_dim divisible by 4 is needed")
@@ -278,7 +290,8 @@ class EvictionRouter(nn.Module):
         x = torch.cat([k, v], dim=-1).flatten(2).transpose(1, 2)
         for number, step in enumerate(self.steps):
             x = step(x if number == 0 else torch.nn.functional.silu(x))
-        return x.transpose(1, 2)
+        z = x.transpose(1, 2)
+        return torch.relu(z) if self.score == "relu" else torch.sigmoid(z) - 0.5
 
 
 def monarch_attention(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,24 +15,6 @@ if TYPE_CHECKING:
     from foveal.patterns.combine import Intersection, Union
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def kept(maxsize: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Keeps results for arguments seen before; tensors among them serve training even when first made
-    under torch.inference_mode."""
-
-    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        @functools.lru_cache(maxsize=maxsize)
-        @functools.wraps(function)
-        def outside(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            with torch.inference_mode(False):
-                return function(*args, **kwargs)
-
-        return outside  # type: ignore[return-value]
-
-    return decorate
 
 
 @dataclass(frozen=True)
@@ -313,11 +293,15 @@ class Pattern:
         return self.allows(extent.q_positions()[:, None], extent.k_positions()[None], extent)
 
     def __and__(self, other: Pattern) -> Intersection:
+        if not isinstance(other, Pattern):
+            return NotImplemented
         from foveal.patterns.combine import Intersection
 
         return Intersection((self, other))
 
     def __or__(self, other: Pattern) -> Union:
+        if not isinstance(other, Pattern):
+            return NotImplemented
         from foveal.patterns.combine import Union
 
         return Union((self, other))
@@ -326,6 +310,12 @@ class Pattern:
 def per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
     """An integer means every axis."""
     return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def for_heads(x: Tensor, heads: int, axis: int) -> Tensor:
+    """Lists as `heads` query heads read them: one for all, or one per key head, shared by its group."""
+    own = x.shape[axis]
+    return x if own in (1, heads) else x.repeat_interleave(heads // own, dim=axis)
 
 
 def interval_reach(place: Tensor, lo: Tensor, hi: Tensor) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.patterns.base import FULL, PARTIAL, Extent, Part, Pattern, TokenBoxes, kept
+from foveal._kept import kept
+from foveal.patterns.base import FULL, PARTIAL, Extent, Part, Pattern, TokenBoxes
 
 # Tokens of a box: those of the tiles in which flat orders are walked.
 _VOLUME = 64

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._errors import SelectionError
-from foveal.patterns.base import FULL, Extent, Pattern
+from foveal.patterns.base import FULL, Extent, Pattern, for_heads
 
 
 def places(mask: Tensor) -> Tensor:
@@ -34,9 +35,11 @@ class BlockSelection:
     kv_block: int = 64
 
     def __post_init__(self) -> None:
+        need_tensors(indices=self.indices)
         for name in ("q_block", "kv_block"):
-            if getattr(self, name) < 1:
-                raise SelectionError(name, getattr(self, name), "at least 1 token is needed")
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise SelectionError(name, size, "an integer of at least 1 token is needed")
         if self.indices.dim() != 4 or self.indices.is_floating_point():
             raise SelectionError(
                 "indices", list(self.indices.shape), "integers [B, heads, q_blocks, n] are needed"
@@ -84,6 +87,10 @@ class Blocks(Pattern):
 
     selection: BlockSelection
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.selection, BlockSelection):
+            raise SelectionError("selection", type(self.selection), "a BlockSelection is needed")
+
     @property
     def key(self) -> str:
         shape = "x".join(str(size) for size in self.selection.indices.shape)
@@ -130,8 +137,9 @@ class Blocks(Pattern):
         rows = mask[:, :, (q_pos - (extent.Lk - extent.Lq)) // self.selection.q_block]
         columns = (k_pos // self.selection.kv_block)[:, :, None, :]
         batch, heads = (max(rows.shape[axis], columns.shape[axis]) for axis in (0, 1))
-        rows = rows.expand(batch, heads, -1, -1)
-        return rows.gather(-1, columns.expand(batch, heads, len(q_pos), -1))
+        rows = for_heads(rows, heads, 1).expand(batch, heads, -1, -1)
+        columns = for_heads(columns, heads, 1).expand(batch, heads, len(q_pos), -1)
+        return rows.gather(-1, columns)
 
     def tile_unit(self) -> tuple[int, int]:
         return self.selection.q_block, self.selection.kv_block

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveal.patterns.base import Bounds, Extent, Part, Pattern, TokenBoxes
+from foveal.patterns.base import Bounds, Extent, Part, Pattern, TokenBoxes, for_heads
 from foveal.patterns.blocked import blocked_parts
 from foveal.patterns.dense import Dense
 
@@ -87,11 +87,17 @@ class _Combination(Pattern):
 
 
 def _together(results: Iterable[Tensor]) -> list[Tensor]:
-    """What members answer, on one device: lists may lie on a GPU, and static patterns answer where they
-    are asked."""
+    """What members answer [..., heads, q, k], on one device and for the same heads.
+
+    Lists may lie on a GPU, and static patterns answer where they are asked; lists of one member may be
+    per key head and those of another per query head.
+    """
     found = list(results)
     device = next((x.device for x in found if x.device.type != "cpu"), None)
-    return found if device is None else [x.to(device) for x in found]
+    if device is not None:
+        found = [x.to(device) for x in found]
+    heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in found)
+    return [for_heads(x, heads, -3) if x.dim() > 2 else x for x in found]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -106,7 +112,7 @@ class Intersection(_Combination):
 
     def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows_listed(q_pos, k_pos, extent) for p in self.members)
-        return functools.reduce(torch.logical_and, visible)
+        return functools.reduce(torch.logical_and, _together(visible))
 
     def simplify(self, extent: Extent) -> Pattern:
         members = dict.fromkeys(p.simplify(extent) for p in self.flattened())
@@ -153,7 +159,7 @@ class Union(_Combination):
 
     def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         visible = (p.allows_listed(q_pos, k_pos, extent) for p in self.members)
-        return functools.reduce(torch.logical_or, visible)
+        return functools.reduce(torch.logical_or, _together(visible))
 
     def simplify(self, extent: Extent) -> Pattern:
         members = dict.fromkeys(p.simplify(extent) for p in self.flattened())

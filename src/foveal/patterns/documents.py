@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import PackingError, PatternError
+from foveal._kept import kept
 from foveal.patterns.base import Bounds, Extent, Part, Pattern
 from foveal.patterns.blocks import Blocks
 from foveal.patterns.combine import Intersection
@@ -92,7 +92,7 @@ class Packed(Pattern):
 
 
 # Asked for several times while a call is planned, and every batch is cut in another way.
-@functools.lru_cache(maxsize=4)
+@kept(4)
 def _bounds(packed: Packed, extent: Extent) -> Bounds | None:
     if not packed._documents():
         return Dense().bounds(extent)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._errors import SelectionError
-from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern
+from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern, for_heads
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -27,6 +28,7 @@ class Lifetimes(Pattern):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        need_tensors(ends=self.ends)
         ends = self.ends
         if ends.dim() != 3 or ends.is_floating_point() or ends.dtype == torch.bool:
             raise SelectionError("ends", list(ends.shape), "integers [B, heads, Lk] are needed")
@@ -67,8 +69,9 @@ class Lifetimes(Pattern):
 
     def allows_listed(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
         shape = [max(pair) for pair in zip(self.ends.shape[:2], k_pos.shape[:2], strict=True)]
-        places = k_pos.expand(*shape, -1)
-        ends = self.ends.to(k_pos.device).expand(*shape, -1).gather(-1, places)[:, :, None]
+        places = for_heads(k_pos, shape[1], 1).expand(*shape, -1)
+        ends = for_heads(self.ends.to(k_pos.device), shape[1], 1).expand(*shape, -1)
+        ends = ends.gather(-1, places)[:, :, None]
         places, query = places[:, :, None], q_pos[:, None]
         return (places <= query) & (query <= ends)
 

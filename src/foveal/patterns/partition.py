@@ -37,8 +37,11 @@ class Partition(Pattern):
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("shift", 0), ("before", 0), ("after", 0)):
-            values = per_axis(getattr(self, name), 1)
-            if any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in values):
+            given = getattr(self, name)
+            values = per_axis(given, 1) if isinstance(given, int | tuple) else (given,)
+            if not values or any(
+                isinstance(v, bool) or not isinstance(v, int) or v < least for v in values
+            ):
                 raise PatternError(
                     name, getattr(self, name), f"integers of at least {least} are needed"
                 )

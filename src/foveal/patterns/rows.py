@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._errors import PatternError
 from foveal.patterns.base import Bounds, Extent, Pattern
 
@@ -27,6 +28,7 @@ class Rows(Pattern):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        need_tensors(lower=self.lower, upper=self.upper)
         for name in ("lower", "upper"):
             ends = getattr(self, name)
             if ends.dim() != 1 or ends.is_floating_point() or len(ends) != len(self.lower):

@@ -44,8 +44,10 @@ class Scales(Pattern):
             raise PatternError("sees", repr(self.sees), "'own' or 'before' is needed")
         if self.window is not None and self.sees == "before":
             raise PatternError("window", self.window, "a window needs sees='own'")
-        if any(side < 1 for grid in self.each() for side in grid):
-            raise PatternError("grids", self.grids, "sides of at least 1 token are needed")
+        if not isinstance(self.grids, tuple) or not all(_is_grid(grid) for grid in self.grids):
+            raise PatternError("grids", self.grids, "a tuple of sides or grids >= 1 is needed")
+        if self.window is not None and not _is_grid(self.window):
+            raise PatternError("window", self.window, "integers of at least 1 are needed")
 
     @property
     def rank(self) -> int:
@@ -111,3 +113,9 @@ class Scales(Pattern):
         stop = sizes.cumsum(0)
         start = stop - sizes if self.sees == "own" else torch.zeros_like(stop)
         return start.repeat_interleave(sizes), stop.repeat_interleave(sizes)
+
+
+def _is_grid(sides: object) -> bool:
+    """Whether it is a side or a tuple of them, each at least 1."""
+    each = sides if isinstance(sides, tuple) and sides else (sides,)
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in each)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import SelectionError
-from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern
+from foveal.patterns.base import FULL, PARTIAL, Extent, Pattern, for_heads
 
 _TILE = 64
 
@@ -181,8 +181,8 @@ class Chosen(Pattern):
         rows = self.selection.rows(tile, extent.Lk)
         columns = k_pos[:, :, None, :]
         shape = [max(pair) for pair in zip(rows.shape[:2], columns.shape[:2], strict=True)]
-        rows = rows.expand(*shape, -1, -1)
-        return rows.gather(-1, columns.expand(*shape, len(q_pos), -1))
+        rows = for_heads(rows, shape[1], 1).expand(*shape, -1, -1)
+        return rows.gather(-1, for_heads(columns, shape[1], 1).expand(*shape, len(q_pos), -1))
 
     def tile_unit(self) -> tuple[int, int]:
         size = self.selection.queries_per_list

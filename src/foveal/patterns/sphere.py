@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite
 from foveal._errors import PatternError
-from foveal.patterns.base import Extent, Part, Pattern, TokenBoxes, kept
+from foveal._kept import kept
+from foveal.patterns.base import Extent, Part, Pattern, TokenBoxes
 from foveal.patterns.blocked import blocked_parts, joined, pieces
 from foveal.patterns.dense import Dense
 
@@ -59,7 +61,7 @@ class Sphere(Pattern):
     latitudes: Latitudes = "equiangular"
 
     def __post_init__(self) -> None:
-        if self.radius is not None and not 0 < self.radius < math.inf:
+        if self.radius is not None and not (finite(self.radius) and self.radius > 0):
             raise PatternError("radius", self.radius, "an angle above 0 is needed")
         if self.latitudes not in ("equiangular", "gauss-legendre"):
             raise PatternError(

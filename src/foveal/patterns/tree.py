@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._errors import PatternError
-from foveal.patterns.base import Extent, Part, Pattern, kept
+from foveal._kept import kept
+from foveal.patterns.base import Extent, Part, Pattern
 from foveal.patterns.blocked import Reordered
 
 # Tokens of the tiles by which an order is judged, and the share of tiles below which it pays its copies.
@@ -37,6 +39,7 @@ class Tree(Pattern):
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
+        need_tensors(groups=self.groups)
         if self.groups.dim() != 2 or self.groups.is_floating_point():
             raise PatternError("groups", list(self.groups.shape), "integers [levels, L] are needed")
         kept = self.groups.detach().to("cpu", torch.int64, copy=True).contiguous()

@@ -125,7 +125,7 @@ def log_scales(
     With F the running sum of log_decay, m_t - F_t is the running maximum of x_t - F_t.
     Shapes: log_decay, x and results [T, H], first [N, H].
     """
-    results, previous = [], []
+    results, previous = [x[:0]], [x[:0]]
     start = 0
     for number, length in enumerate(lengths):
         own = slice(start, start + length)

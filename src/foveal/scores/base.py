@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from foveal._arguments import finite, need_tensors
+from foveal._errors import ScoreError
 from foveal.patterns.base import Extent, Pattern
 
 F = TypeVar("F", bound="Form")
@@ -37,6 +39,8 @@ class Score:
     engine: ClassVar[str] = "tile"
 
     def __add__(self, other: Score) -> Composed:
+        if not isinstance(other, Score):
+            return NotImplemented
         return Composed((*_members(self), *_members(other)))
 
     @property
@@ -56,6 +60,12 @@ class Composed(Score):
         return " + ".join(member.key for member in self.members)
 
 
+def check_scale(scale: object) -> None:
+    """Raises ScoreError unless the scale is a finite number or left out."""
+    if scale is not None and not finite(scale):
+        raise ScoreError("scale", scale, "a finite number is needed; multiply q by a learned one")
+
+
 def _members(score: Score) -> tuple[Score, ...]:
     return score.members if isinstance(score, Composed) else (score,)
 
@@ -67,6 +77,9 @@ class Additive(Score):
 
     # What the errors call the parameter.
     argument: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        need_tensors(**{self.argument: self.parameter})
 
     @property
     def parameter(self) -> Tensor:

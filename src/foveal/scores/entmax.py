@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from foveal._arguments import finite
 from foveal._errors import ScoreError
-from foveal.scores.base import Additive, Geometry, Score
+from foveal.scores.base import Additive, Geometry, Score, check_scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +35,10 @@ class Entmax(Score):
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, Tensor) and not 1 < self.alpha <= 2:
+        number = isinstance(self.alpha, Tensor) or (finite(self.alpha) and 1 < self.alpha <= 2)
+        if not number:
             raise ScoreError("alpha", self.alpha, "a number in (1, 2] is needed")
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ScoreError("scale", self.scale, "a finite number is needed")
+        check_scale(self.scale)
 
     @property
     def key(self) -> str:

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite, need_tensors
 from foveal._errors import ScoreError
-from foveal.scores.base import Geometry, Score
+from foveal.scores.base import Geometry, Score, check_scale
 
 RidgeGrad = Literal["exact", "detached"]
 
@@ -45,7 +46,8 @@ class LocalLinear(Score):
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ridge, Tensor) and not 0 < self.ridge < math.inf:
+        number = isinstance(self.ridge, Tensor) or (finite(self.ridge) and self.ridge > 0)
+        if not number:
             raise ScoreError("ridge", self.ridge, "a finite number above 0 is needed")
         if self.max_iterations < 1:
             raise ScoreError("max_iterations", self.max_iterations, "at least 1 is needed")
@@ -53,7 +55,7 @@ class LocalLinear(Score):
             raise ScoreError("tolerance", self.tolerance, "a finite number of at least 0 is needed")
         if self.ridge_grad not in ("exact", "detached"):
             raise ScoreError("ridge_grad", self.ridge_grad, '"exact" or "detached" is needed')
-        _check_scale(self.scale)
+        check_scale(self.scale)
 
     @property
     def key(self) -> str:
@@ -88,7 +90,8 @@ class Parallax(Score):
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        _check_scale(self.scale)
+        need_tensors(r=self.r)
+        check_scale(self.scale)
 
     @property
     def key(self) -> str:
@@ -100,11 +103,6 @@ class Parallax(Score):
         shape = tuple(self.r.shape)
         if shape[:-1] != (geometry.batch, *grid, heads):
             raise ScoreError("r", list(shape), "the shape of q is needed")
-
-
-def _check_scale(scale: float | None) -> None:
-    if scale is not None and not math.isfinite(scale):
-        raise ScoreError("scale", scale, "a finite number is needed")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from foveal._arguments import finite, tensors_or_none
 from foveal._errors import ScoreError
-from foveal.scores.base import Geometry, Score
+from foveal.scores.base import Geometry, Score, check_scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,9 +26,9 @@ class Softmax(Score):
     sink: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise ScoreError("scale", self.scale, "a finite number is needed")
-        if self.soft_cap is not None and not (0 < self.soft_cap < math.inf):
+        check_scale(self.scale)
+        tensors_or_none(sink=self.sink)
+        if self.soft_cap is not None and not (finite(self.soft_cap) and self.soft_cap > 0):
             raise ScoreError("soft_cap", self.soft_cap, "a finite number above 0 is needed")
 
     @property

@@ -7,13 +7,15 @@ medians of a few rounds.  With
 
 an identical program succeeds with a probability of at most one half in every sample, whatever the noise looks
 like, for the two could be exchanged.  (Rounds of one pair would not do: where memory happens to lie
-makes a process faster for as long as it lives.)  After n = 20, 40, 80 samples the candidate wins if the
-successes are too many for a fair coin,
+makes a process faster for as long as it lives.)  After n samples the candidate wins if the successes are
+too many for a fair coin,
 
-    P(Binomial(n, 1/2) >= successes) <= error(n),     sum of the errors = 4e-4,
+    P(Binomial(n, 1/2) >= successes) <= error(n),
 
-loses if the median is not below ln(1 - margin), and is timed on otherwise; after 8 samples it may only
-lose.  A win is confirmed by a second test of the same kind, after judging it on fresh inputs.
+loses if the median is not below ln(1 - margin), and is timed on otherwise; after 8 samples it loses only
+where it is far behind.  A win takes two such tests: a challenge, which sifts with n = 8, 20, 40, 80 and
+errors that add up to 4.4e-3, and after judging the candidate on fresh inputs a confirmation on new
+samples, with n = 13, 20, 40, 80 and 4.3e-4.  An identical program wins both with at most 2e-6.
 
 How often that is wrong, and how often it finds a true gain: `foveal.search.simulate`.
 """
@@ -27,8 +29,11 @@ from dataclasses import dataclass
 
 WON, LOST, OPEN = "won", "lost", "open"
 
-LOOKS: tuple[tuple[int, float], ...] = ((8, 0.0), (20, 2e-4), (40, 1e-4), (80, 1e-4))
-"""Samples after which the test looks, and the error that it spends there."""
+Looks = tuple[tuple[int, float], ...]
+"""Samples after which a test looks, and the error that it spends there."""
+
+CHALLENGE: Looks = ((8, 4e-3), (20, 2e-4), (40, 1e-4), (80, 1e-4))
+CONFIRMATION: Looks = ((8, 0.0), (13, 1.3e-4), (20, 1e-4), (40, 1e-4), (80, 1e-4))
 
 MARGIN = 0.005
 """Share of time by which a candidate must be ahead for a sample to count."""
@@ -36,8 +41,9 @@ MARGIN = 0.005
 WORST = 0.02
 """Share of time that a candidate may lose at most on any timed case."""
 
+_EARLY = 8
 _HOPELESS = 2
-"""Successes of the first look with which a candidate is given up."""
+"""Successes of _EARLY samples with which a candidate is given up."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Decision:
 
 
 def decide(
-    samples: Mapping[str, Sequence[float]], weights: Mapping[str, float] | None = None
+    samples: Mapping[str, Sequence[float]],
+    weights: Mapping[str, float] | None = None,
+    looks: Looks = CONFIRMATION,
 ) -> Decision:
     """The decision on log ratios of all timed cases, `samples[case]` with one d_s per sample.
 
@@ -68,7 +76,7 @@ def decide(
         for s in range(count)
     ]
     gain = 1 - math.exp(statistics.median(joined)) if joined else 0.0
-    verdict = _look(joined)
+    verdict = _look(joined, looks)
     if verdict == WON:
         for case, values in samples.items():
             lost = math.exp(statistics.median(values)) - 1
@@ -77,20 +85,20 @@ def decide(
     return Decision(verdict, gain, count, _sentence(verdict, gain, count))
 
 
-def _look(joined: Sequence[float]) -> str:
+def _look(joined: Sequence[float], looks: Looks) -> str:
     """The verdict after the samples that there are."""
     ahead = math.log1p(-MARGIN)
-    for count, error in LOOKS:
+    for count, error in looks:
         if len(joined) < count:
             return OPEN
         part = joined[:count]
         successes = sum(d < ahead for d in part)
         if error and successes >= least_successes(count, error):
             return WON
-        if error == 0.0:
+        if count <= _EARLY:
             if successes <= _HOPELESS:
                 return LOST
-        elif statistics.median(part) > ahead or count == LOOKS[-1][0]:
+        elif statistics.median(part) > ahead or count == looks[-1][0]:
             return LOST
     return OPEN
 
@@ -105,9 +113,9 @@ def least_successes(count: int, error: float) -> int:
     return 0
 
 
-def samples_to_next_look(count: int) -> int:
+def samples_to_next_look(count: int, looks: Looks = CONFIRMATION) -> int:
     """Samples to add before the next look; 0 when there is none."""
-    return next((look - count for look, _ in LOOKS if look > count), 0)
+    return next((look - count for look, _ in looks if look > count), 0)
 
 
 def _sentence(verdict: str, gain: float, count: int) -> str:

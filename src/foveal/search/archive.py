@@ -186,21 +186,32 @@ class Archive:
         candidate = proposal.candidate
         if self.knows(candidate.id):
             return None
-        self._db.execute(
-            "INSERT INTO candidate VALUES (?,?,?,?,?,?,?,?,0,?)",
-            (
-                candidate.id,
-                self.count(),
-                json.dumps(dict(candidate.params)),
-                candidate.text,
-                proposal.operator,
-                json.dumps(proposal.parents),
-                proposal.note,
-                QUEUED,
-                time.time(),
-            ),
-        )
+
+        def write() -> None:
+            self._db.execute(
+                "INSERT INTO candidate VALUES (?,?,?,?,?,?,?,?,0,?)",
+                (
+                    candidate.id,
+                    self.count(),
+                    json.dumps(dict(candidate.params)),
+                    candidate.text,
+                    proposal.operator,
+                    json.dumps(proposal.parents),
+                    proposal.note,
+                    QUEUED,
+                    time.time(),
+                ),
+            )
+            self.keep("chance", proposal.chance)
+
+        self._transaction(write)
         return candidate.id
+
+    @property
+    def chance(self) -> float | None:
+        """That the last proposal is the fastest so far, as far as its operator could tell."""
+        found = self.setting("chance")
+        return None if found is None else float(found)
 
     def knows(self, candidate: str) -> bool:
         found = self._db.execute("SELECT 1 FROM candidate WHERE id=?", (candidate,)).fetchone()

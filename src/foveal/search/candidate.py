@@ -38,12 +38,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate, which operator made it, out of what, and its one-line reason."""
+    """A candidate, which operator made it, out of what, and its one-line reason.
+
+    chance: that it is faster than all before it, where the operator can tell.
+    """
 
     candidate: Candidate
     operator: str
     parents: tuple[str, ...] = ()
     note: str = ""
+    chance: float | None = None
 
 
 def cell_of(facts: Mapping[str, float]) -> Cell:

@@ -14,11 +14,12 @@ from typing import Any
 
 from foveal._errors import TaskError
 from foveal.search.acceptance import WON, Decision
-from foveal.search.archive import Archive, Entry, Evaluation
+from foveal.search.archive import QUEUED, Archive, Entry, Evaluation
 from foveal.search.candidate import Candidate, Cell, Proposal
 from foveal.search.evaluator import Evaluator
 from foveal.search.knowledge import state_of
 from foveal.search.operators.base import Operator, View
+from foveal.search.prior import Known
 from foveal.search.strategies import Strategy
 from foveal.search.task import Task
 
@@ -26,6 +27,8 @@ START = "start"
 _IDLE_ROUNDS = 20
 _PATIENCE = 4
 """The first candidate is compared with the start when so many after it were no better."""
+_LONGEST_WAIT = 2
+"""Times what a comparison takes, for which a candidate waits while better ones are likely."""
 _REAL = 0.01
 _NEW_CELL = 0.01
 
@@ -68,11 +71,12 @@ class Search:
         strategy: Strategy,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        known: Sequence[Known] = (),
     ) -> None:
         archive.claim(task.key)
         self.task, self.archive, self.strategy = task, archive, strategy
         self.evaluators = list(evaluators)
-        self.view = View(task, archive)
+        self.view = View(task, archive, tuple(known))
         self.clock = clock
         self.seed = archive.setting("seed")
         if self.seed is None:
@@ -80,6 +84,8 @@ class Search:
             self.seed = seed
         self.stop = threading.Event()
         """Set it to end the search after what is in flight."""
+        self.exhausted = False
+        """Whether it ended because no operator had another idea."""
 
     def run(
         self,
@@ -135,18 +141,20 @@ class Search:
         idle = 0
         evaluator = self.evaluators[0]
         while self._goes_on(end, most) and idle < _IDLE_ROUNDS:
-            due = self._due()
+            queued = self.archive.count(QUEUED) or self._proposed()
+            due = self._due(ended=not queued)
             if due is not None:
                 progress(self.state(f"comparing {due.id[:6]} with the champion"))
                 self._settle(due, self._comparison(due)(evaluator))
                 continue
-            entry = self.archive.take() or self._next()
+            entry = self.archive.take()
             if entry is None:
                 idle += 1
                 continue
             idle = 0
             progress(self.state(f"{entry.operator} {entry.id[:6]} {entry.note}".strip()))
             self._record(entry, self._placed(entry, evaluator.evaluate(entry.candidate), evaluator))
+        self.exhausted = idle >= _IDLE_ROUNDS
         self._last(progress)
 
     def _together(self, end: float, progress: Callable[[State], None], most: int | None) -> None:
@@ -162,7 +170,9 @@ class Search:
                         evaluator = free.pop()
                         flying[pool.submit(self._comparison(due), evaluator)] = due, evaluator
                         continue
-                    entry = self.archive.take() or self._next()
+                    entry = self.archive.take() or (
+                        self.archive.take() if self._proposed() else None
+                    )
                     if entry is None:
                         idle += 1
                         break
@@ -183,6 +193,7 @@ class Search:
                     else:
                         self._record(entry, self._placed(entry, found, evaluator))
                     free.append(evaluator)
+        self.exhausted = idle >= _IDLE_ROUNDS
         self._last(progress)
 
     def _last(self, progress: Callable[[State], None]) -> None:
@@ -196,8 +207,9 @@ class Search:
     def _due(self, ended: bool = False) -> Entry | None:
         """The candidate to compare with the champion now.
 
-        A better one may follow, which makes the comparison of this one a waste: it waits until judging
-        others took as long as a comparison takes.
+        A better one may follow, which makes the comparison of this one a waste of C seconds; judging
+        another one first delays it by e.  Where the next one is better with a chance p, it is compared
+        when p < e / (e + C), or when it waited for 2 C; else when judging others took C seconds.
         """
         champion = self.archive.champion()
         found = None if champion is None else self.archive.contender(_speedup(champion))
@@ -205,7 +217,16 @@ class Search:
             return None
         entry, later, seconds = found
         known = self.archive.comparing
-        due = ended or (later >= _PATIENCE if known is None else seconds >= known)
+        chance = self.archive.chance
+        if ended:
+            due = True
+        elif chance is None:
+            due = later >= _PATIENCE if known is None else seconds >= known
+        else:
+            own = entry.evaluation.seconds if entry.evaluation else 0.0
+            each = (own + seconds) / (later + 1)
+            cost = _PATIENCE * each if known is None else known
+            due = chance < each / max(each + cost, 1e-9) or seconds >= _LONGEST_WAIT * cost
         return entry if due else None
 
     def _champion(self) -> Entry:
@@ -218,8 +239,8 @@ class Search:
             return False
         return most is None or len(self.archive.entries(evaluated=True)) < most
 
-    def _next(self) -> Entry | None:
-        """Lets operators propose, the chosen one first; None when none has an idea."""
+    def _proposed(self) -> bool:
+        """Lets operators propose, the chosen one first; whether any had an idea."""
         number = self.archive.count()
         chosen = self._operator(random.Random(f"{self.seed} choice {number}"))
         others = [each for each in self.strategy.operators if each is not chosen]
@@ -227,8 +248,8 @@ class Search:
             source = random.Random(f"{self.seed} {operator.name} {number}")
             proposal = operator.propose(self.view, source)
             if proposal is not None and self.archive.add(proposal) is not None:
-                return self.archive.take()
-        return None
+                return True
+        return False
 
     def _operator(self, source: random.Random) -> Operator:
         """The operator with the best gain per second so far, those that were hardly tried before it.

@@ -16,7 +16,16 @@ from typing import Any, Protocol
 
 import torch
 
-from foveal.search.acceptance import LOST, OPEN, Decision, decide, samples_to_next_look
+from foveal.search.acceptance import (
+    CHALLENGE,
+    CONFIRMATION,
+    LOST,
+    OPEN,
+    Decision,
+    Looks,
+    decide,
+    samples_to_next_look,
+)
 from foveal.search.archive import Evaluation
 from foveal.search.candidate import Candidate, cell_of
 from foveal.search.evaluator import Comparison
@@ -88,13 +97,16 @@ class DeviceEvaluator:
         )
 
     def challenge(self, candidate: Candidate, incumbent: Candidate) -> Comparison:
+        return self._compared(candidate, incumbent, CHALLENGE)
+
+    def _compared(self, candidate: Candidate, incumbent: Candidate, looks: Looks) -> Comparison:
         points = {"candidate": candidate.params, "incumbent": incumbent.params}
         found: dict[str, dict[str, list[float]]] = {}
         decision = Decision(OPEN, 0.0, 0, "")
         start = time.perf_counter()
         with self.exclusive:
             while decision.verdict == OPEN:
-                more = samples_to_next_look(decision.samples)
+                more = samples_to_next_look(decision.samples, looks)
                 for shape in self.kernels.shapes:
                     for name, seconds in self.samples(points, shape, more).items():
                         found.setdefault(str(shape), {}).setdefault(name, []).extend(seconds)
@@ -105,7 +117,8 @@ class DeviceEvaluator:
                             for a, b in zip(s["candidate"], s["incumbent"], strict=True)
                         ]
                         for shape, s in found.items()
-                    }
+                    },
+                    looks=looks,
                 )
         return dataclasses.replace(decision, seconds=time.perf_counter() - start), found
 
@@ -113,7 +126,7 @@ class DeviceEvaluator:
         wrong, _, _ = self.check(candidate.params)
         if wrong:
             return Decision(LOST, 0.0, 0, f"not confirmed: {wrong}"), {}
-        return self.challenge(candidate, incumbent)
+        return self._compared(candidate, incumbent, CONFIRMATION)
 
     def samples(
         self, points: Mapping[str, Point], shape: Any, count: int

@@ -9,14 +9,17 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from foveal.search.acceptance import (
+    CHALLENGE,
+    CONFIRMATION,
     LOST,
     OPEN,
     Decision,
+    Looks,
     decide,
     samples_to_next_look,
 )
@@ -62,6 +65,8 @@ class JudgedEvaluator:
     ) -> None:
         self.task, self.judge, self.effort = task, judge, effort
         self.exclusive = exclusive or threading.Lock()
+        self.watch: Callable[[str], None] = lambda text: None
+        """Told how far a comparison is."""
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         start = time.perf_counter()
@@ -84,6 +89,9 @@ class JudgedEvaluator:
         )
 
     def challenge(self, candidate: Candidate, incumbent: Candidate) -> Comparison:
+        return self._compared(candidate, incumbent, CHALLENGE)
+
+    def _compared(self, candidate: Candidate, incumbent: Candidate, looks: Looks) -> Comparison:
         programs = {
             _CANDIDATE: self.task.program(candidate),
             _INCUMBENT: self.task.program(incumbent),
@@ -99,14 +107,19 @@ class JudgedEvaluator:
         ):
             try:
                 while decision.verdict == OPEN:
-                    for samples in itertools.islice(races, samples_to_next_look(decision.samples)):
+                    for samples in itertools.islice(
+                        races, samples_to_next_look(decision.samples, looks)
+                    ):
                         for case, each in samples.items():
                             middle = {name: statistics.median(x) for name, x in each.items()}
                             for name, seconds in middle.items():
                                 found.setdefault(case, {}).setdefault(name, []).append(seconds)
                             ratio = math.log(middle[_CANDIDATE] / middle[_INCUMBENT])
                             ratios_by_case.setdefault(case, []).append(ratio)
-                    decision = decide(ratios_by_case)
+                        done = len(next(iter(ratios_by_case.values())))
+                        look = next(count for count, _ in looks if count >= done)
+                        self.watch(f"{done} of {look} samples")
+                    decision = decide(ratios_by_case, looks=looks)
             except ProgramError as error:
                 decision = Decision(LOST, 0.0, decision.samples, str(error))
         return dataclasses.replace(decision, seconds=time.perf_counter() - start), found
@@ -117,5 +130,5 @@ class JudgedEvaluator:
         if not verdict.ok:
             reason = f"not confirmed at stage {verdict.stage}: {verdict.reason}"
             return Decision(LOST, 0.0, 0, reason, verdict.seconds), {}
-        decision, samples = self.challenge(candidate, incumbent)
+        decision, samples = self._compared(candidate, incumbent, CONFIRMATION)
         return dataclasses.replace(decision, seconds=decision.seconds + verdict.seconds), samples

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveal.search.acceptance import OPEN, Decision, decide, samples_to_next_look
+from foveal.search.acceptance import (
+    CHALLENGE,
+    CONFIRMATION,
+    OPEN,
+    Decision,
+    Looks,
+    decide,
+    samples_to_next_look,
+)
 from foveal.search.archive import Evaluation
 from foveal.search.candidate import Candidate, cell_of
 from foveal.search.evaluator import Comparison
@@ -136,13 +144,19 @@ class LandscapeEvaluator:
         return Evaluation(True, "timing", "", speedup, seconds, facts, cell_of(facts), {})
 
     def challenge(self, candidate: Candidate, incumbent: Candidate) -> Comparison:
+        return self._compared(candidate, incumbent, CHALLENGE)
+
+    def confirm(self, candidate: Candidate, incumbent: Candidate) -> Comparison:
+        return self._compared(candidate, incumbent, CONFIRMATION)
+
+    def _compared(self, candidate: Candidate, incumbent: Candidate, looks: Looks) -> Comparison:
         """Two points that were both timed beside the start: the ratio of their ratios, draw by draw."""
         places = [self.landscape.at(each.params) for each in (candidate, incumbent)]
         logs: list[float] = []
         decision = Decision(OPEN, 0.0, 0, "")
         seconds = 0.0
         while decision.verdict == OPEN:
-            more = samples_to_next_look(decision.samples)
+            more = samples_to_next_look(decision.samples, looks)
             ours, theirs = (self._drawn(place, more) for place in places)
             logs += [
                 math.log(a / b) - math.log(c / d)
@@ -151,11 +165,8 @@ class LandscapeEvaluator:
             seconds += self._spend(
                 [(a, c * b / d) for (a, b), (c, d) in zip(ours, theirs, strict=True)]
             )
-            decision = decide({"": logs})
+            decision = decide({"": logs}, looks=looks)
         return dataclasses.replace(decision, seconds=seconds), {}
-
-    def confirm(self, candidate: Candidate, incumbent: Candidate) -> Comparison:
-        return self.challenge(candidate, incumbent)
 
     def _drawn(self, place: Place, count: int) -> list[tuple[float, float]]:
         pairs = list(zip(place.seconds, place.beside, strict=True))

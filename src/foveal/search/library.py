@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from foveal._errors import TaskError, UnknownNameError
 from foveal.search.compiling import check_target
+from foveal.search.prior import Known
 from foveal.search.space import Point, Space, choice, flag, powers, steps
 from foveal.search.task import HIDDEN, TIMED, VERIFIED, Case, Input, Task
+from foveal.search.templates import tile_traits
+from foveal.tuning.tables import FORWARD
 
 _SHARED = 227 << 10
 _MODULES = "foveal.search.templates."
@@ -19,7 +23,8 @@ _MODULES = "foveal.search.templates."
 class Template:
     """A kernel of ours: its module, what is fixed, what may be chosen, and the sizes it is judged at.
 
-    `sizes` are (role, shapes of the inputs); `environment` is set before the module is imported.
+    `sizes` are (role, shapes of the inputs), `on_device` those on a GPU, in bfloat16; `environment` is set
+    before the module is imported; `known` reads what was measured of kindred kernels on a GPU.
     """
 
     summary: str
@@ -32,6 +37,8 @@ class Template:
     names: tuple[str, ...] = ("q", "k", "v")
     signature: tuple[str, ...] = ()
     interpreted: bool = field(default=False)
+    known: Callable[[], Sequence[Known]] = tuple
+    on_device: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()
 
 
 def _same(role: str, *shapes: tuple[int, ...]) -> tuple[str, tuple[tuple[int, ...], ...]]:
@@ -58,6 +65,7 @@ _TILES = Space(
         steps("stages", 1, 2, 3, 4),
     ),
     _fits,
+    functools.partial(tile_traits.traits, FORWARD),
 )
 _TILED = Space(
     (
@@ -67,6 +75,13 @@ _TILED = Space(
         flag("base2"),
         flag("heads_first"),
         choice("scaled", "scores", "queries"),
+    )
+)
+_WALK = Space(
+    (
+        steps("calls", 1250, 2500, 5000, 10000, 20000, 40000, begins=5000),
+        steps("rows", 9, 18, 36, 72, begins=18),
+        powers("sweep", 512, 8192, 2048),
     )
 )
 
@@ -94,6 +109,28 @@ TEMPLATES: dict[str, Template] = {
             _thrice(HIDDEN, 3, 130, 24),
         ),
     ),
+    "cpu/sliding": Template(
+        "the tiled edition on a CPU, a window of 256: the numbers that it estimates tiles by",
+        "cpu_walk",
+        {"pattern": "sliding"},
+        _WALK,
+        (
+            _thrice(VERIFIED, 1, 300, 2, 16),
+            _thrice(TIMED, 1, 2048, 4, 64),
+            _thrice(HIDDEN, 1, 1100, 3, 64),
+        ),
+    ),
+    "cpu/neighborhood": Template(
+        "the tiled edition on a CPU, a window of 9 x 9: the numbers that it estimates tiles by",
+        "cpu_walk",
+        {"pattern": "neighborhood"},
+        _WALK,
+        (
+            _thrice(VERIFIED, 1, 11, 13, 2, 16),
+            _thrice(TIMED, 1, 40, 44, 4, 64),
+            _thrice(HIDDEN, 1, 25, 31, 3, 64),
+        ),
+    ),
     "tile/causal": Template(
         "the portable tile kernels, causal; in Triton's interpreter where there is no GPU",
         "tile",
@@ -106,6 +143,12 @@ TEMPLATES: dict[str, Template] = {
         ),
         gradients=False,
         interpreted=True,
+        known=tile_traits.known,
+        on_device=(
+            _thrice(VERIFIED, 1, 130, 2, 64),
+            _thrice(TIMED, 1, 2048, 8, 64),
+            _thrice(HIDDEN, 1, 1500, 4, 64),
+        ),
     ),
     "tile/neighborhood": Template(
         "the portable tile kernels, a window of 9 x 9; in Triton's interpreter where there is no GPU",
@@ -119,6 +162,12 @@ TEMPLATES: dict[str, Template] = {
         ),
         gradients=False,
         interpreted=True,
+        known=tile_traits.known,
+        on_device=(
+            _thrice(VERIFIED, 1, 11, 13, 2, 64),
+            _thrice(TIMED, 1, 48, 48, 8, 64),
+            _thrice(HIDDEN, 1, 30, 41, 4, 64),
+        ),
     ),
     "rows/softmax": Template(
         "a kernel on rows with a body that may be written anew; in Triton's interpreter without a GPU",
@@ -159,16 +208,17 @@ def template_task(
     program: dict[str, Any] = {"kind": "template", "module": _MODULES + template.module}
     if template.interpreted and device == "cpu":
         program["environment"] = {"TRITON_INTERPRET": "1"}
+    large = bool(template.on_device) and device != "cpu"
     cases = tuple(
         Case(
             " ".join("x".join(map(str, shape)) for shape in shapes),
             tuple(
-                Input(label, shape, template.dtype)
+                Input(label, shape, "bfloat16" if large else template.dtype)
                 for label, shape in zip(template.names, shapes, strict=True)
             ),
             role,
         )
-        for role, shapes in template.sizes
+        for role, shapes in (template.on_device if large else template.sizes)
     )
     if template.signature:
         program["signature"] = list(template.signature)

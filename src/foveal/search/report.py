@@ -43,9 +43,8 @@ def write(archive: Archive, task: Task, path: str | Path, command: str = "") -> 
     passed = sum(bool(e.evaluation and e.evaluation.ok) for e in entries)
     page = Page(
         f"Search: {task.name}",
-        f"{len(entries)} candidates were judged in {archive.spent:,.3g} s, {passed} of them passed every "
-        f"stage, {len(archive.accepted())} were accepted one after the other (the start is the first). "
-        + (f"The champion takes {1 / best:.1%} of the time of the reference." if best else ""),
+        f"{len(entries)} candidates were judged and compared in {archive.spent:,.3g} s; {passed} passed "
+        f"every stage. {_outcome(len(archive.accepted()) - 1, best)}",
     )
     _speed(page, archive, entries)
     _niches(page, archive)
@@ -63,6 +62,15 @@ def write(archive: Archive, task: Task, path: str | Path, command: str = "") -> 
     if command:
         page.facts.append(("command", f"`{command}`"))
     return page.write(path)
+
+
+def _outcome(won: int, best: float | None) -> str:
+    if best is None:
+        return "Nothing was timed."
+    pace = f"{best:.2f} times as fast as the reference"
+    if won < 1:
+        return f"None was faster than what the search began with, which is {pace}."
+    return f"{won} in a row beat the champion before them; the last one is {pace}."
 
 
 def _speed(page: Page, archive: Archive, entries: list[Entry]) -> None:
@@ -210,7 +218,10 @@ def _accepted(page: Page, archive: Archive) -> None:
                 f"{each['spent']:,.3g} s",
             )
         )
-    page.section("Accepted").table(
+    page.section(
+        "Accepted",
+        "What the search began with, and every candidate that won a challenge and its confirmation.",
+    ).table(
         ("candidate", "what it is", "gain", "speed-up", "samples", "after"), rows, text_columns=2
     )
     rejected = [c for c in archive.challenges() if c["verdict"] != "won" and c["kind"] != "elite"]
@@ -276,7 +287,11 @@ def _operators(page: Page, archive: Archive, entries: list[Entry]) -> None:
         )
     lessons = archive.lessons()
     if lessons:
-        page.section("What helped", "Mean gain over the parent by state and action.").table(
+        page.section(
+            "What helped",
+            "Mean gain over the parent in first timings, which are short, by action and state: the niche of "
+            "the parent (four digits, 0 to 3) and what seems to limit it.",
+        ).table(
             ("state", "action", "times", "mean gain"),
             [(x.state, x.action, x.n, f"{math.expm1(x.mean):+.1%}") for x in lessons[:_SHOWN]],
             text_columns=2,

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from foveal.search.acceptance import LOOKS, OPEN, WON, decide
+from foveal.search.acceptance import CHALLENGE, CONFIRMATION, OPEN, WON, Looks, decide
 
 Noise = Callable[[int, random.Random], list[float]]
 """noise(samples, source): log ratios of two identical programs, sample by sample."""
@@ -60,13 +60,16 @@ def modelled(
 
 
 def rates(noise: Noise, gain: float, trials: int, seed: int = 0, confirmed: bool = True) -> Rates:
-    """Wins of candidates whose true time is (1 - gain) of the incumbent's."""
+    """Wins of candidates whose true time is (1 - gain) of the incumbent's.
+
+    confirmed: by both tests, as a search accepts them; else by the confirmation alone.
+    """
     source = random.Random(seed)
     wins = samples = 0
     for _ in range(trials):
         won = True
-        for _ in range(2 if confirmed else 1):
-            won, used = _trial(noise, gain, source)
+        for looks in (CHALLENGE, CONFIRMATION) if confirmed else (CONFIRMATION,):
+            won, used = _trial(noise, gain, source, looks)
             samples += used
             if not won:
                 break
@@ -74,10 +77,10 @@ def rates(noise: Noise, gain: float, trials: int, seed: int = 0, confirmed: bool
     return Rates(wins / trials, samples / trials, trials)
 
 
-def _trial(noise: Noise, gain: float, source: random.Random) -> tuple[bool, int]:
-    whole = [d + math.log1p(-gain) for d in noise(LOOKS[-1][0], source)]
-    for look, _ in LOOKS:
-        decision = decide({"": whole[:look]})
+def _trial(noise: Noise, gain: float, source: random.Random, looks: Looks) -> tuple[bool, int]:
+    whole = [d + math.log1p(-gain) for d in noise(looks[-1][0], source)]
+    for look, _ in looks:
+        decision = decide({"": whole[:look]}, looks=looks)
         if decision.verdict != OPEN:
             return decision.verdict == WON, look
-    return False, LOOKS[-1][0]
+    return False, looks[-1][0]

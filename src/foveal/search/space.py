@@ -72,6 +72,8 @@ class Space:
 
     params: tuple[Param, ...] = ()
     allows: Callable[[Point], bool] = lambda point: True
+    means: Callable[[Point], Sequence[float]] | None = None
+    """Traits of a point that its author wrote down: see `traits`."""
 
     @staticmethod
     def of(entries: Mapping[str, Sequence[Value]]) -> Space:
@@ -157,3 +159,31 @@ class Space:
             else:
                 found += [float(point[param.name] == v) if active else 0.5 for v in param.values]
         return found
+
+    def traits(self, point: Point) -> list[float]:
+        """What a point means for any kernel with such parameters, by which kindred ones are compared.
+
+        Coordinates in which times are alike within a distance of about 1: a third of the octaves of a
+        size, less than half of the steps of other values that are in order.
+        """
+        if self.means is not None:
+            return list(self.means(point))
+        found: list[float] = []
+        for param in self.params:
+            value = point[param.name]
+            if param.ordered:
+                size = isinstance(value, (int, float)) and value > 0 and len(param.values) > 1
+                octaves = size and all(v == 2 ** round(math.log2(v)) for v in _numbers(param))
+                place = param.values.index(value)
+                found.append(math.log2(float(value)) / 3 if octaves else place / 2.25)
+            else:
+                found += [0.7 * (value == other) for other in param.values]
+        return found
+
+
+def _numbers(param: Param) -> list[float]:
+    """Its values; those that are no positive numbers as 3, which is no power of two."""
+    return [
+        float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 else 3.0
+        for v in param.values
+    ]

@@ -24,6 +24,8 @@ class LowBit:
     tiles among those score +inf.  The estimate is computed as products of whole numbers in the dtype of
     q: 4-bit values are exact in bfloat16, float16 and float32, and so are their products' sums.
     Budget: Threshold(ln tau); tau = 0 (-inf) keeps all.
+    Limits: the released code rounds the local region out to segments of 128 tokens, adds the part of the mean
+    query in whole units of the key, and stays dense below 1,024 tokens, which is left to the caller.
     Paper: SALE (2505.24179).
     """
 

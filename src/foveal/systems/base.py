@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal._errors import PatternError
+from foveal._errors import PatternError, UnknownNameError
 from foveal._problem import Problem
 from foveal.patterns.base import Extent, Pattern
 from foveal.scores.base import Geometry, Score
@@ -114,6 +114,14 @@ class System:
         default=None, repr=False
     )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Entries of the catalogue travel by name: their functions could not."""
+        from foveal.systems import system, systems
+
+        if any(entry is self for entry in systems(self.family)):
+            return system, (self.name,)
+        return super().__reduce__()  # type: ignore[return-value]
+
     @property
     def defaults(self) -> Mapping[str, Any]:
         """Options of `op` and what they are when left out."""
@@ -171,6 +179,7 @@ class System:
     def _composed(self, grid: tuple[int, ...], options: Mapping[str, Any]) -> tuple[Pattern, Score]:
         if self.compose is None:
             raise PatternError("pattern", self.name, "a system that selects pairs is needed")
+        check_options(self.compose, options)
         return self.compose(tuple(grid), **options)
 
 
@@ -205,6 +214,15 @@ class Tool:
 _COMMON = ("return_lse", "implementation")
 
 
+def check_options(compose: Compose, options: Mapping[str, Any]) -> None:
+    """Raises UnknownNameError for an option that the composition has not."""
+    known = inspect.signature(compose).parameters.values()
+    names = tuple(p.name for p in known if p.kind is p.KEYWORD_ONLY)
+    for name in options:
+        if name not in names:
+            raise UnknownNameError("option", name, names)
+
+
 def attending(compose: Compose) -> Callable[..., Any]:
     """The operator of a composition: `attend` with its pattern and score, and its options."""
 
@@ -220,6 +238,7 @@ def attending(compose: Compose) -> Callable[..., Any]:
     ) -> Tensor | tuple[Tensor, Tensor]:
         from foveal._attend import attend
 
+        check_options(compose, options)
         pattern, score = compose(tuple(k.shape[1:-2]), **options)
         if return_lse:
             return attend(q, k, v, pattern, score, return_lse=True, implementation=implementation)

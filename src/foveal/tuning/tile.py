@@ -19,7 +19,15 @@ from torch import Tensor
 
 from foveal.tuning.config import Config
 from foveal.tuning.store import Store
-from foveal.tuning.tables import BACKWARD_KV, BACKWARD_Q, FLOAT32, FORWARD, HALF, rows
+from foveal.tuning.tables import (
+    BACKWARD_KV,
+    BACKWARD_Q,
+    EXCEPTIONS,
+    FLOAT32,
+    FORWARD,
+    HALF,
+    rows,
+)
 
 __all__ = [
     "BACKWARD_KV",
@@ -58,22 +66,34 @@ def architecture(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90"}.get(capability[0], "sm_100")
 
 
-def kernel_name(stage: str, dim: int, dtype: torch.dtype) -> str:
-    """What sizes are kept by, such as "forward/128/half"; dim as in `lookup`."""
-    size = next(size for size in SIZES if dim <= size)
-    return f"{stage}/{size}/{_kind(dtype)}"
+def kernel_name(stage: str, dim: int, dtype: torch.dtype, pattern: str | None = None) -> str:
+    """What sizes are kept by, such as "forward/128/half", or "forward/128/half/causal" where they hold for
+    one class of patterns; dim as in `lookup`."""
+    name = f"{stage}/{_size(dim)}/{_kind(dtype)}"
+    return name if pattern is None else f"{name}/{pattern}"
+
+
+def _size(dim: int) -> int:
+    return next(size for size in SIZES if dim <= size)
 
 
 def _kind(dtype: torch.dtype) -> str:
     return FLOAT32 if dtype == torch.float32 else HALF
 
 
-def shipped(stage: str, architecture: str, dim: int, dtype: torch.dtype) -> Config:
-    """Sizes of one kernel from the shipped tables; arguments as of `lookup`."""
+@functools.lru_cache(maxsize=1024)
+def shipped(
+    stage: str, architecture: str, dim: int, dtype: torch.dtype, pattern: str | None = None
+) -> Config:
+    """Sizes of one kernel from the shipped tables; arguments as of `lookup`, None for all patterns."""
     if architecture == "interpreter":
         return _INTERPRETED
-    table = rows(architecture, _kind(dtype), stage)
-    return next(config for largest, config in table if dim <= largest)
+    kind = _kind(dtype)
+    if pattern is not None:
+        own = EXCEPTIONS.get((architecture, kind, stage, _size(dim), pattern))
+        if own is not None:
+            return own
+    return next(config for largest, config in rows(architecture, kind, stage) if dim <= largest)
 
 
 def lookup(
@@ -82,23 +102,37 @@ def lookup(
     dim: int,
     dtype: torch.dtype,
     device: torch.device | None = None,
+    pattern: str | None = None,
 ) -> Config:
-    """Sizes of one kernel; dim is the larger of head_dim and value_dim.
+    """Sizes of one kernel; dim is the larger of head_dim and value_dim, pattern a class of `tables`.
 
-    On a device that was tuned the sizes measured there, else the shipped ones.
-    Blocks that a selection or a small problem demands are cut from these by the caller.
+    On a device that was tuned the sizes measured there, else the shipped ones; those of the class of
+    patterns before those of all patterns.  Blocks that a selection or a small problem demands are cut from
+    these by the caller.
     """
     if stage in _FORCED:
         return _FORCED[stage]
     if device is not None and device.type == "cuda":
-        found = _tuned(device).get(kernel_name(stage, dim, dtype))
+        found = _tuned(device, stage, dim, dtype, pattern)
         if found is not None:
             return found
-    return shipped(stage, architecture, dim, dtype)
+    return shipped(stage, architecture, dim, dtype, pattern)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tuned(
+    device: torch.device, stage: str, dim: int, dtype: torch.dtype, pattern: str | None
+) -> Config | None:
+    stored = _stored(device)
+    for own in (pattern, None):
+        found = stored.get(kernel_name(stage, dim, dtype, own))
+        if found is not None:
+            return found
+    return None
 
 
 @functools.lru_cache(maxsize=16)
-def _tuned(device: torch.device) -> Mapping[str, Config]:
+def _stored(device: torch.device) -> Mapping[str, Config]:
     return {
         kernel: found.config
         for kernel, found in store(device).read().items()
@@ -109,6 +143,7 @@ def _tuned(device: torch.device) -> Mapping[str, Config]:
 def forget_tuned() -> None:
     """Makes the next `lookup` read the stored sizes again."""
     _tuned.cache_clear()
+    _stored.cache_clear()
 
 
 def store(device: torch.device) -> Store:

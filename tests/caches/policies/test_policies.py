@@ -260,7 +260,7 @@ def test_spans_at_hand_change_and_nothing_is_lost() -> None:
 
 
 def test_nothing_is_pruned_before_it_is_old() -> None:
-    policy = Mustafar(recent=8)
+    policy = Mustafar(recent=8, sparsity=0.5)
     decision = decide(policy, reading())
     assert decision.reduced is not None
     assert int(decision.reduced[0, 0].sum()) == L - 8

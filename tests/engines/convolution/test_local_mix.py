@@ -12,7 +12,7 @@ from tests.engines.convolution.problems import MIXES, mix_definition, mixed, res
 
 
 @pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "taps"])
 def test_agrees_with_the_definition(
     name: str, implementation: str, source: torch.Generator
 ) -> None:
@@ -20,9 +20,25 @@ def test_agrees_with_the_definition(
     tensors = [
         torch.randn(size, generator=source, dtype=torch.float64) for size in (case.weights, case.v)
     ]
+    if implementation == "taps" and case.options.get("border") == "shift":
+        with pytest.raises(fv.errors.RefusedError, match="moved inside"):
+            mixed(case, implementation)(*tensors)
+        return
     exact = results(mix_definition(case), tensors)
     for what, got in results(mixed(case, implementation), tensors).items():
         torch.testing.assert_close(got, exact[what], rtol=1e-10, atol=1e-10, msg=what)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "taps"])
+def test_weights_of_places_outside_the_grid_count_nothing(
+    implementation: str, source: torch.Generator
+) -> None:
+    v = torch.randn(1, 4, 2, 3, generator=source)
+    weights = torch.randn(1, 4, 2, 11, generator=source)
+    outside = (torch.arange(4)[:, None] + torch.arange(-5, 6)).clamp(-1, 4) % 5 == 4
+    spoilt = weights.masked_fill(outside[None, :, None], torch.nan)
+    got, wanted = (fv.local_mix(w, v, 11, implementation=implementation) for w in (spoilt, weights))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_pieces_do_not_show(source: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,11 @@ def test_agrees_in_float64(name: str, source: torch.Generator) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_agrees_in_every_precision(kind: str, dtype: torch.dtype, source: torch.Generator) -> None:
-    for name, layout in (("causal", "broadcast"), ("grid", "heads_first")):
+    for name, layout in (
+        ("causal", "broadcast"),
+        ("grid", "heads_first"),
+        ("lists & causal", "strided"),
+    ):
         agree(name, kind, dtype, seed(source), "cpu", layout)
 
 

@@ -55,9 +55,10 @@ def test_agrees_on_every_pattern(name: str, interpreter: Run, source: torch.Gene
 
 
 @pytest.mark.slow
-def test_agrees_in_half_precision(interpreter: Run, source: torch.Generator) -> None:
+@pytest.mark.parametrize("name", ["causal", "lists & causal"])
+def test_agrees_in_half_precision(name: str, interpreter: Run, source: torch.Generator) -> None:
     for kind in ("solved", "given"):
-        interpreter(interpreted.agree, "causal", kind, torch.float16, seed(source))
+        interpreter(interpreted.agree, name, kind, torch.float16, seed(source))
 
 
 def test_rows_with_fewer_keys_than_dimensions(interpreter: Run, source: torch.Generator) -> None:

@@ -197,6 +197,16 @@ def test_low_precision_keeps_its_dtype_and_a_float32_state(
     assert error < 1.5 * torch.finfo(dtype).eps + 2e-6
 
 
+@pytest.mark.parametrize("rule", [fv.Additive(), fv.Delta(), fv.MLSTM(), fv.TwoState()], ids=repr)
+def test_an_empty_batch_has_an_empty_result(rule: fv.Rule) -> None:
+    q, gate = torch.zeros(0, 5, 2, 4, requires_grad=True), torch.zeros(0, 5, 2)
+    o, state = fv.scan(q, q, q, rule, log_decay=gate, write_gate=gate, return_state=True)
+    assert o.shape == q.shape
+    assert all(len(part) == 0 for part in (state if isinstance(state, tuple) else (state,)))
+    o.sum().backward()
+    assert q.grad is not None
+
+
 @pytest.mark.slow
 def test_time_is_linear_in_the_length() -> None:
     import time

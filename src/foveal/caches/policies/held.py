@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -187,10 +188,16 @@ class Held:
             assert self.tail_k is not None
             stop = self.tail - count
             self.tail_k, self.tail_v, self.tail_real = (
-                None if x is None else x[:, :stop].clone()
+                x[:, :stop].clone() if x is not None and (stop or not self.pieces) else None
                 for x in (self.tail_k, self.tail_v, self.tail_real)
             )
             self.seen -= count
+
+    def earlier(self, count: int) -> Held:
+        """What was held before the newest `count` tokens, on which the policy has not acted."""
+        found = dataclasses.replace(self, pieces=list(self.pieces))
+        found.crop(count)
+        return found
 
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes what index[b] was; index int64 [any B]."""

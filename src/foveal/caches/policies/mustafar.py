@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ class Mustafar(Policy):
     `recent` tokens stay dense; tokens are pruned in groups of `group`, behind the prompt and while
     tokens are generated.
     Options: budget, the tokens that would take as much memory: no token is dropped, and sparsity follows
-    from what dense tokens, at most half of the budget, and bitmaps leave; or sparsity itself, 0 <= s < 1.
+    from what `recent` dense tokens, at most half of the budget, and bitmaps leave, in steps of 8
+    elements; what a step is too large for goes to more dense tokens.  Or sparsity itself, 0 <= s < 1.
+    Limits: a row takes 8 elements and its bitmap at least, so that smaller budgets are not reached.
     Equals: sparsity 0 is no policy.
     Paper: Mustafar: Promoting Unstructured Sparsity for KV Cache Pruning in LLM Inference (2505.22913).
     """
@@ -42,8 +45,8 @@ class Mustafar(Policy):
         return counts.read > 1 or (counts.seen - self.recent) % self.group == 0
 
     def vote(self, reading: Reading) -> Vote:
-        bitmap = torch.tensor(1 / (8 * reading.k.element_size()))  # of the bytes of a whole row
-        return Vote(reading.age.float(), reading.real, reading.age, bitmap)
+        parts = torch.tensor([1 / (8 * reading.k.element_size()), 8 / reading.k.shape[-1]])
+        return Vote(reading.age.float(), reading.real, reading.age, parts)
 
     def settle(self, votes: Sequence[Vote], seen: int) -> list[Decision]:
         return [self._pruned(vote, self.tokens(seen), seen) for vote in votes]
@@ -52,9 +55,20 @@ class Mustafar(Policy):
         sparsity, recent = self.sparsity, self.recent
         if sparsity is None:
             assert vote.statistic is not None
-            recent = min(recent, budget // 2)
-            share = (budget - recent) / max(seen - recent, 1)
-            sparsity = 0.0 if share >= 1 else min(1 - share + float(vote.statistic), 1 - 2**-20)
+            sparsity, recent = self._within(budget, seen, *vote.statistic.tolist())
         if sparsity == 0:
             return Decision(vote.real)
         return Decision(vote.real, reduced=vote.real & (vote.age >= recent), sparsity=sparsity)
+
+    def _within(self, budget: int, seen: int, bitmap: float, eight: float) -> tuple[float, int]:
+        """Sparsity and dense tokens; a bitmap and 8 elements are these shares of a row."""
+        dense = min(self.recent, budget // 2)
+        share = (budget - dense) / max(seen - dense, 1)
+        if share >= 1:
+            return 0.0, dense
+        kept = max(math.floor((share - bitmap) / eight + 2**-20), 1) * eight
+        cost = kept + bitmap
+        if cost >= 1:
+            return 0.0, dense
+        recent = math.floor((budget - cost * seen) / (1 - cost) + 2**-20)
+        return 1 - kept + 2**-20, max(recent, 1)

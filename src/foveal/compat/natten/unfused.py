@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveal._errors import ShapeError
+from foveal._kept import kept
 from foveal.compat.natten.fused import Flags, Sizes, neighborhood
 from foveal.patterns import Neighborhood
-from foveal.patterns.base import Extent, kept
+from foveal.patterns.base import Extent
 
 # Elements of gathered keys that are held at once.
 _CHUNK = 1 << 24

@@ -1,10 +1,10 @@
 """PyTorch's CPU convolutions, each in the memory layout in which its library is fast.
 
-oneDNN has one routine for rows of up to 14 taps and another for wider ones.  The first is best channels
+oneDNN has one routine for rows of up to 13 taps and another for wider ones.  The first is best channels
 first (from 11 taps on), the second runs channels last only: elsewhere it is 15 to 50 times slower.  So
-wide filters are laid channels last, and rows of 11 to 14 taps of an input that is channels last are widened
-to 15 with zeros.  The gradient of the filter is one more convolution, of x with dy as its filter, of
-which the samples are channels too; PyTorch's own takes 6 to 100 times as long.
+wide filters are laid channels last, and rows of 11 to 13 taps of an input that is channels last are widened
+to 15 with zeros.  Dilated filters meet each class of tokens as a batch of its own.  Gradients: see
+`cpu_gradients`; PyTorch's own gradient of a filter takes 3 to 100 times as long from rows of 4 taps on.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from foveal.engines.convolution import classes
 from foveal.engines.convolution.library import grouped
-from foveal.engines.convolution.problem import Convolution, turned
+from foveal.engines.convolution.problem import Convolution
 
-_NARROW = 14
-"""Taps of a row up to which the first routine runs."""
+WIDE = 14
+"""Taps of a row from which the second routine runs."""
 _SLOW = 11
-"""Taps of a row from which that routine is slow channels last."""
-
-_FEWEST = 36
-"""Taps of an image or volume from which the gradients here are faster (3x3 measured slower, 7x7 faster)."""
+"""Taps of a row from which the first routine is slow channels last."""
+_FEW = 3
+"""Taps of a row up to which PyTorch's gradients are as fast."""
 
 _SOON = 2**19
 """Products of an image or volume below which PyTorch's one call ends before the calls here (measured)."""
@@ -44,19 +44,61 @@ def refuses(problem: Convolution) -> str | None:
 
 def caveat(problem: Convolution) -> str | None:
     """Why the plan passes by this edition although it runs when it is named."""
-    if len(problem.grid) > 1 and problem.taps < _FEWEST:
-        return f"PyTorch's own gradients are as fast for {problem.taps} taps"
-    if len(problem.grid) > 1 and problem.products < _SOON:
+    if len(problem.grid) == 1 or problem.reach[-1] + 1 >= WIDE:
+        return None
+    row = problem.window[-1]
+    if not problem.needs_grad:
+        if row < _SLOW or problem.channels_first:
+            return f"PyTorch's one call is the same routine for rows of {row} taps"
+        return None
+    if problem.products < _SOON:
         return f"PyTorch's one call ends sooner for {problem.products:,} products"
+    plain = len(problem.grid) == 2 and problem.before == problem.after
+    if row <= _FEW and plain and max(problem.dilation) == 1:
+        return f"PyTorch's own gradients are as fast for rows of {row} taps"
     return None
 
 
 def depthwise(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [B, *out_grid, C] of x [B, *grid, C], stored as x is: channels last or first."""
+    return planes(problem, x.movedim(-1, 1), weight, bias).movedim(1, -1)
+
+
+def planes(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [B, C, *out_grid] of x [B, C, *grid], each stored channels last or first as the problem says."""
+    if len(problem.grid) == 1:  # rows of images
+        return planes(as_image(problem), x.unsqueeze(2), weight.unsqueeze(-2), bias).squeeze(2)
+    if problem.per_sample:
+        return _own_filters(problem, x, weight, bias)
+    if max(problem.dilation) > 1 and (problem.needs_grad or problem.reach[-1] + 1 >= WIDE):
+        parts, gathered = classes.gathered(problem, x)
+        return classes.scattered(problem, planes(parts, gathered, weight, bias))
     if not problem.needs_grad:
-        return _convolved(problem, x, weight, bias)
+        return convolved(problem, x, weight, bias)
     y: Tensor = _Depthwise.apply(x, weight, bias, problem)  # type: ignore[no-untyped-call]
     return y
+
+
+def as_image(problem: Convolution) -> Convolution:
+    """A sequence as an image of one row."""
+    return replace(
+        problem,
+        grid=(1, *problem.grid),
+        window=(1, *problem.window),
+        dilation=(1, *problem.dilation),
+        before=(0, *problem.before),
+        after=(0, *problem.after),
+    )
+
+
+def _own_filters(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Samples as channels."""
+    count = problem.batch * problem.channels
+    whole = replace(problem, batch=1, channels=count, per_sample=False, channels_first=True)
+    bias = None if bias is None else bias.repeat(problem.batch)
+    y = planes(whole, x.reshape(1, count, *problem.grid), weight.flatten(0, 1), bias)
+    y = y.view(problem.batch, problem.channels, *problem.out_grid)
+    return y if problem.channels_first else y.contiguous(memory_format=layout(problem, last=True))
 
 
 class _Depthwise(torch.autograd.Function):
@@ -66,113 +108,50 @@ class _Depthwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.problem = problem
-        return _convolved(problem, x, weight, bias)
+        return convolved(problem, x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from foveal.engines.convolution import cpu_gradients as gradients
+
         problem: Convolution = ctx.problem
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            axes = len(problem.grid)
-            dx = _convolved(_shorn(turned(problem)), *_cut(turned(problem), dy, weight, axes), None)
+            dx = gradients.of_input(problem, x, weight, dy)
         if ctx.needs_input_grad[1]:
-            dweight = _filter_gradient(problem, x, dy).reshape(weight.shape)
+            dweight = gradients.of_filter(problem, x, weight, dy)
         if ctx.needs_input_grad[2]:
-            dbias = dy.sum(tuple(range(dy.dim() - 1)))
+            dbias = dy.sum((0, *range(2, dy.dim())))
         return dx, dweight, dbias, None
 
 
-def _shorn(problem: Convolution) -> Convolution:
-    """The problem without negative padding: where x was padded beyond the filter, dy loses a margin."""
-    grid = tuple(
-        size + min(before, 0) + min(after, 0)
-        for size, before, after in zip(problem.grid, problem.before, problem.after, strict=True)
-    )
-    return replace(
-        problem,
-        grid=grid,
-        before=tuple(max(b, 0) for b in problem.before),
-        after=tuple(max(a, 0) for a in problem.after),
-    )
+def layout(problem: Convolution, last: bool) -> torch.memory_format:
+    if not last:
+        return torch.contiguous_format
+    return torch.channels_last if len(problem.grid) == 2 else torch.channels_last_3d
 
 
-def _cut(problem: Convolution, dy: Tensor, weight: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    """dy without the margin that `_shorn` leaves out, and the flipped filter."""
-    place = tuple(
-        slice(max(-before, 0), size - max(-after, 0))
-        for size, before, after in zip(problem.grid, problem.before, problem.after, strict=True)
-    )
-    return dy[(slice(None), *place)], weight.flip(tuple(range(-axes, 0)))
-
-
-def _convolved(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    first = x.movedim(-1, 1)
-    if problem.per_sample:
-        whole = first.reshape(1, -1, *problem.grid)
-        bias = None if bias is None else bias.repeat(problem.batch)
-        y = _laid(problem, whole, weight.flatten(0, 1), bias, last=_wide(problem))
-        y = y.view(problem.batch, problem.channels, *problem.out_grid)
-    else:
-        last = _wide(problem) or not problem.channels_first
-        y = _laid(problem, first, weight, bias, last)
-    y = y.movedim(1, -1)
-    if problem.channels_first:
-        return y.movedim(-1, 1).contiguous().movedim(1, -1)
-    return y.contiguous()
-
-
-def _wide(problem: Convolution) -> bool:
-    return problem.window[-1] > _NARROW
-
-
-def _laid(
-    problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, last: bool
-) -> Tensor:
-    """y [N, G, *out_grid] of x [N, G, *grid], worked on channels last or first."""
-    sequence = len(problem.grid) == 1
-    if sequence:  # rows of images: PyTorch's one-dimensional convolution knows channels first only
-        x, weight = x.unsqueeze(2), weight.unsqueeze(1)
-        problem = replace(
-            problem,
-            grid=(1, *problem.grid),
-            window=(1, *problem.window),
-            dilation=(1, *problem.dilation),
-            before=(0, *problem.before),
-            after=(0, *problem.after),
-        )
+def convolved(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [B, C, *out_grid] of x [B, C, *grid] and a filter [C, *window], as `planes` stores it."""
+    last = problem.window[-1] >= WIDE or not problem.channels_first
     plain = len(problem.grid) == 2 and problem.dilation[-1] == 1
-    if last and plain and _SLOW <= problem.window[-1] <= _NARROW:
+    if last and plain and _SLOW <= problem.window[-1] < WIDE:
         problem, weight = _widened(problem, weight)
-    planes = torch.channels_last if len(problem.grid) == 2 else torch.channels_last_3d
-    x = x.contiguous(memory_format=planes if last else torch.contiguous_format)
+    x = x.contiguous(memory_format=layout(problem, last))
     y = grouped(problem, x, weight, bias)
-    return y.squeeze(2) if sequence else y
+    return y.contiguous(memory_format=layout(problem, not problem.channels_first))
 
 
 def _widened(problem: Convolution, weight: Tensor) -> tuple[Convolution, Tensor]:
     """The same convolution with zeros beside the rows of the filter."""
-    more = _NARROW + 1 - problem.window[-1]
+    more = WIDE + 1 - problem.window[-1]
     left, right = more // 2, more - more // 2
     problem = replace(
         problem,
-        window=(*problem.window[:-1], _NARROW + 1),
+        window=(*problem.window[:-1], WIDE + 1),
         before=(*problem.before[:-1], problem.before[-1] + left),
         after=(*problem.after[:-1], problem.after[-1] + right),
     )
     return problem, F.pad(weight, (left, right))
-
-
-def _filter_gradient(problem: Convolution, x: Tensor, dy: Tensor) -> Tensor:
-    """[.., C, *window]: dw[c, o] = sum of dy[b, p, c] x[b, p + dilation o - before, c]"""
-    batch, channels = problem.batch, problem.channels
-    swapped = replace(problem, window=problem.out_grid, dilation=(1,) * len(problem.grid))
-    images = x.movedim(-1, 1).reshape(1, batch * channels, *problem.grid)
-    filters = dy.movedim(-1, 1).reshape(batch * channels, *problem.out_grid)
-    wide = problem.reach[-1] >= _NARROW
-    found = _laid(swapped, images, filters, None, last=wide and _wide(swapped))
-    found = found.view(batch, channels, *swapped.out_grid)
-    steps = (slice(None, None, step) for step in problem.dilation)
-    found = found[(slice(None), slice(None), *steps)]
-    return found if problem.per_sample else found.sum(0)

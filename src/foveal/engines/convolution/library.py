@@ -24,14 +24,34 @@ def caveat(problem: Convolution) -> str | None:
 
 def depthwise(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [B, *out_grid, C] of x [B, *grid, C], stored as x is: channels last or first."""
-    first = x.movedim(-1, 1)
-    if problem.per_sample:
-        bias = None if bias is None else bias.repeat(problem.batch)
-        y = grouped(problem, first.reshape(1, -1, *problem.grid), weight.flatten(0, 1), bias)
-        y = y.view(problem.batch, problem.channels, *problem.out_grid)
-    else:
-        y = grouped(problem, first, weight, bias)
-    return y.movedim(1, -1)
+    return planes(problem, x.movedim(-1, 1), weight, bias).movedim(1, -1)
+
+
+def planes(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [B, C, *out_grid] of x [B, C, *grid], each stored channels last or first as x is."""
+    if not problem.per_sample:
+        return grouped(problem, x, weight, bias)
+    bias = None if bias is None else bias.repeat(problem.batch)
+    y = grouped(problem, x.reshape(1, -1, *problem.grid), weight.flatten(0, 1), bias)
+    return y.view(problem.batch, problem.channels, *problem.out_grid)
+
+
+def direct(problem: Convolution) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """The call alone, of x as the problem stores it, where nothing has to be changed around it."""
+    if problem.per_sample or problem.after != problem.before:
+        return None
+    call, padding, dilation = CONVOLVE[len(problem.grid)], problem.before, problem.dilation
+    channels, axes = problem.channels, range(1, len(problem.grid) + 1)
+    first, last = (0, len(axes) + 1, *axes), (0, *(n + 1 for n in axes), 1)
+
+    def channels_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return call(x, weight.unsqueeze(1), bias, 1, padding, dilation, channels)
+
+    def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = call(x.permute(first), weight.unsqueeze(1), bias, 1, padding, dilation, channels)
+        return y.permute(last)
+
+    return channels_first if problem.channels_first else channels_last
 
 
 def grouped(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -41,10 +61,5 @@ def grouped(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None
         pairs = zip(reversed(before), reversed(problem.after), strict=True)
         x, padding = F.pad(x, [zeros for pair in pairs for zeros in pair]), (0,) * len(before)
     return CONVOLVE[len(before)](
-        x,
-        weight[:, None],
-        bias,
-        padding=padding,
-        dilation=problem.dilation,
-        groups=len(weight),
+        x, weight.unsqueeze(1), bias, 1, padding, problem.dilation, weight.shape[0]
     )

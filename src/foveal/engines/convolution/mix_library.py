@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from foveal._kept import kept
 from foveal.engines.convolution.mix_problem import LocalMix, places
 
 _GATHERED = 1 << 22
@@ -33,7 +33,7 @@ def mix(problem: LocalMix, weights: Tensor, v: Tensor) -> Tensor:
     return found
 
 
-@functools.lru_cache(maxsize=8)
+@kept(8)
 def _places(problem: LocalMix) -> tuple[Tensor, Tensor]:
     return places(problem)
 

@@ -32,7 +32,7 @@ class Spectral:
         if not self.causal:
             return self.grid
         reach = zip(self.grid, self.taps, strict=True)
-        return tuple(_smooth(size + min(size, taps) - 1) for size, taps in reach)
+        return tuple(smooth(size + min(size, taps) - 1) for size, taps in reach)
 
     @property
     def flops(self) -> int:
@@ -42,7 +42,7 @@ class Spectral:
         return self.batch * self.channels * points * (5 * steps + 3)
 
 
-def _smooth(size: int) -> int:
+def smooth(size: int) -> int:
     """The least product of 2, 3 and 5 that is not below `size`."""
     best = 1 << max(size - 1, 0).bit_length()
     five = 1
@@ -149,7 +149,13 @@ def filtered(problem: Spectral, x: Tensor, filter: Tensor) -> Tensor:
     spectrum = filter
     if not problem.spectrum:
         spectrum = torch.fft.rfftn(_first(filter, problem.grid).to(wide), sizes, axes)
-    y = torch.fft.irfftn(seen * spectrum, sizes, axes)
+    kept = torch.is_grad_enabled() and (seen.requires_grad or spectrum.requires_grad)
+    wider = spectrum.dim() < seen.dim() or spectrum.shape == seen.shape
+    if not kept and wider and spectrum.dtype == seen.dtype:
+        seen *= spectrum
+    else:
+        seen = seen * spectrum
+    y = torch.fft.irfftn(seen, sizes, axes)
     return _first(y, problem.grid).movedim(1, -1)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveal._problem import Problem
 from foveal._recent import Recent
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.tile import triton as tile
 from foveal.engines.tile.parts import Task, solve, whole_task
 from foveal.engines.tile.replay import Replay, Results, replayed
@@ -90,7 +90,7 @@ class KernelEntmax(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         from foveal.engines.entmax import launch
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.local_linear.iterate import conjugate_gradients
 from foveal.engines.local_linear.solution import Solution
 from foveal.engines.tile.cpu_scores import Chunk, Scorer, chunks
@@ -81,7 +81,7 @@ class TiledLocalLinear(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("cpu")
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         task: Task = ctx.task
         setting: Setting = ctx.setting

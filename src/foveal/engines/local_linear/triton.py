@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal._kept import kept
 from foveal._problem import Problem
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.local_linear.solution import Solution
 from foveal.engines.tile import hopper as hopper_edition
 from foveal.engines.tile import triton as tile_edition
 from foveal.engines.tile.parts import Division, Task, add, divide, put, take
-from foveal.patterns.base import Extent, Pattern, kept
+from foveal.patterns.base import Extent, Pattern
 from foveal.scores.base import Geometry
 from foveal.scores.local_linear import LocalForm
 from foveal.scores.normal import NormalForm
@@ -187,7 +188,7 @@ class _LocalLinear(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
         tasks, keys_once = run.tasks

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveal.engines.state.heads import CHUNK, LONG, scan_heads
+from foveal._capture import traced
+from foveal.engines.state.cpu import scan_segments
 from foveal.engines.state.layout import Layout, layout
 from foveal.engines.state.levels import NOTHING, Faded, faded
 from foveal.engines.state.problem import ScanProblem
+from foveal.engines.state.segments import CHUNK, LONG
 from foveal.rules.base import Parts, Recurrence, Rule, divided
 
 _SEGMENT = 2**16
@@ -44,10 +46,10 @@ def scan(
 
 def run(linear: Recurrence, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """o [T, Hv, Dv] and the final state [N, Hv, Dk, Dv], both in the precision of the state."""
+    if chunk == CHUNK and _on_cpu_alone(linear):
+        return scan_segments(linear, lambda part: _run_divided(part, chunk))
     if linear.divisor is not None:
         return divided(linear, lambda wide: run(wide, chunk))
-    if chunk == CHUNK and _on_cpu_alone(linear):
-        return scan_heads(linear, lambda part: _run(part, chunk))
     heads = linear.v.shape[1]
     alone = heads > 1 and linear.v.numel() >= heads * _ALONE and linear.v.device.type == "cpu"
     if alone and not linear.delta:
@@ -67,11 +69,13 @@ def run(linear: Recurrence, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
 
 
 def _on_cpu_alone(linear: Recurrence) -> bool:
-    """Whether no gradients are asked for, on a CPU, of sequences that are long enough for `scan_heads`."""
+    """Whether no gradients are asked for, on a CPU, of sequences that are long enough for `scan_segments`."""
     inputs = (linear.q, linear.k, linear.v, linear.log_decay, linear.write_gate, linear.initial)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return False
-    return linear.v.device.type == "cpu" and len(linear.v) >= LONG * max(len(linear.lengths), 1)
+    if linear.v.device.type != "cpu" or traced():
+        return False
+    return len(linear.v) >= LONG * max(len(linear.lengths), 1)
 
 
 def _heads(linear: Recurrence) -> Iterator[Recurrence]:
@@ -102,6 +106,12 @@ def _pieces(linear: Recurrence, tokens: int) -> Iterator[Recurrence]:
     for number, start in enumerate(range(0, length, tokens)):
         own = {name: pieces[number] for name, pieces in parts.items()}
         yield dataclasses.replace(linear, lengths=(min(tokens, length - start),) * count, **own)
+
+
+def _run_divided(linear: Recurrence, chunk: int) -> tuple[Tensor, Tensor]:
+    if linear.divisor is None:
+        return _run(linear, chunk)
+    return divided(linear, lambda wide: _run(wide, chunk))
 
 
 def _run(linear: Recurrence, chunk: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from foveal._kept import kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Layout:
         return self.order == tuple(range(len(self.order)))
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def layout(lengths: tuple[int, ...], size: int) -> Layout:
     """The layout of sequences of these lengths in chunks of `size` tokens."""
     order = tuple(sorted(range(len(lengths)), key=lambda number: -lengths[number]))

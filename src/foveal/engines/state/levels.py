@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveal._capture import traced
+
 _REACH = 16.0
 """Decay of a chunk, in its logarithm, that one factor may undo: it costs 3 of float32's 24 bits."""
 NOTHING = -1e4
@@ -118,7 +120,8 @@ def faded(q: Tensor, k: Tensor, log_decay: Tensor | None, scale: float, delta: b
         k_pairs = k @ k.mT if delta else None
         return Faded((q @ k.mT * scale).tril(), k_pairs, q * scale, k, k, None)
     sums = log_decay.cumsum(-2)
-    if log_decay.device.type == "cpu" and bool((sums[..., -1, :] >= -_REACH).all()):
+    looked_at = log_decay.device.type == "cpu" and not traced()
+    if looked_at and bool((sums[..., -1, :] >= -_REACH).all()):
         return _faded_from_the_middle(q, k, sums, scale, delta)
     if log_decay.shape[-1] == 1:
         return _faded_by_token(q, k, log_decay, scale, delta)

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from foveal._kept import kept
 from foveal.engines.state.chunk_forward import state_sums_forward
 from foveal.engines.tile.compiling import Call
 from foveal.rules.base import Recurrence
@@ -54,7 +55,7 @@ class Tables(NamedTuple):
     sequences: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def tables(lengths: tuple[int, ...], each: int, device: torch.device) -> Tables:
     """Tables of sequences of these lengths, cut in pieces of `each` chunks."""
     chunks: list[tuple[int, int]] = []

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveal.engines.state.heads import LONG, scan_segments
+from foveal._capture import traced
+from foveal.engines.state.cpu_two_state import scan_two_states
 from foveal.engines.state.layout import Layout, layout
 from foveal.engines.state.levels import decay_matrix
 from foveal.engines.state.problem import ScanProblem
+from foveal.engines.state.segments import CHUNK, LONG
 from foveal.rules.base import Parts, Recurrence, Rule, Token
 from foveal.rules.two_state import TwoState
-
-_CHUNK = 64
 
 
 def refuses(problem: ScanProblem, rule: Rule) -> str | None:
@@ -39,8 +39,11 @@ def scan(
     like = plain.v.new_zeros(0, dtype=dtype)
     first = rule.fresh(count, heads, *dims, like) if initial is None else initial
     first = tuple(part.to(dtype) for part in first)
-    if plain.v.device.type == "cpu" and len(plain.v) >= LONG * count and not problem.needs_grad:
-        return scan_segments(plain, first, lambda part, state: _scan(part, rule, state))
+    alone = not (problem.needs_grad or traced())
+    if alone and plain.v.device.type == "cpu" and len(plain.v) >= LONG * count:
+        return scan_two_states(
+            plain, rule.chunk, first, lambda part, state: _scan(part, rule, state)
+        )
     return _scan(plain, rule, first)
 
 
@@ -52,7 +55,7 @@ def _scan(plain: Recurrence, rule: TwoState, first: Parts) -> tuple[Tensor, Part
     places = [0] * count
     if rule.chunk > 1 and count:
         places = [int(place) for place in first[3][:, 0].tolist()]
-    size = _CHUNK if rule.chunk == 1 else rule.chunk
+    size = CHUNK if rule.chunk == 1 else rule.chunk
     whole = tuple(n + place for n, place in zip(plain.lengths, places, strict=True))
     cut = layout(whole, size)
     chunks = _chunks(plain, cut, places, online=rule.chunk == 1)

@@ -100,6 +100,8 @@ def forward(
     o = q.new_empty(B, Lq, heads, v.shape[3])
     lse = q.new_empty(B, heads, Lq, dtype=torch.float32)
     wide = q.dtype == torch.float32
+    # A compute unit of AMD has 64 KiB for the keys and values of a block.
+    narrow = wide or (torch.version.hip is not None and max(dim, v.shape[3]) > 128)
     arguments = (
         q, k, v, o, lse, starts, stops, columns,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
@@ -107,7 +109,7 @@ def forward(
         k.shape[1] - Lq, scale,
     )  # fmt: skip
     options = {
-        "TOKENS": tokens, "HEADS": together, "BLOCK": 32 if wide else _BLOCK,
+        "TOKENS": tokens, "HEADS": together, "BLOCK": 32 if narrow else _BLOCK,
         "D": dim, "D_PAD": padded(dim), "DV": v.shape[3], "DV_PAD": padded(v.shape[3]), "CAUSAL": causal,
         "STAGES": 1 if wide else 2, "num_warps": 4 if tokens * together <= 64 else 8,
     }  # fmt: skip

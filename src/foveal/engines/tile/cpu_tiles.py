@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.entmax.cpu_scores import EntmaxScorer
 from foveal.engines.tile.cpu_fused import fused_attention, fuses
 from foveal.engines.tile.cpu_scores import Chunk, Scorer, chunks
@@ -64,7 +64,7 @@ class TiledAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("cpu")
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         task: Task = ctx.task
         q, k, v, o, lse, *parameters = ctx.saved_tensors

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal.engines.tile import routes
+from foveal.engines.tile.kinds import kind_of
 from foveal.engines.tile.lists import boxes, inverse, tile_states
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.spans import spans
@@ -121,7 +122,9 @@ def stage(
     """The kernel `kind` of tuning.tile for a task; heads: query heads, of which `packed` share tiles."""
     dim = max(sizes.head_dim, sizes.value_dim)
     architecture = tuning.architecture(sizes.device)
-    config = tuning.lookup(kind, architecture, dim, sizes.dtype, sizes.device)
+    intervals = separable(task.pattern, task.extent)
+    pattern = kind_of(task.pattern, intervals)
+    config = tuning.lookup(kind, architecture, dim, sizes.dtype, sizes.device, pattern)
     if any(term.kind in (PER_PAIR, BY_DISTANCE, FROM_TABLE) for term in terms):
         # Compilers stage what terms read per pair in shared memory too: float32 per pair and stage.
         smaller = min(config.queries, 64), min(config.keys, 64)
@@ -130,7 +133,8 @@ def stage(
             # With 4 warps a table over block lists ended in illegal accesses (Triton 3.6, H100).
             warps = 8
         config = Config(*smaller, warps, 1)
-    layout = lay_out(kind, task.pattern, task.extent, config, sizes.device, heads, packed)
+    place = kind, task.pattern, task.extent, config, sizes.device
+    layout = _box_layout(*place, packed) if intervals else list_layout(*place, heads)
     chosen = [_HOOKS[term.kind] for term in terms] + [hooks.NOTHING] * (2 - len(terms))
     spec = Spec(
         q_tile=layout.q_tile,

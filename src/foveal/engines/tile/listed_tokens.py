@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.tile import cpu_tokens
 from foveal.engines.tile.token_lists import TokenLists
 
@@ -29,7 +29,7 @@ class ListedTokens(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("cpu")
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         if do is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveal._capture import capturing
 from foveal._errors import RefusedError
+from foveal._kept import kept
 from foveal._problem import Problem
 from foveal._recent import Recent
 from foveal.engines.tile.parts import (
@@ -292,6 +293,16 @@ def transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def mapped(x: Tensor) -> bool:
+    """Whether torch.func.vmap gives x one entry at a time."""
+    functions = torch._C._functorch
+    while functions.is_functorch_wrapped_tensor(x):
+        if functions.is_batchedtensor(x):
+            return True
+        x = functions.get_unwrapped(x)
+    return False
+
+
 class Recorded(torch.autograd.Function):
     """The step of a plain call."""
 
@@ -359,9 +370,13 @@ class _Gradients(torch.autograd.Function):
         ctx.name = inputs[0].name
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return _Gradients.backward(ctx)  # type: ignore[return-value]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         raise RefusedError(
-            ctx.name, "it has no second derivative; 'reference' has, outside torch.func"
+            ctx.name, "it has no second derivative; 'reference' has, where vmap maps no v"
         )
 
     @staticmethod
@@ -398,7 +413,7 @@ def _backward(ctx: Any, do: Tensor | None, d_statistic: Tensor | None) -> tuple[
 
 def _no_forward_mode(ctx: Any) -> RefusedError:
     return RefusedError(
-        ctx.run.name, "it has no forward-mode derivative; 'reference' has, outside torch.func"
+        ctx.run.name, "it has no forward-mode derivative; 'reference' has, where vmap maps no v"
     )
 
 
@@ -408,7 +423,7 @@ def _zero(like: Tensor) -> Tensor:
     return _kept_zero(like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def _kept_zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 

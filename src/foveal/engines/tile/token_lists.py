@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveal._kept import kept
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.blocks import Blocks
 from foveal.patterns.combine import Intersection
@@ -54,7 +54,7 @@ def listed(pattern: Pattern, extent: Extent, kv_heads: int) -> TokenLists | None
     return TokenLists(indices, starts, stops, selection.kv_block, causal, shift)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def block_spans(length: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Starts and stops of blocks laid one behind the other.  int32 [blocks]"""
     starts = torch.arange(0, max(length, 1), block, device=device, dtype=torch.int32)

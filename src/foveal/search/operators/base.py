@@ -10,6 +10,7 @@ from typing import Protocol
 
 from foveal.search.archive import QUEUED, RUNNING, Archive, Entry
 from foveal.search.candidate import Candidate, Cell, Proposal
+from foveal.search.prior import Known
 from foveal.search.task import Task
 
 EXPLORE = 0.2
@@ -18,10 +19,11 @@ EXPLORE = 0.2
 
 @dataclass(frozen=True)
 class View:
-    """A task and everything that is known about it."""
+    """A task and everything that is known about it; `known`: of kindred kernels, from before."""
 
     task: Task
     archive: Archive
+    known: tuple[Known, ...] = ()
 
     @property
     def judged(self) -> list[Entry]:

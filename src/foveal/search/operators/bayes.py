@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveal.search.acceptance import MARGIN
 from foveal.search.archive import Entry
 from foveal.search.candidate import Candidate, Proposal
 from foveal.search.gaussian import (
@@ -18,19 +20,23 @@ from foveal.search.gaussian import (
     sample_hypers,
 )
 from foveal.search.operators.base import View, faster_first
+from foveal.search.prior import guess
 from foveal.search.space import Space, Value
 
 _FEWEST = 3
 _POOL = 1000
 _FANTASIES = 16
 _MOST = 300
+_UNKNOWN = 0.25
+"""Share of the variance of a guess that a kernel is taken to differ by before enough of it was timed."""
 
 
 class Bayes:
     """Expected improvement per second, averaged over hyper-parameters and over what is pending.
 
-    The first points are drawn at random.  Points that failed lower the chance of success near them;
-    candidates with a text of their own, which the space does not describe, are left out.
+    Where nothing is known of kindred kernels the first points are drawn at random, else the process is
+    one of the difference to what those let expect.  Points that failed lower the chance of success near
+    them; candidates with a text of their own, which the space does not describe, are left out.
     """
 
     name = "bayes"
@@ -44,47 +50,88 @@ class Bayes:
         pool = _pool(view, timed, source)
         if not pool:
             return None
-        if len(timed) < _FEWEST:
+        if len(timed) < (1 if view.known else _FEWEST):
             return Proposal(Candidate(source.choice(pool)), self.name, note="one of the first")
         generator = torch.Generator().manual_seed(source.getrandbits(63))
         kept = timed[-_MOST:]
-        x = _encoded(space, [e.candidate.params for e in kept])
-        y = torch.tensor([-math.log(_speedup(e)) for e in kept], dtype=torch.float64)
-        points = _encoded(space, pool)
-        pending = _encoded(
-            space, [e.candidate.params for e in view.pending if e.candidate.text is None]
-        )
-        hypers = sample_hypers(x, y, generator)
-        gain = improvement(x, y, points, pending, hypers, generator)
-        value = gain * _feasible(space, judged, points) / _seconds(space, judged, points)
+        data = _data(view, [e.candidate.params for e in kept])
+        pending = _data(view, [e.candidate.params for e in view.pending if not e.candidate.text])
+        points = _data(view, pool)
+        y = torch.tensor([-math.log(_speedup(e)) for e in kept], dtype=torch.float64) - data.guess
+        if len(timed) < _FEWEST:
+            spread = _UNKNOWN * float(points.guess.var(unbiased=False)) + 1e-6
+            hypers = [_middle(data.x, spread, 0.02 * spread, float(y.mean()))]
+        else:
+            hypers = sample_hypers(data.x, y, generator)
+        hope = improvement(data, y, points, pending, hypers, generator)
+        passes = _feasible(space, judged, points.x)
+        value = hope.gain * passes / _seconds(space, judged, points.x)
         best = int(value.argmax())
-        note = f"expects {float(gain[best]):.2%} of time"
-        return Proposal(Candidate(pool[best]), self.name, note=note)
+        return Proposal(
+            Candidate(pool[best]),
+            self.name,
+            note=f"expects {float(hope.gain[best]):.2%} of time",
+            chance=float(hope.chance[best] * passes[best]),
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded points x [N, D], and what is expected of them before anything is timed [N]."""
+
+    x: Tensor
+    guess: Tensor
+
+    def and_(self, other: Data) -> Data:
+        """These points and others."""
+        return Data(torch.cat((self.x, other.x)), torch.cat((self.guess, other.guess)))
+
+
+@dataclass(frozen=True)
+class Hope:
+    """Expected improvement of points [P], and their chance to be ahead by more than the margin [P]."""
+
+    gain: Tensor
+    chance: Tensor
 
 
 def improvement(
-    x: Tensor,
+    data: Data,
     y: Tensor,
-    points: Tensor,
-    pending: Tensor,
+    points: Data,
+    pending: Data,
     hypers: Sequence[Hyper],
     source: torch.Generator,
-) -> Tensor:
-    """EI at points [P], averaged over hyper-parameters and fantasies of pending points [J, D]."""
-    total = torch.zeros(len(points), dtype=torch.float64)
+) -> Hope:
+    """What to hope for at P points, averaged over hyper-parameters and fantasies of J pending points.
+
+    y [N]: observations less the guess at their points.
+    """
+    gain = torch.zeros(len(points.x), dtype=torch.float64)
+    chance = torch.zeros_like(gain)
     for hyper in hypers:
-        posterior = Posterior(x, y, hyper)
-        best = float(posterior.at(x)[0].min())
-        if not len(pending):
-            mean, deviation = posterior.at(points)
-            total += expected_improvement(mean[:, 0], deviation, best)
-            continue
-        drawn = posterior.draw(pending, _FANTASIES, source)  # [J, S]
-        known = torch.cat((y[:, None].expand(-1, _FANTASIES), drawn))
-        mean, deviation = Posterior(torch.cat((x, pending)), known, hyper).at(points)
-        lowest = drawn.amin(0).clamp(max=best)  # [S]
-        total += expected_improvement(mean, deviation[:, None], lowest).mean(1)
-    return total / len(hypers)
+        posterior = Posterior(data.x, y, hyper)
+        best = (posterior.at(data.x)[0][:, 0] + data.guess).min().reshape(1)  # [S]
+        known = y[:, None]
+        seen = data
+        if len(pending.x):
+            drawn = posterior.draw(pending.x, _FANTASIES, source)  # [J, S]
+            seen, known = data.and_(pending), torch.cat((known.expand(-1, _FANTASIES), drawn))
+            posterior = Posterior(seen.x, known, hyper)
+            best = torch.minimum((drawn + pending.guess[:, None]).amin(0), best)
+        mean, deviation = posterior.at(points.x)
+        mean, deviation = mean + points.guess[:, None], deviation[:, None]
+        gain += expected_improvement(mean, deviation, best).mean(1)
+        chance += torch.special.ndtr((best - MARGIN - mean) / deviation).mean(1)
+    return Hope(gain / len(hypers), chance / len(hypers))
+
+
+def _data(view: View, points: Sequence[Mapping[str, Value]]) -> Data:
+    space = view.task.space
+    x = _encoded(space, points)
+    if not view.known or not points:
+        return Data(x, torch.zeros(len(x), dtype=torch.float64))
+    return Data(x, guess(view.known, [space.traits(point) for point in points]))
 
 
 def _pool(view: View, timed: Sequence[Entry], source: random.Random) -> list[dict[str, Value]]:
@@ -116,8 +163,12 @@ def _speedup(entry: Entry) -> float:
 def _smooth(x: Tensor, y: Tensor) -> Posterior:
     """A process with the hyper-parameters in the middle of their priors."""
     spread = float(y.var(unbiased=False)) + 1e-6
-    lengths = torch.full((x.shape[1],), 0.5, dtype=torch.float64)
-    return Posterior(x, y, Hyper(lengths, spread, 0.1 * spread + 1e-6, float(y.mean())))
+    return Posterior(x, y, _middle(x, spread, 0.1 * spread + 1e-6, float(y.mean())))
+
+
+def _middle(x: Tensor, spread: float, noise: float, mean: float) -> Hyper:
+    """Lengths as in the middle of their priors."""
+    return Hyper(torch.full((x.shape[1],), 0.5, dtype=torch.float64), spread, noise, mean)
 
 
 def _feasible(space: Space, judged: Sequence[Entry], points: Tensor) -> Tensor:

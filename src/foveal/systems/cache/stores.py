@@ -14,7 +14,7 @@ from foveal._attend import attend
 from foveal._decode import decode
 from foveal._errors import SelectionError
 from foveal.caches import KVShape, LowRank, VirtualContiguous
-from foveal.compose import merge
+from foveal.compose import LouisCache, RetrievalCache, merge
 from foveal.patterns import Causal, Chosen, Dense, TokenSelection
 from foveal.systems.base import Claim, Draw, Identity, System
 
@@ -143,7 +143,8 @@ def retrieval_attention(
 
     The first `sinks` and the newest `window` keys stay on the device; of the others, on the host, each
     query head reads those of largest q . k, here found by all products: the paper's graph finds nearly
-    the same ones from a few percent of them.  `caches.Offloaded` is the tier.
+    the same ones from a few percent of them.  `compose.RetrievalCache` holds and fetches them token by
+    token.
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv].
     Equals: with as many keys as there are, causal attention.
     """
@@ -187,10 +188,10 @@ def louis_kv(
     A border of a head is a query whose cosine with the query of the last border is below `alike`, mean
     over the query heads of a key head.  There, of the pages that lie before the newest `window` keys, the
     `pages` of largest q . (mean key) are fetched, and they stay until the next border, as do all later keys.
-    Pages are runs of `page` keys.
+    Pages are runs of `page` keys; `compose.LouisCache` holds and fetches them token by token.
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv].
     Limits: the paper's pages are clusters of the prompt and segments of what was generated; here both are
-    runs.  `caches.Offloaded` is the tier.
+    runs.
     Equals: with as many pages as there are, causal attention.
     """
     with torch.no_grad():
@@ -261,6 +262,27 @@ def _causal(op: Callable[..., Tensor], **options: int) -> Identity:
         )
 
     return Identity("everything", "Whatever can be fetched is: causal attention.", claim)
+
+
+def _fetched(op: Callable[..., Tensor], cache: Callable[..., Any], **options: Any) -> Identity:
+    """The cache whose old keys lie on the host, token by token."""
+
+    def claim(draw: Draw) -> Claim:
+        start, length = draw.integer(1, 9), draw.integer(10, 16)
+        q, k, v = draw.qkv((length,), heads=4, kv_heads=2)
+
+        def steps(q: Tensor) -> Tensor:
+            held = cache(_shape(k, v))
+            held.append(k[:, :start], v[:, :start])
+            found = []
+            for i in range(start, length):
+                held.append(k[:, i : i + 1], v[:, i : i + 1])
+                found.append(held.decode(q[:, i : i + 1]))
+            return torch.cat(found, dim=1)
+
+        return Claim((q,), steps, lambda q: op(q[:, start:], k, v, **options))
+
+    return Identity("fetched", "Token by token, from pages on the host.", claim)
 
 
 def _square(draw: Draw, heads: int, dim: int) -> Tensor:
@@ -408,6 +430,15 @@ STORE_SYSTEMS = (
         "Liu et al. (Microsoft); arXiv 2409.10516",
         "First and newest keys on the device; of the rest, on the host, those nearest to the query.",
         _causal(retrieval_attention, keys=40, sinks=2, window=3),
+        _fetched(
+            retrieval_attention,
+            lambda shape: RetrievalCache(
+                shape, q_heads=4, max_tokens=16, keys=2, sinks=1, window=2
+            ),
+            keys=2,
+            sinks=1,
+            window=2,
+        ),
     ),
     _entry(
         "louis_kv",
@@ -417,6 +448,16 @@ STORE_SYSTEMS = (
         "arXiv 2510.11292",
         "Pages on the host are fetched where the direction of the queries changes, not at every step.",
         _causal(louis_kv, pages=40, page=2, window=3),
+        _fetched(
+            louis_kv,
+            lambda shape: LouisCache(
+                shape, max_tokens=16, alike=0.2, pages=1, page=2, window=3, slots=8
+            ),
+            alike=0.2,
+            pages=1,
+            page=2,
+            window=3,
+        ),
     ),
     _entry(
         "elastic_cache",

@@ -53,9 +53,8 @@ def minference(
     Shapes: q [B, L, Hq, D], k [B, L, Hkv, D], v [B, L, Hkv, Dv].  Options as of `VerticalSlash`; heads, what
     each query head computes instead (window, columns and diagonals, blocks), as `search_heads` finds it
     offline and a plan in JSON keeps it.
-    Limits: a prompt in chunks gives other lists; the columns are those of its last queries.  On a GPU
-    implementation="triton" walks them, forward only; it was not checked there yet, so the plan takes the
-    reference.
+    Limits: a prompt in chunks gives other lists; the columns are those of its last queries.  On a GPU a
+    kernel walks the lists; their gradient meets every key.
     """
     if heads is not None:
         return attend_planned(q, k, v, heads)[0]

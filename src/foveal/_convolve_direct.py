@@ -1,0 +1,52 @@
+"""Calls of `convolve` that PyTorch's own convolution answers as it is, with nothing around it.
+
+On a CPU a small convolution takes a twentieth of a millisecond, and the way to it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from foveal.engines.convolution import library
+from foveal.engines.convolution.problem import Convolution
+
+DIRECT: dict[object, Callable[..., Tensor] | None] = {}
+"""By what their plan depends on; None for calls that take the whole way."""
+_MOST_KEPT = 512
+_PLAIN = Tensor, Parameter
+
+
+def direct_key(
+    x: Any, filter: Any, bias: Any, options: tuple[Any, ...], implementation: str | None
+) -> object:
+    """What the plan of a call with one filter on a CPU depends on; None where the options are unusual."""
+    dilation, padding, causal, channels_first = options
+    if type(x) not in _PLAIN or type(filter) not in _PLAIN or not (x.is_cpu and filter.is_cpu):
+        return None
+    if type(dilation) is not int or not (padding is None or type(padding) is int):
+        return None
+    if causal is not False or type(channels_first) is not bool:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    own = None
+    if bias is not None:
+        if type(bias) not in _PLAIN or not bias.is_cpu:
+            return None
+        own = bias.shape, bias.dtype
+    grad = torch.is_grad_enabled() and (x.requires_grad or filter.requires_grad)
+    kinds = x.dtype, filter.dtype, dilation, padding, channels_first, implementation, grad
+    return x.shape, filter.shape, own, kinds
+
+
+def keep_direct(key: object, problem: Convolution, name: str, filter: torch.Size) -> None:
+    """Keeps what answers all calls of this key: after one that ended well."""
+    if len(DIRECT) >= _MOST_KEPT:
+        DIRECT.clear()
+    plain = name == "torch" and filter[0] == problem.channels
+    DIRECT[key] = library.direct(problem) if plain else None

@@ -1,0 +1,52 @@
+"""Results that are found once and kept for every later call."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Outside of torch.inference_mode, of a default device and of torch.func, whose tensors end with them."""
+    with contextlib.ExitStack() as outside:
+        outside.enter_context(torch.inference_mode(False))
+        outside.enter_context(torch.device("cpu"))
+        if torch._C._are_functorch_transforms_active():
+            outside.enter_context(temporarily_clear_interpreter_stack())
+        yield
+
+
+def kept(maxsize: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Keeps results, with the tensors in them, for arguments seen before.
+
+    They serve every later call, so none is of the mode of the first: they are made in `lasting`.  Where a
+    compiler looks on (torch.compile, torch.export, FakeTensorMode), tensors are its own: nothing is kept
+    then, and nothing kept is given.  Modes that only watch, like that which records launches, see what every
+    later call sees: kept results.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.lru_cache(maxsize=maxsize)
+        def made(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            with lasting():
+                return function(*args, **kwargs)
+
+        @functools.wraps(function)
+        def found(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
+                return function(*args, **kwargs)
+            return made(*args, **kwargs)  # type: ignore[arg-type]
+
+        return found
+
+    return decorate
