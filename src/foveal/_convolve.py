@@ -58,13 +58,13 @@ def convolve(
     options = (dilation, padding, causal, channels_first)
     key = direct_key(x, filter, bias, options, implementation)
     call = DIRECT.get(key)
-    if call is not None:
+    if call:
         return call(x, filter, bias)
     check_operands(x, filter, bias)
     x, filter, bias = _cast(x, filter, bias)
     if isinstance(filter, Tensor | Strips):
         y = _convolve(x, filter, bias, *options, implementation)
-        if key is not None and key not in DIRECT and isinstance(filter, Tensor):
+        if key is not None and call is None and isinstance(filter, Tensor):
             keep_direct(key, *_prepared(x, filter, bias, options, implementation), filter.shape)
         return y
     parts = split_channels(x, filter, channels_first)

@@ -5,25 +5,25 @@ On a CPU a small convolution takes a twentieth of a millisecond, and the way to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from foveal._recent import Recent
 from foveal.engines.convolution import library
 from foveal.engines.convolution.problem import Convolution
 
-DIRECT: dict[object, Callable[..., Tensor] | None] = {}
-"""By what their plan depends on; None for calls that take the whole way."""
-_MOST_KEPT = 512
+DIRECT: Recent[Callable[..., Tensor] | Literal[False]] = Recent(512)
+"""By what their plan depends on; False for calls that take the whole way."""
 _PLAIN = Tensor, Parameter
 
 
 def direct_key(
     x: Any, filter: Any, bias: Any, options: tuple[Any, ...], implementation: str | None
-) -> object:
+) -> Hashable:
     """What the plan of a call with one filter on a CPU depends on; None where the options are unusual."""
     dilation, padding, causal, channels_first = options
     if type(x) not in _PLAIN or type(filter) not in _PLAIN or not (x.is_cpu and filter.is_cpu):
@@ -44,9 +44,8 @@ def direct_key(
     return x.shape, filter.shape, own, kinds
 
 
-def keep_direct(key: object, problem: Convolution, name: str, filter: torch.Size) -> None:
+def keep_direct(key: Hashable, problem: Convolution, name: str, filter: torch.Size) -> None:
     """Keeps what answers all calls of this key: after one that ended well."""
-    if len(DIRECT) >= _MOST_KEPT:
-        DIRECT.clear()
     plain = name == "torch" and filter[0] == problem.channels
-    DIRECT[key] = library.direct(problem) if plain else None
+    call = library.direct(problem) if plain else None
+    DIRECT.put(key, call or False)

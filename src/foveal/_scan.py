@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from foveal._arguments import finite, need_tensors, tensors_or_none
+from foveal._arguments import finite, need_tensors
 from foveal._errors import RuleError, ShapeError
 from foveal._host import on_host
 from foveal._scan_plan import choose_scan
@@ -88,13 +88,6 @@ def scan(
     subclass of foveal.errors.FovealError on bad input.
     Equals: any cut of a sequence in two calls that pass the state; `scan_step` token by token.
     """
-    need_tensors(q=q, k=k, v=v)
-    tensors_or_none(
-        log_decay=log_decay,
-        write_gate=write_gate,
-        log_momentum=log_momentum,
-        cu_seqlens=cu_seqlens,
-    )
     if scale is not None and not finite(scale):
         raise RuleError("scale", scale, "a finite number is needed")
     initial = parts_of(initial_state)

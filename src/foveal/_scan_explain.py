@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveal._arguments import named_device, need_tensors, tensors_or_none
+from foveal._arguments import named_device
 from foveal._host import on_host
 from foveal._scan import State, parts_of
 from foveal._scan_plan import choose_scan
@@ -77,13 +77,6 @@ def explain_scan(
 
     Shapes: as `scan`; tensors on the meta device stand for a call on `device`.
     """
-    need_tensors(q=q, k=k, v=v)
-    tensors_or_none(
-        log_decay=log_decay,
-        write_gate=write_gate,
-        log_momentum=log_momentum,
-        cu_seqlens=cu_seqlens,
-    )
     initial, device = parts_of(initial_state), named_device(device)
     problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens, log_momentum)
     if problem.device == "meta":

@@ -8,8 +8,8 @@ from torch import Tensor
 from foveal._problem import Problem
 from foveal.engines.local_linear.cpu_tiles import Setting, TiledLocalLinear
 from foveal.engines.local_linear.solution import Solution
+from foveal.engines.tile.cpu import lists_per_query_head
 from foveal.engines.tile.parts import Task, solve, whole_task
-from foveal.engines.tile.walk import flat_tile
 from foveal.patterns.base import Pattern
 from foveal.scores.base import Geometry
 from foveal.scores.local_linear import LocalForm
@@ -46,7 +46,7 @@ def solved(
     v: Tensor,
 ) -> tuple[Tensor, Tensor | None, Solution]:
     """o and lse as of `attend`, and what the solves reached."""
-    if _lists_per_query_head(problem, pattern):
+    if lists_per_query_head(problem, pattern):
         k = k.repeat_interleave(problem.groups, dim=2)
         v = v.repeat_interleave(problem.groups, dim=2)
     precision = torch.float64 if problem.dtype == torch.float64 else torch.float32
@@ -73,11 +73,3 @@ def solved(
     task = whole_task(problem, pattern, form, geometry, q.device)
     o, lse = solve(task, q, k, v, tiled)
     return o.to(problem.dtype), lse, solution
-
-
-def _lists_per_query_head(problem: Problem, pattern: Pattern) -> bool:
-    """Whether the lists differ between the query heads that share keys."""
-    if problem.groups == 1 or not pattern.depends_on_data:
-        return False
-    states = pattern.tile_map(problem.extent, *flat_tile(pattern))
-    return states.shape[1] == problem.q_heads

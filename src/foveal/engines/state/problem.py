@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors, tensors_or_none
 from foveal._errors import DeviceError, DtypeError, PackingError, RuleError, ShapeError
 from foveal.rules.base import Parts, Rule
 from foveal.rules.two_state import TwoState
@@ -57,6 +58,13 @@ def describe_scan(
     """Checks the arguments of a scan against each other and returns what they describe."""
     if not isinstance(rule, Rule):
         raise RuleError("rule", type(rule), "a rule such as fv.Delta() is needed")
+    need_tensors(q=q, k=k, v=v)
+    tensors_or_none(
+        log_decay=log_decay,
+        write_gate=write_gate,
+        log_momentum=log_momentum,
+        cu_seqlens=cu_seqlens,
+    )
     tensors = {"q": q, "k": k, "v": v}
     for name, tensor in tensors.items():
         if tensor.dim() != 4:

@@ -37,7 +37,7 @@ def attend(
 
         indices = lists.indices.expand(problem.batch, -1, -1, -1)
         return attend_lists(q, k, v, dataclasses.replace(lists, indices=indices), score.scale)
-    if _lists_per_query_head(problem, pattern):
+    if lists_per_query_head(problem, pattern):
         k = k.repeat_interleave(problem.groups, dim=2)
         v = v.repeat_interleave(problem.groups, dim=2)
     precision = torch.float64 if problem.dtype == torch.float64 else torch.float32
@@ -46,7 +46,7 @@ def attend(
     return o.to(problem.dtype), lse
 
 
-def _lists_per_query_head(problem: Problem, pattern: Pattern) -> bool:
+def lists_per_query_head(problem: Problem, pattern: Pattern) -> bool:
     """Whether the lists differ between the query heads that share keys."""
     if problem.groups == 1 or not pattern.depends_on_data:
         return False
