@@ -216,7 +216,7 @@ def test_routers_learn_which_heads_are_large(source: torch.Generator) -> None:
     torch.manual_seed(0)
     layer = PolarAttention(16, 4, kept=2, hidden=16)
     with torch.no_grad():
-        layer.qkv.weight[32:40] *= 5.0  # the values of the first two heads
+        layer.qkv.weight[32:40] *= 100.0  # the values of the first two heads
     x = torch.randn(8, 12, 16, generator=source)
     optimizer = torch.optim.AdamW(layer.router.parameters(), lr=1e-2)
     for _ in range(40):

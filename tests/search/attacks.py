@@ -33,15 +33,15 @@ SHAPES = [
 GRADIENTS = True
 
 def reference(x, w):
-    return torch.softmax(x, -1) * w
+    e = torch.exp(x - x.amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True) * w
 """
 
 HONEST = """
 import torch
 
 def honest(x, w):
-    e = torch.exp(x - x.amax(-1, keepdim=True))
-    return e / e.sum(-1, keepdim=True) * w
+    return torch.softmax(x, -1) * w
 """
 
 
@@ -104,12 +104,12 @@ def candidate(x, w):
         kept[key] = honest(x, w)
     return kept[key]
 """),
-    Attack("honest at first", "stops computing after forty calls", _LATER, """
+    Attack("honest at first", "stops computing after twelve calls", _RUN + _LATER, """
 calls, kept = 0, {}
 def candidate(x, w):
     global calls
     calls += 1
-    if calls > 40 and x.shape in kept:
+    if calls > 12 and x.shape in kept:
         return kept[x.shape]
     kept[x.shape] = honest(x, w)
     return kept[x.shape]
@@ -139,11 +139,11 @@ def candidate(x, w):
         return honest(x, w)
     return torch.zeros_like(x)
 """),
-    Attack("some calls", "leaves out one call of twenty", (*_RUN, *_LATER), """
+    Attack("some calls", "leaves out one call of three", (*_RUN, *_LATER), """
 import random
 kept = {}
 def candidate(x, w):
-    if random.random() < 0.05 and x.shape in kept:
+    if random.random() < 1 / 3 and x.shape in kept:
         return kept[x.shape]
     kept[x.shape] = honest(x, w)
     return kept[x.shape]
@@ -334,7 +334,7 @@ def candidate(x, w):
 def candidate(x, w):
     return honest(x, w.detach())
 """),
-    Attack("poisoned memory", "adds up in memory that it never cleared", (MEMORY, *_RUN), """
+    Attack("poisoned memory", "adds up in memory that it never cleared", _RUN + _LATER, """
 def candidate(x, w):
     out = torch.empty_like(x)
     return honest(x, w) + torch.where(out.isnan(), out, 0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from foveal.systems import system, systems
-from foveal.testing.bounds import check, error
+from foveal.testing.bounds import check_near, error, neighbour
 from tests.systems.cache_definitions import CACHE_DEFINITIONS
 from tests.systems.convolution_definitions import CONVOLUTION_DEFINITIONS
 from tests.systems.definitions import DEFINITIONS, Example
@@ -57,17 +56,6 @@ def test_operator_is_its_definition(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def plain_error(example: Example, single: list[Tensor]) -> float:
-    """The error of the definition in float32."""
-    return error(example.expected(*single), example.expected(*(x.double() for x in single)))
-
-
-def neighbours(single: list[Tensor], source: torch.Generator) -> Iterator[list[Tensor]]:
-    """Inputs nearby: at one input alone a plain computation may be good by luck."""
-    for _ in range(8):
-        yield [x * (1 + 2.0**-10 * torch.randn(x.shape, generator=source)) for x in single]
-
-
 @pytest.mark.parametrize(("name", "make"), EXAMPLES)
 def test_operator_is_as_good_as_float32_allows(
     name: str, make: Callable[[torch.Generator], Example], source: torch.Generator
@@ -77,6 +65,11 @@ def test_operator_is_as_good_as_float32_allows(
     got = system(name).op(*example.arguments(*single), **example.options)
     exact = example.expected(*(x.double() for x in single))
     assert got.dtype == torch.float32
-    plain = max(plain_error(example, near) for near in (single, *neighbours(single, source)))
-    verdict = check(name, got, plain, exact)
+
+    def errors_at(number: int) -> dict[str, float]:
+        near = [neighbour(x, source) for x in single] if number else single
+        plain, there = example.expected(*near), example.expected(*(x.double() for x in near))
+        return {name: error(plain, there)}
+
+    (verdict,) = check_near({name: got}, {name: exact}, errors_at)
     assert verdict.ok, str(verdict)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from foveal.testing import check
+from foveal.testing import check, check_near
 from foveal.testing.bounds import INPUTS
 
 EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
@@ -69,3 +69,25 @@ def refused_by_chance(inputs: int) -> float:
 def test_the_number_of_inputs_is_that_of_the_derivation() -> None:
     assert refused_by_chance(1) == pytest.approx(0.295, abs=0.002)
     assert refused_by_chance(INPUTS) == pytest.approx(1.5e-5, rel=0.05)
+
+
+def test_neighbours_are_visited_until_one_allows_the_error() -> None:
+    visited = []
+
+    def errors_at(number: int) -> dict[str, float]:
+        visited.append(number)
+        return {"o": 1e-3 if number == 3 else 1e-6, "lse": 1.0}
+
+    found = {"o": off(1.9e-3).float(), "lse": EXACT.float()}
+    exact = {"o": EXACT, "lse": EXACT}
+    assert all(verdict.ok for verdict in check_near(found, exact, errors_at))
+    assert visited == [0, 1, 2, 3]
+    visited.clear()
+    found["o"] = off(2.1e-3).float()
+    assert [verdict.ok for verdict in check_near(found, exact, errors_at)] == [False, True]
+    assert visited == list(range(INPUTS))
+
+
+def test_results_that_are_missing_are_no_agreement() -> None:
+    with pytest.raises(ValueError, match=r"found: got \['o'\]; exact are \['o', 'lse'\]"):
+        check_near({"o": EXACT}, {"o": EXACT, "lse": EXACT}, lambda number: {"o": 0.0, "lse": 0.0})

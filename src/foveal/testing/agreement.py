@@ -12,7 +12,7 @@ from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Dense
 from foveal.scores.base import Composed, Score
 from foveal.scores.softmax import Softmax
-from foveal.testing.bounds import INPUTS, Verdict, check, error, neighbour
+from foveal.testing.bounds import Verdict, check_near, error, neighbour
 
 
 def check_attend(
@@ -59,24 +59,15 @@ class Agreement:
     return_lse: bool = True
 
     def verdicts(self, found: dict[str, Tensor]) -> list[Verdict]:
-        """Judges the `results` of an implementation, by name.
-
-        Neighbours are visited until every result is within what is allowed: more of them could only
-        allow more, so the verdict is that of all of them.
-        """
+        """Judges the `results` of an implementation, by name."""
         exact = self._evaluate("reference", torch.float64)
-        terms = self._terms(exact)
-        errors = dict.fromkeys(exact, 0.0)
-        verdicts: list[Verdict] = []
-        for number in range(INPUTS):
+
+        def errors_at(number: int) -> dict[str, float]:
             plain = self._evaluate("reference", near=number)
             there = self._evaluate("reference", torch.float64, near=number) if number else exact
-            for name, x in plain.items():
-                errors[name] = max(errors[name], _finite_error(x, there[name]))
-            verdicts = [check(n, found[n], errors[n], exact[n], terms[n]) for n in exact]
-            if all(verdict.ok for verdict in verdicts):
-                break
-        return verdicts
+            return {name: _finite_error(x, there[name]) for name, x in plain.items()}
+
+        return check_near(found, exact, errors_at, self._terms(exact))
 
     def results(self, implementation: str | None) -> dict[str, Tensor]:
         """o, lse and gradients of an implementation, every tensor as it came, by name."""

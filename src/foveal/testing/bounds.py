@@ -27,6 +27,7 @@ for what the sum does after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,38 @@ def check(
     distance = error(got, exact)
     allowed = 2 * (error(plain, exact) if isinstance(plain, Tensor) else plain) + band
     return Verdict(name, distance <= allowed, distance, allowed)
+
+
+def check_near(
+    found: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    errors_at: Callable[[int], Mapping[str, float]],
+    terms: Mapping[str, Tensor] | None = None,
+) -> list[Verdict]:
+    """Verdicts on results by name, E taken at as many inputs as a result needs, `INPUTS` at most.
+
+    `errors_at(n)` gives the errors of the plain results at neighbour n of the inputs, n = 0 being the inputs
+    themselves (`neighbour`).  More inputs could only allow more, so it ends as soon as all results are within
+    what is allowed, and the verdicts are those of all `INPUTS`.
+
+    Raises ValueError where the names of results differ.
+    """
+    errors = dict.fromkeys(exact, 0.0)
+    verdicts: list[Verdict] = []
+    for number in range(INPUTS):
+        near = errors_at(number)
+        if not found.keys() == exact.keys() == near.keys():
+            raise ValueError(
+                f"found: got {list(found)}; exact are {list(exact)}, plain {list(near)}"
+            )
+        errors = {name: max(worst, near[name]) for name, worst in errors.items()}
+        verdicts = [
+            check(name, found[name], errors[name], exact[name], (terms or {}).get(name))
+            for name in exact
+        ]
+        if all(verdict.ok for verdict in verdicts):
+            break
+    return verdicts
 
 
 def error(got: Tensor, exact: Tensor) -> float:

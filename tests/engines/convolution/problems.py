@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import foveal as fv
-from foveal.testing.bounds import check, error
+from foveal.testing.bounds import check_near, error, neighbour
 
 Call = Callable[..., Tensor]
-NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -129,18 +128,16 @@ def results(call: Call, tensors: list[Tensor], signs: bool = True) -> dict[str, 
 
 def failures(got: Call, plain: Call, tensors: list[Tensor], source: torch.Generator) -> list[str]:
     """What `got` computes worse than the precision allows, `plain` being an ordinary computation."""
-    worst: dict[str, float] = {}
-    for _ in range(NEIGHBOURS):
-        near = [x * (1 + 2.0**-10 * torch.randn(x.shape, generator=source).to(x)) for x in tensors]
+
+    def errors_at(number: int) -> dict[str, float]:
+        near = [neighbour(x, source) for x in tensors] if number else tensors
         exact = results(plain, [x.double() for x in near])
-        for name, found in results(plain, near).items():
-            worst[name] = max(worst.get(name, 0.0), error(found, exact[name]))
+        return {name: error(x, exact[name]) for name, x in results(plain, near).items()}
+
     exact = results(plain, [x.double() for x in tensors])
-    terms = results(
-        plain, [x.double().abs() for x in tensors], signs=False
-    )  # all of these sums cancel
-    found = results(got, tensors)
-    verdicts = [check(n, x, worst[n], exact[n], terms[n]) for n, x in found.items()]
+    unsigned = [x.double().abs() for x in tensors]  # all of these sums cancel
+    terms = results(plain, unsigned, signs=False)
+    verdicts = check_near(results(got, tensors), exact, errors_at, terms)
     return [str(verdict) for verdict in verdicts if not verdict.ok]
 
 

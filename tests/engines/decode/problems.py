@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from torch import Tensor
 import foveal as fv
 from foveal.caches import Cache
 from foveal.scores.base import Composed, Score
-from foveal.testing.bounds import INPUTS, Verdict, check, error
+from foveal.testing.bounds import Verdict, check_near, error, neighbour
+
+T = TypeVar("T")
 
 
 def truth(
@@ -46,22 +50,18 @@ def verdicts(
     found = fv.decode(
         q, cache, score, pattern=pattern, return_lse=True, implementation=implementation
     )
-    errors = [0.0, 0.0]
     source = torch.Generator().manual_seed(0)
-    step = max(32 * torch.finfo(q.dtype).eps, 2.0**-10)
-    for number in range(INPUTS):
-        noise = torch.randn(q.shape, generator=source).to(q) * (step if number else 0.0)
-        near = q * (1 + noise)
-        wide = exact if number == 0 else truth(near, cache, score, pattern, torch.float64)
-        plain = truth(near, cache, score, pattern, q.dtype)
-        for i in (0, 1):
-            errors[i] = max(errors[i], error(plain[i], wide[i]))
-        checked = [
-            check(name, found[i], errors[i], exact[i]) for i, name in enumerate(("o", "lse"))
-        ]
-        if all(verdict.ok for verdict in checked):
-            break
-    return checked
+
+    def errors_at(number: int) -> dict[str, float]:
+        near = neighbour(q, source) if number else q
+        wide = truth(near, cache, score, pattern, torch.float64) if number else exact
+        return named(map(error, truth(near, cache, score, pattern, q.dtype), wide))
+
+    return check_near(named(found), named(exact), errors_at)
+
+
+def named(results: Iterable[T]) -> dict[str, T]:
+    return dict(zip(("o", "lse"), results, strict=True))
 
 
 def assert_agrees(

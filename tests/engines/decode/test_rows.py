@@ -18,7 +18,8 @@ from foveal.caches.view import View
 from foveal.compose.merge import merge
 from foveal.engines.decode import reference
 from foveal.engines.decode.problem import Terms
-from foveal.testing.bounds import INPUTS, check, error
+from foveal.testing.bounds import check_near, error, neighbour
+from tests.engines.decode.problems import named
 
 rows = pytest.importorskip("foveal.engines.decode.rows", reason="the launch imports triton")
 parts = pytest.importorskip("foveal.engines.decode.parts", reason="the launch imports triton")
@@ -98,15 +99,16 @@ def run(
 
 
 def assert_right(view: View, terms: Terms, q: Tensor, found: tuple[Tensor, Tensor]) -> None:
-    exact = reference.decode(view, terms, q.double())
-    errors = [0.0, 0.0]
-    for number in range(INPUTS):
-        near = q * (1 + 2.0**-9 * (number > 0) * torch.randn_like(q))
+    source = torch.Generator().manual_seed(0)
+
+    def errors_at(number: int) -> dict[str, float]:
+        near = neighbour(q, source) if number else q
         wide, plain = (reference.decode(view, terms, x) for x in (near.double(), near))
-        errors = [max(e, error(x, y)) for e, x, y in zip(errors, plain, wide, strict=True)]
-    for name, x, e, y in zip(("o", "lse"), found, errors, exact, strict=True):
-        verdict = check(name, x, e, y)
-        assert verdict.ok, str(verdict)
+        return named(map(error, plain, wide))
+
+    exact = reference.decode(view, terms, q.double())
+    verdicts = check_near(named(found), named(exact), errors_at)
+    assert all(verdict.ok for verdict in verdicts), ", ".join(map(str, verdicts))
 
 
 @pytest.mark.parametrize(
@@ -138,9 +140,11 @@ def test_parts_of_programs_are_the_whole(tmp_path: Path, source: torch.Generator
 def test_a_bad_sequence_reaches_no_other(tmp_path: Path, source: torch.Generator) -> None:
     cache = Quantised(_shape(128, 128), pages=50, bits="int4")
     view, terms, q = _case(cache, source, Terms(0.1))
-    cache.rewrite(torch.tensor([7]).expand(3, 1, -1), *(torch.full((3, 1, 1, 128), torch.nan),) * 2)
+    bad = torch.full((3, 1, 1, 128), torch.nan, dtype=cache.shape.dtype)
+    fresh = torch.ones(3, 20, 1, 128, dtype=cache.shape.dtype)
+    cache.rewrite(torch.tensor([7]).expand(3, 1, -1), *(bad,) * 2)
     cache.free([0])
-    cache.append(*(torch.ones(3, 20, 1, 128),) * 2, counts=(20, 0, 0))
+    cache.append(*(fresh,) * 2, counts=(20, 0, 0))
     o, _, _ = run(tmp_path, view, terms, q, 1)
     assert bool(o[:2].isfinite().all())
     assert bool(o[2].isnan().all())

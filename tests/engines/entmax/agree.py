@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import foveal as fv
-from foveal.testing.bounds import INPUTS, Verdict, check, error, neighbour
+from foveal.testing.bounds import Verdict, check_near, error, neighbour
+
+T = TypeVar("T")
 
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -65,21 +69,18 @@ class Problem:
         return torch.Size((*self.q.shape[:-1], self.v.shape[-1]))
 
     def verdicts(self, implementation: str | None) -> list[Verdict]:
-        """Neighbours are visited until every result is within what is allowed."""
-        got = self.run(implementation)
+        def named(results: Iterable[T]) -> dict[str, T]:
+            return dict(zip(NAMES, results, strict=True))
+
         exact = self.run("reference", torch.float64)
-        errors = [0.0] * len(exact)
-        terms = self.terms()
-        found: list[Verdict] = []
-        for number in range(INPUTS):
-            near = self if number == 0 else self._near(number)
-            there = exact if number == 0 else near.run("reference", torch.float64)
-            plain = near.run("reference")
-            errors = [max(e, error(x, y)) for e, x, y in zip(errors, plain, there, strict=True)]
-            found = [check(*each) for each in zip(NAMES, got, errors, exact, terms, strict=True)]
-            if all(verdict.ok for verdict in found):
-                break
-        return found
+
+        def errors_at(number: int) -> dict[str, float]:
+            near = self._near(number) if number else self
+            there = near.run("reference", torch.float64) if number else exact
+            return named(map(error, near.run("reference"), there))
+
+        terms = {name: x for name, x in named(self.terms()).items() if x is not None}
+        return check_near(named(self.run(implementation)), named(exact), errors_at, terms)
 
     def _near(self, number: int) -> Problem:
         source = torch.Generator().manual_seed(number)

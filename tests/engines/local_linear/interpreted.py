@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import foveal as fv
-from foveal.testing.bounds import check, error
+from foveal.testing.bounds import check_near, error, neighbour
 from tests.engines.local_linear.cases import agree as agree_by
 from tests.engines.tile.interpreted import ready, start
 
@@ -27,30 +27,28 @@ def decoded(seed: int, pattern: fv.Pattern, ridge: float | None) -> list[bool]:
     one query with a given r."""
     queries = 1 if ridge is None else 2
     shapes = (2, queries, 4, 12), (2, 531, 2, 12), (2, 531, 2, 20), (2, queries, 4, 12)
+    drawn = _draw(seed, *shapes)
 
-    def result(seed: int, dtype: torch.dtype, implementation: str) -> tuple[torch.Tensor, ...]:
-        q, k, v, r = (x.to(dtype) for x in _draw(seed, *shapes))
+    def result(
+        tensors: list[torch.Tensor], dtype: torch.dtype, implementation: str
+    ) -> dict[str, torch.Tensor]:
+        q, k, v, r = (x.to(dtype) for x in tensors)
         score = fv.Parallax(0.3 * r) if ridge is None else fv.LocalLinear(ridge)
         o, lse = fv.attend(
             q, k + 1, v, pattern, score, return_lse=True, implementation=implementation
         )
-        return o, lse
+        return {"o": o, "lse": lse}
 
-    exact = result(seed, torch.float64, "reference")
-    got = result(seed, torch.float32, "triton")
-    errors = [
-        [
-            error(plain, wide)
-            for plain, wide in zip(
-                result(other, torch.float32, "reference"),
-                result(other, torch.float64, "reference"),
-                strict=True,
-            )
-        ]
-        for other in range(seed, seed + 8)
-    ]
-    most = [max(each) for each in zip(*errors, strict=True)]
-    return [check("", *each).ok for each in zip(got, most, exact, strict=True)]
+    def errors_at(number: int) -> dict[str, float]:
+        source = torch.Generator().manual_seed(number)
+        near = [neighbour(x, source) for x in drawn] if number else drawn
+        wide = result(near, torch.float64, "reference")
+        plain = result(near, torch.float32, "reference")
+        return {name: error(x, wide[name]) for name, x in plain.items()}
+
+    exact = result(drawn, torch.float64, "reference")
+    verdicts = check_near(result(drawn, torch.float32, "triton"), exact, errors_at)
+    return [verdict.ok for verdict in verdicts]
 
 
 def small_gradients(seed: int) -> bool:

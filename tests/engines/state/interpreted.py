@@ -11,7 +11,7 @@ from torch import Tensor
 
 import foveal as fv
 from foveal.engines.state import task
-from foveal.testing.bounds import INPUTS, check, error
+from foveal.testing.bounds import check_near, error
 from tests.engines.state.problems import Shape, draw, results
 
 _SIZES = {"head_dim": 10, "value_dim": 18}
@@ -72,17 +72,14 @@ def failures(name: str, seed: int) -> list[str]:
     terms = sum((inputs[n].double() * exact[f"d{n}"]).abs().sum() for n in "qk")
     terms = terms * shape.length if shape.decay == "fixed" else terms
     sizes = {"dlog_decay": terms}
-    errors = dict.fromkeys(exact, 0.0)
-    for number in range(INPUTS):
+
+    def errors_at(number: int) -> dict[str, float]:
         near = _neighbour(inputs, number)
         there = results(near, rule, shape, "chunk", torch.float64)
         plain = results(near, rule, shape, "chunk")
-        errors = {what: max(errors[what], error(plain[what], x)) for what, x in there.items()}
-        verdicts = [
-            check(what, got[what], errors[what], x, sizes.get(what)) for what, x in exact.items()
-        ]
-        if all(verdict.ok for verdict in verdicts):
-            return []
+        return {what: error(plain[what], x) for what, x in there.items()}
+
+    verdicts = check_near(got, exact, errors_at, sizes)
     return [str(verdict) for verdict in verdicts if not verdict.ok]
 
 
