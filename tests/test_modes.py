@@ -160,6 +160,25 @@ def test_nothing_of_a_mode_is_kept() -> None:
     assert calls == [3, 3, 3]
 
 
+def test_nothing_of_a_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph under capture would fill holds nothing until it is replayed."""
+
+    @kept(4)
+    def ones(count: int) -> Tensor:
+        return torch.ones(count)
+
+    before = ones(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        inside = ones(3)
+        assert ones(3) is not inside
+        assert ones(2) is before
+    after = ones(3)
+    assert after is not inside
+    assert ones(3) is after
+
+
 def test_nothing_of_a_transform_is_kept(source: torch.Generator) -> None:
     @kept(4)
     def ones(count: int) -> Tensor:

@@ -155,6 +155,7 @@ def test_patterns_and_scores_are_rebuilt_from_what_they_were_taken_apart_into(
 
 
 def test_classes_of_one_name_are_told() -> None:
+    @dataclasses.dataclass(frozen=True)
     class Dense(fv.Pattern):
         """Shares its name with the library's own."""
 

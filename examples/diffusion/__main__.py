@@ -13,7 +13,7 @@ from examples.diffusion.block import GridAttention, flux_block
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="diffusion", description=__doc__)
     parser.add_argument("--side", type=int, default=32, help="image tokens per axis")
     parser.add_argument("--window", type=int, default=12)
     parser.add_argument("--stride", type=int, default=4)

@@ -56,7 +56,7 @@ def timed(name: str, text: str, began: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="large_kernels", description=__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -28,9 +28,14 @@ def build(records: Records, command: str) -> Page:
     )
     if estimated:
         _estimators(page, estimated)
-    for task in dict.fromkeys(r["task"] for r in trained):
-        _trained(page, [r for r in trained if r["task"] == task])
+    for kind in dict.fromkeys(map(_kind, trained)):
+        _trained(page, [r for r in trained if _kind(r) == kind])
     return page
+
+
+def _kind(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What the runs of one table have in common."""
+    return tuple(record[name] for name in ("task", "dim", "depth", "steps", "device"))
 
 
 def _estimators(page: Page, records: Records) -> None:

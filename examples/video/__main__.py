@@ -13,7 +13,7 @@ SIGMA = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="video", description=__doc__)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--height", type=int, default=96)
     parser.add_argument("--width", type=int, default=128)

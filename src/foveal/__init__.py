@@ -3,7 +3,7 @@
 import importlib as _importlib
 import typing as _typing
 
-from foveal import _operators as _operators  # exported programs name its operators
+from foveal import _operators_verbs as _operators_verbs  # exported programs name its operators
 from foveal import errors
 from foveal.patterns import (
     Axial,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
@@ -21,3 +22,21 @@ def traced() -> bool:
         return True
     functional: bool = torch._C._are_functorch_transforms_active()
     return functional or torch._C._get_dispatch_mode(_FAKE) is not None
+
+
+def as_one(x: Tensor) -> bool:
+    """Whether a compiler reads a call with x, for which one operator can stand in its graph.
+
+    torch.func, inside of the graph, would not know that operator.
+    """
+    if not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def any_open(*tensors: Tensor | None) -> bool:
+    """Whether the compiler that reads a call has left a size of its tensors open."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    sizes = [size for x in tensors if x is not None for size in x.shape]
+    return not all(has_static_value(size) for size in sizes)

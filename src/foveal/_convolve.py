@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal._arguments import need_tensors, tensors_or_none
+from foveal._capture import any_open, as_one
 from foveal._convolve_direct import DIRECT, direct_key, keep_direct
 from foveal._convolve_plan import (
     CONVOLUTION_IMPLEMENTATIONS,
@@ -17,7 +18,15 @@ from foveal._convolve_plan import (
 )
 from foveal._errors import ShapeError
 from foveal._host import on_host
-from foveal.engines.convolution.problem import Axes, Convolution, Flags, Padding, describe
+from foveal._operators_verbs import Body, as_operator
+from foveal.engines.convolution.problem import (
+    Axes,
+    Convolution,
+    Flags,
+    Padding,
+    describe,
+    out_grid,
+)
 from foveal.engines.convolution.strips_problem import Strips
 
 Filters = Tensor | Sequence[Tensor] | Strips
@@ -53,6 +62,8 @@ def convolve(
     Cost: two FLOPs per tap, channel and token; x and y moved once.
     Limits: stride 1; the filter is no longer than the padded grid.  Raises a subclass of
     foveal.errors.FovealError on bad input.
+    Transforms: on a CPU compilers read through the call; where they leave sizes open, it is one operator,
+    whose backward runs the forward again.  torch.func maps and differentiates it, "cpu" once.
     Equals: a filter of one tap 1 is x; the product with the dense Toeplitz matrix.
     """
     options = (dilation, padding, causal, channels_first)
@@ -62,18 +73,64 @@ def convolve(
         return call(x, filter, bias)
     check_operands(x, filter, bias)
     x, filter, bias = _cast(x, filter, bias)
+    if as_one(x) and any_open(x, bias, *_tensors(filter)):
+        return as_operator("convolve", x, filter, bias, *options, implementation)[0]
+    (y,) = _every(x, filter, bias, *options, implementation)
+    if key is not None and call is None and isinstance(filter, Tensor):
+        keep_direct(key, *_prepared(x, filter, bias, options, implementation), filter.shape)
+    return y
+
+
+def _every(
+    x: Tensor,
+    filter: Filters,
+    bias: Tensor | None,
+    dilation: Axes,
+    padding: Padding,
+    causal: Flags,
+    channels_first: bool,
+    implementation: str | None,
+) -> tuple[Tensor]:
+    """y by one filter or several."""
+    options = (dilation, padding, causal, channels_first)
     if isinstance(filter, Tensor | Strips):
-        y = _convolve(x, filter, bias, *options, implementation)
-        if key is not None and call is None and isinstance(filter, Tensor):
-            keep_direct(key, *_prepared(x, filter, bias, options, implementation), filter.shape)
-        return y
+        return (_convolve(x, filter, bias, *options, implementation),)
     parts = split_channels(x, filter, channels_first)
     biases = [None] * len(parts) if bias is None else bias.split([len(each) for each in filter])
     found = [
         _convolve(part, each, own, *options, implementation)
         for part, each, own in zip(parts, filter, biases, strict=True)
     ]
-    return torch.cat(found, dim=1 if channels_first else -1)
+    return (torch.cat(found, dim=1 if channels_first else -1),)
+
+
+def _outline(
+    x: Tensor,
+    filter: Filters,
+    bias: Tensor | None,
+    dilation: Axes,
+    padding: Padding,
+    causal: Flags,
+    channels_first: bool,
+    *options: object,
+) -> tuple[Tensor]:
+    first = filter if isinstance(filter, Tensor | Strips) else filter[0]
+    outline = first.outline() if isinstance(first, Strips) else first
+    grid = tuple(x.shape[2:] if channels_first else x.shape[1:-1])
+    window = tuple(outline.shape[-len(grid) :])
+    out = out_grid(grid, window, dilation, padding, causal)
+    if channels_first:
+        return (x.new_empty((*x.shape[:2], *out)),)
+    return (x.new_empty((x.shape[0], *out, x.shape[-1])),)
+
+
+OPERATOR = Body(_every, _outline)
+
+
+def _tensors(filter: Filters) -> tuple[Tensor, ...]:
+    if isinstance(filter, Strips):
+        return filter.row, filter.column
+    return (filter,) if isinstance(filter, Tensor) else tuple(filter)
 
 
 def check_operands(x: Tensor, filter: Filters, bias: Tensor | None) -> None:

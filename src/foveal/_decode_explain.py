@@ -11,11 +11,18 @@ from foveal._decode import asked
 from foveal._decode_plan import choose_decode
 from foveal._host import on_host
 from foveal.caches.base import Cache, Part
-from foveal.engines.decode.problem import Terms, describe_decode, describe_terms
+from foveal.compose.decode_lines import explain_lines, fits_lines
+from foveal.engines.decode.problem import (
+    DecodeProblem,
+    Terms,
+    describe_decode,
+    describe_terms,
+)
 from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Causal
 from foveal.probe.ceilings import Ceilings
 from foveal.scores.base import Score
+from foveal.scores.local_linear import collect_local
 from foveal.scores.softmax import Softmax
 
 
@@ -73,6 +80,8 @@ def explain_decode(
     """
     parts = asked(q, cache)
     problem = describe_decode(q, cache.shape, parts)
+    if fits_lines(score):
+        return _of_lines(q, cache, score, pattern, problem, implementation, ceilings)
     terms = describe_terms(problem, score, pattern, parts)
     plan = choose_decode(problem, terms, implementation)
     read = [_keys(part, terms, problem.Lq) for part in parts]
@@ -81,9 +90,6 @@ def explain_decode(
     per_key = [2 * (part.view.head_dim + part.view.value_dim) * rows for part in parts]
     served = [problem.batch if part.shared else 1 for part in parts]
     flops = sum(n * cost * s for n, cost, s in zip(read, per_key, served, strict=True))
-    bound = None
-    if ceilings is not None:
-        bound = max(flops / ceilings.flops_per_second, moved / ceilings.bytes_per_second)
     return DecodeExplanation(
         plan.implementation,
         score.key,
@@ -94,8 +100,47 @@ def explain_decode(
         moved,
         flops,
         cache.bytes(),
-        bound,
+        _bound(flops, moved, ceilings),
     )
+
+
+def _of_lines(
+    q: Tensor,
+    cache: Cache,
+    score: Score,
+    pattern: Pattern,
+    problem: DecodeProblem,
+    implementation: str | None,
+    ceilings: Ceilings | None,
+) -> DecodeExplanation:
+    """All stored rows are read, written beside each other and read again; iterations do not count."""
+    found = explain_lines(q, cache, score, pattern, problem, implementation)
+    views = [part.view for part in cache.parts()]
+    served = [problem.batch // view.batch for view in views]
+    keys = [sum(map(sum, v.host_lengths)) * v.kv_heads // len(v.host_lengths[0]) for v in views]
+    copied = sum(n * s for n, s in zip(keys, served, strict=True))
+    rows = copied * (problem.head_dim + problem.value_dim) * q.element_size()
+    moved = sum(n * view.row_bytes() for n, view in zip(keys, views, strict=True)) + 2 * rows
+    pair = collect_local(score, problem.head_dim).pair_flops(problem.head_dim, problem.value_dim)
+    flops = copied * problem.Lq * problem.groups * pair
+    return DecodeExplanation(
+        found.implementation,
+        score.key,
+        found.refusals,
+        problem.kinds,
+        problem.batch,
+        sum(keys),
+        moved,
+        flops,
+        cache.bytes(),
+        _bound(flops, moved, ceilings),
+    )
+
+
+def _bound(flops: int, moved: int, ceilings: Ceilings | None) -> float | None:
+    if ceilings is None:
+        return None
+    return max(flops / ceilings.flops_per_second, moved / ceilings.bytes_per_second)
 
 
 def _keys(part: Part, terms: Terms, Lq: int) -> int:

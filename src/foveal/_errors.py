@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 
+_MOST_LISTED = 40
+"""Known names that a message lists where it has a guess."""
+
 
 class FovealError(Exception):
     """Base class of all errors raised by foveal; they travel between processes."""
@@ -78,7 +81,8 @@ class UnknownNameError(FovealError, ValueError):
     def __init__(self, kind: str, name: str, known: tuple[str, ...]) -> None:
         close = difflib.get_close_matches(str(name), known)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        super().__init__(f"{kind}: got {name!r}; {hint}known: {', '.join(known)}")
+        listed = "" if close and len(known) > _MOST_LISTED else f"known: {', '.join(known)}"
+        super().__init__(f"{kind}: got {name!r}; {hint}{listed}".rstrip())
         self.name = name
         self.known = known
 

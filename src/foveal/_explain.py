@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveal._arguments import named_device, need_tensors, tensors_or_none
+from foveal._families import family
 from foveal._host import on_host
-from foveal._plan import decide
-from foveal._problem import describe, element_bytes
+from foveal._plan import Plan, decide
+from foveal._problem import Problem, describe, element_bytes
 from foveal._tiles import TileCounts, count_tiles
 from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Dense
 from foveal.probe.ceilings import Ceilings
-from foveal.scores.base import Score
+from foveal.scores.base import Form, Score
 from foveal.scores.softmax import Softmax
 
 
@@ -24,7 +25,8 @@ class Explanation:
     """What a call of `attend` will do.
 
     flops counts forward products of visible pairs only; bytes is each of q, k, v, o moved once;
-    bound_seconds is the larger of the two over the measured ceilings of this device, or None.
+    bound_seconds is the larger of the two over the measured ceilings of this device, or None; method
+    says how a problem is computed where it is not by the tiles.
     """
 
     implementation: str
@@ -35,6 +37,7 @@ class Explanation:
     flops: int
     bytes: int
     bound_seconds: float | None
+    method: str | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -44,7 +47,7 @@ class Explanation:
         tiles = self.tiles
         shape = " x ".join(str(side) for side in tiles.q_tile)
         lines = [
-            f"runs       {self.implementation}",
+            f"runs       {self.implementation}" + (f": {self.method}" if self.method else ""),
             f"pattern    {self.pattern}",
             f"score      {self.score}",
             f"tiles      {tiles.visited:,} of {tiles.total:,} visited "
@@ -102,4 +105,11 @@ def explain(
         flops,
         moved,
         bound,
+        _method(plan, problem, form),
     )
+
+
+def _method(plan: Plan, problem: Problem, form: Form) -> str | None:
+    module = family(form.engine).implementations[plan.implementation]
+    found: str | None = getattr(module, "method", lambda *_: None)(problem, plan.pattern, form)
+    return found

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from foveal._arguments import need_tensors, tensors_or_none
+from foveal._capture import any_open, as_one
 from foveal._convolve_plan import SPECTRAL_IMPLEMENTATIONS, choose_convolution
 from foveal._host import on_host
+from foveal._operators_verbs import Body, as_operator
 from foveal.engines.convolution.spectral import describe_spectral
 
 
@@ -34,14 +38,36 @@ def fftconv(
     Cost: two transforms of 5 N log2 N FLOPs for each sample and channel, N the grid, or twice it per
     causal axis, rounded up to a product of 2, 3 and 5.
     Limits: any length.  Raises a subclass of foveal.errors.FovealError on bad input.
+    Transforms: compilers and torch.func read through "torch"; where a compiler leaves sizes open, the call
+    is one operator, whose backward runs the forward again.
     Equals: the product with the Toeplitz (causal) or circulant matrix of the filter; a filter of one tap
     1 is x.
     Paper: long convolutions (2302.06646); FlashFFTConv (2311.05908).
     """
     need_tensors(x=x, filter=filter)
     tensors_or_none(pre_gate=pre_gate, post_gate=post_gate, skip=skip)
+    run = partial(as_operator, "fftconv") if as_one(x) and any_open(x, filter) else _fftconv
+    (y,) = run(x, filter, pre_gate, post_gate, skip, causal, implementation)
+    return y
+
+
+def _fftconv(
+    x: Tensor,
+    filter: Tensor,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    skip: Tensor | None,
+    causal: bool,
+    implementation: str | None,
+) -> tuple[Tensor]:
     problem = describe_spectral(x, filter, pre_gate, post_gate, skip, causal)
     plan = choose_convolution(problem, SPECTRAL_IMPLEMENTATIONS, implementation)
     module = SPECTRAL_IMPLEMENTATIONS[plan.implementation]
-    y: Tensor = module.gated(problem, x, filter, pre_gate, post_gate, skip)
-    return y
+    return (module.gated(problem, x, filter, pre_gate, post_gate, skip),)
+
+
+def _outline(x: Tensor, *others: object) -> tuple[Tensor]:
+    return (x.new_empty(x.shape),)
+
+
+OPERATOR = Body(_fftconv, _outline)

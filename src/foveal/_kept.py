@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -31,22 +31,37 @@ def kept(maxsize: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
     They serve every later call, so none is of the mode of the first: they are made in `lasting`.  Where a
     compiler looks on (torch.compile, torch.export, FakeTensorMode), tensors are its own: nothing is kept
-    then, and nothing kept is given.  Modes that only watch, like that which records launches, see what every
-    later call sees: kept results.
+    then, and nothing kept is given.  What is made while a CUDA graph is captured holds nothing before the
+    graph is replayed: it is the graph's, and not kept either.  Modes that only watch, like that which records
+    launches, see what every later call sees: kept results.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.lru_cache(maxsize=maxsize)
         def made(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             with lasting():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise _CapturedError(result)
+            return result
 
         @functools.wraps(function)
         def found(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
                 return function(*args, **kwargs)
-            return made(*args, **kwargs)  # type: ignore[arg-type]
+            try:
+                return made(*args, **kwargs)  # type: ignore[arg-type]
+            except _CapturedError as own:
+                result: _R = own.result
+                return result
 
         return found
 
     return decorate
+
+
+class _CapturedError(Exception):
+    """Takes a result past the cache."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result

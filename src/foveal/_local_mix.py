@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from foveal._arguments import need_tensors
+from foveal._capture import as_one
 from foveal._convolve_plan import MIX_IMPLEMENTATIONS, choose_convolution
 from foveal._host import on_host
+from foveal._operators_verbs import Body, as_operator
 from foveal.engines.convolution.mix_problem import Border, describe_mix
 from foveal.engines.convolution.problem import Axes, Flags
 
@@ -37,12 +41,35 @@ def local_mix(
     Cost: two FLOPs per tap and channel; weights, v and o moved once.
     Limits: weights of places outside the grid count nothing and have gradient 0.  Raises a subclass of
     foveal.errors.FovealError on bad input.
+    Transforms: one operator under torch.compile, under torch.export and for fake tensors, for sizes that
+    stay open; its backward runs the forward again.  On a CPU torch.func maps it and differentiates it once,
+    "reference" any number of times.
     Equals: `convolve` where the weights are the same for every token; attention over a
     `Neighborhood` with its softmax as the weights ("shift").
     Paper: dynamic convolutions (1901.10430); neighborhood attention (2204.07143).
     """
     need_tensors(weights=weights, v=v)
+    run = partial(as_operator, "local_mix") if as_one(v) else _local_mix
+    (o,) = run(weights, v, window, dilation, border, causal, implementation)
+    return o
+
+
+def _local_mix(
+    weights: Tensor,
+    v: Tensor,
+    window: Axes,
+    dilation: Axes,
+    border: Border,
+    causal: Flags,
+    implementation: str | None,
+) -> tuple[Tensor]:
     problem = describe_mix(weights, v, window, dilation, border, causal)
     plan = choose_convolution(problem, MIX_IMPLEMENTATIONS, implementation)
-    o: Tensor = MIX_IMPLEMENTATIONS[plan.implementation].mix(problem, weights, v)
-    return o
+    return (MIX_IMPLEMENTATIONS[plan.implementation].mix(problem, weights, v),)
+
+
+def _outline(weights: Tensor, v: Tensor, *options: object) -> tuple[Tensor]:
+    return (v.new_empty(v.shape),)
+
+
+OPERATOR = Body(_local_mix, _outline)

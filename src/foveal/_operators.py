@@ -66,18 +66,20 @@ def attend(
 
 def _spelled(value: Any, cu_seqlens: Tensor | None) -> _Call:
     tensors: list[Tensor] = []
-    integers: list[int] = []
+    integers: list[int | torch.SymInt] = []
     floats: list[float] = []
     text = _spell(value, tensors, integers, floats)
     # PyTorch takes an empty list for a list of tensors.
     return _Call(cu_seqlens, tensors, text, integers or None, floats or None)
 
 
-def _spell(value: Any, tensors: list[Tensor], integers: list[int], floats: list[float]) -> str:
+def _spell(
+    value: Any, tensors: list[Tensor], integers: list[int | torch.SymInt], floats: list[float]
+) -> str:
     """The value as text in which `t`, `i` and `f` stand for the next tensor, integer and float."""
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, (bool, str, torch.dtype)):
         return repr(value)
-    if isinstance(value, int):
+    if isinstance(value, (int, torch.SymInt)):
         integers.append(value)
         return "i"
     if isinstance(value, float):
@@ -91,10 +93,15 @@ def _spell(value: Any, tensors: list[Tensor], integers: list[int], floats: list[
         for item in value:
             inside += _spell(item, tensors, integers, floats) + ","
         return "(" + inside + ")"
+    if isinstance(value, list):
+        inside = ""
+        for item in value:
+            inside += _spell(item, tensors, integers, floats) + ","
+        return "[" + inside + "]"
     kind = type(value)
     fields = getattr(kind, "__match_args__", None)
     if fields is None:
-        raise PatternError("pattern", kind.__name__, "a dataclass is needed under torch.compile")
+        raise PatternError("argument", kind.__name__, "a dataclass is needed under torch.compile")
     inside = ""
     for name in fields:
         inside += _spell(getattr(value, name), tensors, integers, floats) + ","
@@ -118,8 +125,12 @@ def _build(node: ast.expr, supply: dict[str, Iterator[Any]]) -> Any:
             return node.value
         case ast.Name():
             return next(supply[node.id])
+        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+            return getattr(torch, name)
         case ast.Tuple():
             return tuple(_build(item, supply) for item in node.elts)
+        case ast.List():
+            return [_build(item, supply) for item in node.elts]
         case ast.Call(func=ast.Name(id=name), args=items):
             return _value(name, tuple(_build(item, supply) for item in items))
     raise AssertionError(f"not written by _spell: {ast.dump(node)}")
@@ -136,19 +147,36 @@ def _value(name: str, arguments: tuple[Any, ...]) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _kind(name: str) -> type:
-    """The class of patterns or scores of this name."""
-    known: list[type] = [BlockSelection, Pattern, Score]
-    for kind in known:
-        known.extend(kind.__subclasses__())
-    # A dataclass with slots is made twice; the second is the one in use.
-    found = {(kind.__module__, kind.__qualname__): kind for kind in known if kind.__name__ == name}
+    """The class of arguments of this name."""
+    known = [BlockSelection, Pattern, Score]
+    found = _dataclasses(name, known) or _dataclasses(name, _others())
     if len(found) != 1:
         raise PatternError(
-            "pattern",
+            "argument",
             name,
             f"one class of this name is needed under torch.compile, not {len(found)}",
         )
-    return found.popitem()[1]
+    return found[0]
+
+
+def _dataclasses(name: str, known: list[type]) -> list[type]:
+    """Those of this name among known classes and all that are derived from them."""
+    for kind in known:
+        known.extend(kind.__subclasses__())
+    named = [kind for kind in known if kind.__name__ == name and hasattr(kind, "__match_args__")]
+    # A dataclass with slots is made twice; the second is the one in use.
+    return list({(kind.__module__, kind.__qualname__): kind for kind in named}.values())
+
+
+def _others() -> list[type]:
+    """What verbs other than `attend` take."""
+    from foveal.caches.codec import Codec
+    from foveal.caches.view import Columns, View
+    from foveal.engines.convolution.strips_problem import Strips
+    from foveal.engines.decode.problem import DecodeProblem, Terms
+    from foveal.rules.base import Rule
+
+    return [Codec, Columns, View, DecodeProblem, Terms, Strips, Rule]
 
 
 # The same object for the same tensor: plans are kept for it.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from foveal._arguments import finite, need_tensors
+from foveal._capture import as_one
 from foveal._errors import RuleError, ShapeError
 from foveal._host import on_host
+from foveal._operators_verbs import Body, as_operator
 from foveal._scan_plan import choose_scan
 from foveal.engines.state.problem import describe_scan
 from foveal.rules.additive import Additive
@@ -86,11 +90,35 @@ def scan(
     Cost: about 4 (C + Dk) Dv + 4 C Dk FLOPs per token and head in chunks of C tokens.
     Limits: log_decay must be finite; a gate of 0 and one of -60 may follow each other.  Raises a
     subclass of foveal.errors.FovealError on bad input.
+    Transforms: one operator under torch.compile, under torch.export and for fake tensors, for sizes that
+    stay open; its backward runs the forward again.  On a CPU torch.func reads through the chunk form.
     Equals: any cut of a sequence in two calls that pass the state; `scan_step` token by token.
     """
     if scale is not None and not finite(scale):
         raise RuleError("scale", scale, "a finite number is needed")
     initial = parts_of(initial_state)
+    scale = None if scale is None else float(scale)
+    options = (scale, initial, cu_seqlens, reverse, implementation)
+    run = partial(as_operator, "scan") if as_one(q) else _scan
+    o, *parts = run(q, k, v, rule, log_decay, write_gate, log_momentum, *options)
+    return (o, _state(tuple(parts))) if return_state else o
+
+
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    log_decay: Tensor | None,
+    write_gate: Tensor | None,
+    log_momentum: Tensor | None,
+    scale: float | None,
+    initial: Parts | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    implementation: str | None,
+) -> tuple[Tensor, ...]:
+    """o and the parts of the final state."""
     problem = describe_scan(q, k, v, rule, log_decay, write_gate, initial, cu_seqlens, log_momentum)
     plan = choose_scan(problem, rule, implementation)
     plain = Recurrence(
@@ -100,7 +128,7 @@ def scan(
         _flat(log_decay),
         None if write_gate is None else write_gate.flatten(0, 1),
         None,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        q.shape[-1] ** -0.5 if scale is None else scale,
         False,
         problem.lengths,
         _flat(log_momentum),
@@ -110,8 +138,30 @@ def scan(
     o, state = plan.module.scan(problem, rule, plain, initial)
     if reverse:
         o, state = o.flip(0), tuple(part.flip(0) for part in state)
-    o = o.unflatten(0, (problem.batch, problem.length))
-    return (o, _state(state)) if return_state else o
+    return o.unflatten(0, (problem.batch, problem.length)), *state
+
+
+def _outline(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    log_decay: Tensor | None,
+    write_gate: Tensor | None,
+    log_momentum: Tensor | None,
+    scale: float | None,
+    initial: Parts | None,
+    cu_seqlens: Tensor | None,
+    *options: object,
+) -> tuple[Tensor, ...]:
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shapes = rule.part_shapes(q.shape[3], v.shape[3]).values()
+    state = (v.new_empty((count, v.shape[2], *shape), dtype=dtype) for shape in shapes)
+    return v.new_empty(v.shape), *state
+
+
+OPERATOR = Body(_scan, _outline)
 
 
 def scan_step(

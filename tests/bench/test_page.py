@@ -54,6 +54,20 @@ def test_every_axis_title_carries_its_unit() -> None:
     assert figure["layout"]["yaxis"]["title"]["text"] == "time [ms]"
 
 
+def test_bars_lie_beside_their_names() -> None:
+    names = [f"a case with a long name {index}" for index in range(13)]
+    series = [Series("ours", names, [1.0] * 13, low=[0.5] * 13, high=[2.0] * 13)]
+    figure = bars("bars", series, Axis(""), Axis("time", "ms", log=True))
+    trace, style = figure["data"][0], figure["layout"]
+    assert (trace["y"], trace["x"]) == (names, [1.0] * 13)
+    assert trace["error_x"]["array"] == [1.0] * 13
+    assert style["xaxis"]["title"]["text"] == "time [ms]"
+    assert style["xaxis"]["type"] == "log"
+    assert style["yaxis"]["autorange"] == "reversed"
+    more = bars("bars", series * 6, Axis(""), Axis("time", "ms", log=True))
+    assert more["layout"]["height"] > style["height"] > 13 * 30
+
+
 def test_values_that_are_not_finite_become_gaps() -> None:
     page = Page("Title")
     page.section("Map").figure(heat_map("map", [[1.0, math.nan]], Axis("x"), Axis("y"), "share"))
@@ -104,7 +118,7 @@ def test_browser_draws_plots_without_console_message(tmp_path) -> None:
         [browser, *options.split(), *quiet.split(), profile, "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert shown.stdout.count('class="cell plot js-plotly-plot"') == 2

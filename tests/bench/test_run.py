@@ -25,7 +25,7 @@ from foveal.bench.record import (
     RecordFile,
 )
 from foveal.bench.report import html, judge, terminal, terminal_judgements
-from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan
+from foveal.bench.requirements import AtMostGrows, AtMostTakes, FasterThan, Judgement
 from foveal.bench.run import Job
 from foveal.cli import main
 from foveal.patterns import Neighborhood
@@ -146,6 +146,30 @@ def test_terminal_says_each_status_in_words(records: list[Record]) -> None:
         assert words in text
     assert "SDPA, dense (another result)" in text
     assert all(len(line) < 130 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_terminal_fits_and_says_the_same(records: list[Record], columns: int) -> None:
+    text = terminal(records, columns)
+    assert max(map(len, text.splitlines())) <= columns
+    assert set(text.split()) == set(terminal(records).split())
+    judged = Judgement("a claim of " + 12 * "many words ", ">= 2x", "3.0x (2.9 to 3.1)", True)
+    narrow = terminal_judgements([judged], columns)
+    assert max(map(len, narrow.splitlines())) <= columns
+    for part in (judged.verdict, judged.needed, judged.measured):
+        assert part in " ".join(narrow.split())
+
+
+def test_a_sweep_of_one_point_is_no_figure() -> None:
+    pytest.importorskip("plotly", reason="HTML plots need the report extra")
+    records = [_fake(str(window), "foveal", 0.1, 10) for window in (3, 7)]
+    for window, record in zip((3, 7), records, strict=True):
+        record.case["dtype"] = "float32"
+        record.case["points"] = [{"axis": "window", "line": "image", "x": window}]
+    records[0].samples[BOTH] = [0.3] * 3
+    text = html(records).render()
+    assert f"image: {FORWARD}" in text
+    assert f"image: {BOTH}" not in text
 
 
 def test_page_can_be_made_from_an_old_file(records: list[Record], tmp_path: Path) -> None:

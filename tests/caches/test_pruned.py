@@ -41,7 +41,8 @@ def test_entries_of_a_row_alternate_between_distant_channels() -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_bytes_are_those_of_the_entries(storage: fv.caches.pruned.Storage) -> None:
     cache = Pruned(KVShape(1, 2, 128), pages=20, group=64, storage=storage)
-    cache.append(torch.randn(1, 672, 2, 128), torch.randn(1, 672, 2, 128))
+    k, v = torch.randn(2, 1, 672, 2, 128).bfloat16()
+    cache.append(k, v)
     assert cache.body.host_lengths == [[640]]
     row = 40 * 2 + (16 if storage == "bitmap" else 40)
     assert cache.body.bytes() == 640 * 2 * 2 * row + 10 * 4
@@ -52,14 +53,14 @@ def test_old_groups_do_not_change(
     storage: fv.caches.pruned.Storage, source: torch.Generator
 ) -> None:
     cache = Pruned(KVShape(1, 1, 16), pages=9, group=64, recent=8, storage=storage)
-    k = torch.randn(1, 300, 1, 16, generator=source)
+    k = torch.randn(1, 300, 1, 16, generator=source).bfloat16()
     cache.append(k[:, :100], k[:, :100])
     before = cache.dense()[0][:, :64].clone()
     for start in range(100, 300, 50):
         cache.append(k[:, start : start + 50], k[:, start : start + 50])
     held = cache.dense()[0]
     assert torch.equal(held[:, :64], before)
-    assert torch.equal(held[:, -8:], k[:, -8:].bfloat16())
+    assert torch.equal(held[:, -8:], k[:, -8:])
 
 
 def test_bad_storage_is_named() -> None:

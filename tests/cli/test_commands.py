@@ -140,6 +140,7 @@ def test_explain_knows_packed_documents_and_scores(capsys: pytest.CaptureFixture
         (["explain", "Sliding(3)", "--implementation", "sdpa"], "dense and causal"),
         (["explain", "Sliding(3)", "--implementation", "cpuu"], "did you mean cpu?"),
         (["explain", "Causal", "--device", "nowhere"], "--device"),
+        (["bench", "--device", "nowhere"], "such as cuda:0"),
         (["explain", "Causal", "--grid", "8", "--kv-heads", "3"], "must divide the 4 query heads"),
         (["explain", "Documents()", "--grid", "8"], "cu_seqlens"),
     ],
@@ -182,6 +183,25 @@ def test_doctor_tells_what_is_missing(
     text = _text(capsys, "doctor")
     assert "plotly: pip install 'foveal[report]'" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_doctor_of_sources_that_are_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(package: str) -> list[str]:
+        raise doctor.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", unknown)
+    monkeypatch.setattr(doctor, "_self_test", lambda: ([], 0.0))
+    text = _text(capsys, "doctor")
+    assert "pip install -e ." in text
+    assert "extra" not in text
+
+
+def test_one_guess_is_worth_more_than_all_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "neighborhod_attention"]) == 2
+    assert "did you mean neighborhood_attention" in (error := capsys.readouterr().err)
+    assert len(error) < 300
 
 
 def test_doctor_with_a_failed_check_is_one(

@@ -11,6 +11,7 @@ import torch
 
 from examples.test_time_regression.__main__ import main
 from examples.test_time_regression.estimators import KNOBS, judge
+from examples.test_time_regression.report import build
 from examples.test_time_regression.tasks import InContext, Permutations, loss_of, score_of
 from examples.test_time_regression.train import MIXERS
 
@@ -61,3 +62,16 @@ def test_the_small_version_writes_records_and_a_page(
     again = tmp_path / "again"
     assert main(["--render", str(tmp_path / "records.jsonl"), "--out", str(again)]) == 0
     assert (again / "report.html").exists()
+
+
+def test_runs_of_different_length_are_not_averaged() -> None:
+    one = {
+        "task": "recall", "measure": "share right", "sizes": {"pairs": 2}, "model": "linear", "dim": 8,
+        "heads": 1, "depth": 1, "steps": 200, "batch": 4, "seed": 0, "score": 0.125, "parameters": 9,
+        "seconds": 1.0, "device": "cpu", "torch": "2",
+    }  # fmt: skip
+    page = build([one, one | {"steps": 600, "score": 0.75}], "command").render()
+    assert "200 steps" in page
+    assert "600 steps" in page
+    assert "0.125" in page
+    assert "0.750" in page

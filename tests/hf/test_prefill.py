@@ -116,7 +116,7 @@ def test_every_other_system_says_why_not() -> None:
     assert "trained" in said["nsa"]
     assert 'cache="snapkv"' in said["snapkv"]
     assert "both ways" in said["vggt_block_sparse"]
-    assert "LouisCache" in said["louis_kv"]
+    assert 'cache="louis_kv"' in said["louis_kv"]
     assert "fv.decode" in said["vattention"]
     with pytest.raises(errors.RefusedError, match="sliding window"):
         hf.use(gemma(), "minference", layers="all")

@@ -181,6 +181,8 @@ def test_verify_prints_a_verdict(
         (["search", "attention/causal", "--strategy", "best"], "known: full"),
         (["search", "attention/causal", "--workers", "0"], "at least 1"),
         (["verify", "nothing.py"], "cannot be read"),
+        (["verify", "sm_90/backward_kv/64/half=128x64", "--device", "cuda:99"], "got 'cuda:99'"),
+        (["search", "attention/causal", "--device", "gpu"], "such as cuda:0"),
     ],
 )
 @pytest.mark.usefixtures("shared")

@@ -441,6 +441,25 @@ def flash_svd(source: torch.Generator) -> Example:
     return Example(inputs, attention, {"piece": 3})
 
 
+def attention_editing(source: torch.Generator) -> Example:
+    L, heads = 9, ((4, 3), (2, 3), (2, 5), (4, 5))
+    inputs = tuple(draw(source, 2, L, count, size) for count, size in heads)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        rows = []
+        for i in range(L):
+            seen = slice(max(0, i - 3), i + 1)
+            each = []
+            for h in range(4):
+                s = torch.einsum("bd,bjd->bj", q[:, i, h], k[:, seen, h // 2]) / math.sqrt(3)
+                o = torch.einsum("bj,bjd->bd", s.softmax(-1), v[:, seen, h // 2])
+                each.append(o * (1 + torch.tanh(gate[:, i, h] / 2)))
+            rows.append(torch.stack(each, 1))
+        return torch.stack(rows, 1)
+
+    return Example(inputs, attention, {"window": 4})
+
+
 def _on_all(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """o of every query on the keys that choose(q [G, L, D], k [L, D]) marks, bool [G, L, L]."""
 
@@ -575,4 +594,5 @@ CACHE_DEFINITIONS: dict[str, list[Callable[[torch.Generator], Example]]] = {
     "head_embeddings": [head_embeddings, head_factors],
     "super_attention": [super_attention],
     "flash_svd": [flash_svd],
+    "attention_editing": [attention_editing],
 }

@@ -11,6 +11,9 @@ from typing import Any
 PALETTE = ("#0b7285", "#e8590c", "#5f3dc4", "#868e96", "#2b8a3e", "#c2255c", "#1864ab", "#e67700")
 SEQUENTIAL = ((0.0, "#f1f6f8"), (0.35, "#9fd0d9"), (0.7, "#2f94a5"), (1.0, "#083d48"))
 
+_BAR, _GAP, _NAME = 9, 10, 36
+"""Height in pixels of a bar, of the gap between groups, of a name of two lines."""
+
 Data = dict[str, Any]
 
 
@@ -100,18 +103,34 @@ def lines(
 
 
 def bars(
-    title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 400, legend: bool = True
+    title: str,
+    series: Sequence[Series],
+    names: Axis,
+    values: Axis,
+    height: int | None = None,
+    legend: bool = True,
 ) -> Data:
-    """Groups of vertical bars, one colour per series."""
+    """Groups of horizontal bars from top to bottom, one colour per series: names stay legible."""
     data = []
     for index, each in enumerate(series):
         colour = each.colour or PALETTE[index % len(PALETTE)]
-        trace: Data = {"type": "bar", "name": each.name, "x": list(each.x), "y": list(each.y)}
+        trace: Data = {"type": "bar", "orientation": "h", "name": each.name}
+        trace |= {"x": list(each.y), "y": list(each.x)}
         pattern = {"shape": "/", "size": 5, "fillmode": "replace"} if each.dashed else {}
         trace |= {"marker": {"color": colour, "pattern": pattern}}
-        data.append(trace | each.error_bars() | _hover(each))
-    arrangement = {"barmode": "group", "bargap": 0.28, "bargroupgap": 0.06}
-    return {"data": data, "layout": layout(title, x, y, height, legend, series) | arrangement}
+        if spread := each.error_bars():
+            trace["error_x"] = spread["error_y"]
+        data.append(trace | _hover(each))
+    groups = len(dict.fromkeys(name for each in series for name in each.x))
+    height = height or 130 + groups * max(_BAR * len(series) + _GAP, _NAME)
+    style = layout(title, values, names, height, legend) | {"barmode": "group"}
+    lengths = [value for each in series for value in (*each.y, *each.low, *each.high)]
+    style |= {"xaxis": values.layout(lengths), "bargap": 0.24, "bargroupgap": 0.06}
+    style["yaxis"] |= {"autorange": "reversed", "showgrid": False, "ticks": ""}
+    style["legend"] |= {"yanchor": "bottom", "y": 1.0, "traceorder": "normal"}
+    style["title"] |= {"y": 1.0, "yref": "container", "yanchor": "top", "pad": {"t": 12}}
+    style["margin"] |= {"t": 76}
+    return {"data": data, "layout": style}
 
 
 def heat_map(

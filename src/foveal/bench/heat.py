@@ -76,7 +76,7 @@ def heats(records: Sequence[Record], parts: Sequence[str]) -> list[Heat]:
 
 def figure(heat: Heat) -> Data:
     """The map as a plot; bold is the fastest of a column, a bullet what the plan chooses."""
-    unit = unit_of(heat)
+    unit = unit_of(max((heat.fastest(column) for column in heat.columns), default=0.0))
     cells = [[_cell(heat, row, column, unit) for column in heat.columns] for row in heat.rows]
     return labelled_map(
         f"{heat.part}, {heat.length:,} tokens",
@@ -96,9 +96,8 @@ class Unit:
     size: float
 
 
-def unit_of(heat: Heat) -> Unit:
-    """TFLOP/s, or GFLOP/s where nothing reaches ten of them."""
-    most = max((heat.fastest(column) for column in heat.columns), default=0.0)
+def unit_of(most: float) -> Unit:
+    """TFLOP/s, or GFLOP/s where the fastest does not reach ten of them."""
     return Unit("TFLOP/s", 1e12) if most >= 1e13 else Unit("GFLOP/s", 1e9)
 
 

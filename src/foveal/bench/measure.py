@@ -93,8 +93,14 @@ def measure(
     return samples
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+def peak_memory(
+    run: Callable[[], object],
+    device: torch.device,
+    prepare: Callable[[], object] = lambda: None,
+) -> int | None:
     """Bytes by which memory grew at its highest while `run` ran, its result included.
+
+    `prepare` runs before every count begins: what it gives back is no part of where the count starts.
 
     On CUDA the allocator's own maximum.  On Linux the kernel's high-water mark of resident
     memory, reset before the run after freed pages were given back: it sees every allocation,
@@ -106,6 +112,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     start = time.perf_counter()
     growths: list[int | None] = []
     while len(growths) < 2 or (len(growths) < _MEMORY_RUNS and time.perf_counter() - start < 1.0):
+        prepare()
         growths.append(count(run, device))
     found = [growth for growth in growths if growth is not None]
     return min(found) if found else None

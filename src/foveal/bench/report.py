@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from foveal.bench.figures import Axis, Data, Series, bars, lines
-from foveal.bench.heat import CHOSEN, figure, heats
+from foveal.bench.heat import CHOSEN, Unit, figure, heats, unit_of
 from foveal.bench.measure import BACKWARD, BOTH, FORWARD, WARM, Summary, ratio, summarise
 from foveal.bench.page import Page
 from foveal.bench.rates import rate, roofline
@@ -33,6 +33,9 @@ COLOURS = {
 }
 _ANOTHER_RESULT = " (another result)"
 _LONGEST_REASON = 260
+WIDE = 150
+"""Columns of a terminal in which every table fits."""
+_VERDICT = 14
 
 
 def judge(records: Sequence[Record], requirements: Iterable[Requirement]) -> list[Judgement]:
@@ -41,15 +44,25 @@ def judge(records: Sequence[Record], requirements: Iterable[Requirement]) -> lis
     return [each for each in judgements if each.measured != NOT_IN_RUN]
 
 
-def terminal(records: Sequence[Record]) -> str:
-    """One aligned table per case; ratios say how many times longer than foveal a peer takes."""
-    return "\n\n".join(_terminal_case(group) for group in _by_case(records))
+def terminal(records: Sequence[Record], columns: int = WIDE) -> str:
+    """One aligned table per case; ratios say how many times longer than foveal a peer takes.
+
+    columns: of the terminal; where a table is wider, memory gets one of its own.
+    """
+    return "\n\n".join(_terminal_case(group, columns) for group in _by_case(records))
 
 
-def terminal_judgements(judgements: Sequence[Judgement]) -> str:
+def terminal_judgements(judgements: Sequence[Judgement], columns: int = WIDE) -> str:
     """What is required, what was measured, and whether it is met."""
     rows = [(j.verdict, j.claim, j.needed, j.measured) for j in judgements]
-    return aligned([("", "requirement", "needed", "measured"), *rows], left=4, wrap=(3, 60))
+    table = aligned([("", "requirement", "needed", "measured"), *rows], left=4, wrap=(3, 60))
+    if _width(table) <= columns:
+        return table
+    items = []
+    for verdict, claim, needed, measured in rows:
+        told = textwrap.wrap(f"{claim}: {measured}; needed {needed}", columns - _VERDICT - 4)
+        items += [f"  {verdict if at == 0 else '':<{_VERDICT}}{x}" for at, x in enumerate(told)]
+    return "\n".join(items)
 
 
 def html(
@@ -91,7 +104,11 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
 
 
-def _terminal_case(group: Sequence[Record]) -> str:
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def _terminal_case(group: Sequence[Record], columns: int) -> str:
     ours = _ours(group)
     header = ("", FORWARD, "ratio", BOTH, "ratio", "peak", "peak " + BOTH)
     rows: list[Sequence[str]] = [header]
@@ -106,16 +123,19 @@ def _terminal_case(group: Sequence[Record]) -> str:
         cells += [_peak(record, part) for part in (FORWARD, BOTH)]
         rows.append(tuple(cells))
         sentences += _pass_sentences(record)
-    wrapped = [textwrap.fill(s, 110, subsequent_indent="    ") for s in sentences]
-    table = [aligned(rows)] if len(rows) > 1 else []
-    return "\n".join([_case_line(group), *table, *wrapped])
+    room = min(columns, 110)
+    wrapped = [textwrap.fill(s, room, subsequent_indent="    ") for s in sentences]
+    tables = [aligned(rows)] if len(rows) > 1 else []
+    if tables and _width(tables[0]) > columns:
+        tables = [aligned([row[:5] for row in rows]), aligned([(row[0], *row[5:]) for row in rows])]
+    return "\n".join([textwrap.fill(_case_line(group), room), *tables, *wrapped])
 
 
 def _case_line(group: Sequence[Record]) -> str:
     case, ours = group[0].case, _ours(group)
     if "q_heads" not in case:
         return f"{case['name']}, {case['dtype']}"
-    heads = f"{case['q_heads']} heads of {case['head_dim']}"
+    heads = f"{case['q_heads']} head{'s' * (case['q_heads'] != 1)} of {case['head_dim']}"
     if case["kv_heads"] != case["q_heads"]:
         heads += f" ({case['kv_heads']} for keys)"
     line = f"{case['name']}, {heads}, {case['dtype']}"
@@ -253,32 +273,33 @@ def _maps(page: Page, records: Sequence[Record]) -> None:
 
 def _rates(page: Page, records: Sequence[Record]) -> None:
     """Rates, roofline shares and warm caches, where a run counted work."""
-    header = ("competitor", *(f"{p} {unit}" for p in (FORWARD, BACKWARD) for unit in _RATE_COLUMNS))
+    unit = unit_of(max((rate(record, FORWARD) or 0.0 for record in records), default=0.0))
+    columns = (unit.name, "of roofline", "warm / cold")
+    header = ("competitor", *(f"{p} {column}" for p in (FORWARD, BACKWARD) for column in columns))
     rows: list[Sequence[object] | str] = []
     for group in _by_case(records):
         timed = [r for r in group if rate(r, FORWARD) is not None]
         if timed:
             rows.append(_case_line(group))
         for record in timed:
-            cells = [cell for part in (FORWARD, BACKWARD) for cell in _rate_cells(record, part)]
+            cells = [
+                cell for part in (FORWARD, BACKWARD) for cell in _rate_cells(record, part, unit)
+            ]
             rows.append((_label(record), *cells))
     if rows:
         page.section(
             "Rates",
-            "TFLOP/s of visible pairs; the share of the roofline, which is the larger of FLOPs over "
+            f"{unit.name} of visible pairs; the share of the roofline, which is the larger of FLOPs over "
             "the measured ceiling of matrix products and bytes over that of copies, divided by the "
             "time; and the time on warm caches over that on cold ones, where it was taken.",
         ).table(header, rows)
 
 
-_RATE_COLUMNS = ("TFLOP/s", "of roofline", "warm / cold")
-
-
-def _rate_cells(record: Record, part: str) -> tuple[str, str, str]:
+def _rate_cells(record: Record, part: str, unit: Unit) -> tuple[str, str, str]:
     found, share = rate(record, part), roofline(record, part)
     cold, warm = _summary(record, part), _summary(record, WARM[part])
     return (
-        f"{found / 1e12:.3g}" if found else "-",
+        f"{found / unit.size:.3g}" if found else "-",
         f"{share:.0%}" if share else "-",
         f"{warm.median / cold.median:.2f}" if warm and cold else "-",
     )
@@ -329,7 +350,7 @@ def _sweep(line: str, x: Axis, points: Sequence[tuple[float, Record]]) -> list[D
             )
             if mine:
                 series.append(_timed_series([at for at, _ in mine], [r for _, r in mine], part))
-        if series:
+        if len({at for each in series for at in each.x}) > 1:
             figures.append(lines(f"{line}: {part}", series, x, Axis("time", "ms", log=True)))
     return figures
 
@@ -379,7 +400,6 @@ def _speed_up(page: Page, records: Sequence[Record]) -> None:
         series,
         Axis(""),
         Axis("speed-up", "times", log=True),
-        height=440,
     )
     page.section(
         "Speed-up over dense attention",
@@ -404,8 +424,8 @@ def _memory(page: Page, records: Sequence[Record]) -> None:
             dashed = label.endswith(_ANOTHER_RESULT)
             series.append(Series(label, x, y, colour=COLOURS.get(name), dashed=dashed))
         if series:
-            y_axis = Axis("peak memory", "MB", log=True)
-            figures.append(bars(f"Peak memory: {part}", series, Axis(""), y_axis, height=440))
+            memory = Axis("peak memory", "MB", log=True)
+            figures.append(bars(f"Peak memory: {part}", series, Axis(""), memory))
     if figures:
         section = page.section(
             "Memory",
@@ -460,4 +480,4 @@ def _short(reason: str) -> str:
 
 
 def _folded(name: str) -> str:
-    return "<br>".join(textwrap.wrap(name, 18))
+    return "<br>".join(textwrap.wrap(name, 26))

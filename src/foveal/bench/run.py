@@ -156,22 +156,13 @@ class Job:
         return replace(prepared, backward=False), {BACKWARD: refusal, BOTH: refusal}
 
     def _peaks(self, prepared: Prepared) -> dict[str, int]:
-        peaks = {FORWARD: peak_memory(_cold(prepared.forward), self.device)}
+        # Buffers that our CPU edition keeps count as memory that it takes.
+        peaks = {FORWARD: peak_memory(prepared.forward, self.device, release)}
         steps = prepared.loss_and_gradients()
         if steps is not None:
             forward, backward = steps
-            peaks[BOTH] = peak_memory(_cold(lambda: backward(forward())), self.device)
+            peaks[BOTH] = peak_memory(lambda: backward(forward()), self.device, release)
         return {part: count for part, count in peaks.items() if count is not None}
-
-
-def _cold(run: Callable[[], object]) -> Callable[[], object]:
-    """The run without the buffers that our CPU edition keeps: they count as memory that it takes."""
-
-    def cold() -> object:
-        release()
-        return run()
-
-    return cold
 
 
 @dataclass(frozen=True)

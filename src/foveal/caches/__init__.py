@@ -1,4 +1,7 @@
-"""Where keys and values live between the steps of a decoder."""
+"""Where keys and values live between the steps of a decoder, and the policies that act on them."""
+
+import importlib as _importlib
+from typing import Any as _Any
 
 from foveal.caches.base import Cache, KVShape
 from foveal.caches.contiguous import Contiguous
@@ -25,3 +28,27 @@ __all__ = [
     "Shared",
     "VirtualContiguous",
 ]
+
+# Found on first use: policies stand on the verbs that read these caches.
+_POLICIES = (
+    "ARKV",
+    "AVL",
+    "ElasticCache",
+    "FastGen",
+    "KVCompose",
+    "KVMerger",
+    "LtriLLM",
+    "Mustafar",
+    "PagedEviction",
+    "S3Attention",
+    "ScaleKV",
+    "SnapKV",
+    "TaskKV",
+)
+
+
+def __getattr__(name: str) -> _Any:
+    if name != "policies" and name not in _POLICIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _importlib.import_module("foveal.caches.policies")
+    return module if name == "policies" else getattr(module, name)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors, tensors_or_none
 from foveal._errors import CacheError, DeviceError, DtypeError, ShapeError
+from foveal.caches.checks import whole_numbers
 from foveal.caches.view import View
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +36,7 @@ class KVShape:
     def __post_init__(self) -> None:
         if self.value_dim is None:
             object.__setattr__(self, "value_dim", self.head_dim)
-        object.__setattr__(self, "device", torch.empty(0, device=self.device).device)
+        object.__setattr__(self, "device", _device(self.device))
         for name in ("batch", "kv_heads", "head_dim", "value_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -47,6 +49,15 @@ class KVShape:
         """value_dim, filled in."""
         assert self.value_dim is not None
         return self.value_dim
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """With its number, as tensors there have it."""
+    try:
+        named = torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise DeviceError("device", repr(device), "a device of PyTorch is needed") from error
+    return torch.empty(0, device=named).device
 
 
 @dataclass(frozen=True)
@@ -159,21 +170,33 @@ def check_append(
     shape: KVShape, k: Tensor, v: Tensor, counts: Sequence[int] | None, bias: Tensor | None
 ) -> None:
     """Raises for tensors that do not fit the cache."""
+    need_tensors(k=k, v=v)
+    tensors_or_none(bias=bias)
     if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (shape.batch, shape.kv_heads, shape.head_dim):
         needed = f"[{shape.batch}, L, {shape.kv_heads}, {shape.head_dim}]"
         raise ShapeError("k", list(k.shape), f"{needed} is needed")
     if tuple(v.shape) != (*k.shape[:3], shape.values):
         raise ShapeError("v", list(v.shape), f"{[*k.shape[:3], shape.values]} is needed")
-    if bias is not None and (bias.shape[:2] != k.shape[:2] or bias.shape[2] not in (1, k.shape[2])):
+    if bias is not None and (
+        bias.dim() != 3 or bias.shape[:2] != k.shape[:2] or bias.shape[2] not in (1, k.shape[2])
+    ):
         raise ShapeError("bias", list(bias.shape), f"{list(k.shape[:3])} is needed")
     for name, x in (("k", k), ("v", v), ("bias", bias)):
         if x is not None and x.device != shape.device:
             raise DeviceError(name, x.device, f"the device of the cache, {shape.device}, is needed")
         if x is not None and not x.is_floating_point():
             raise DtypeError(name, x.dtype, "a floating dtype is needed")
+        if x is not None and name != "bias" and x.dtype != shape.dtype:
+            raise DtypeError(name, x.dtype, f"the dtype of the cache, {shape.dtype}, is needed")
     if counts is not None:
-        wrong = len(counts) != shape.batch or any(not 0 <= n <= k.shape[1] for n in counts)
-        if wrong:
+        given = whole_numbers("counts", counts, shape.batch)
+        if any(not 0 <= n <= k.shape[1] for n in given):
             raise CacheError(
-                "counts", list(counts), f"{shape.batch} numbers from 0 to {k.shape[1]} are needed"
+                "counts", given, f"{shape.batch} numbers from 0 to {k.shape[1]} are needed"
             )
+
+
+def check_shape(shape: object) -> None:
+    """Raises where something else stands in the place of a `KVShape`."""
+    if not isinstance(shape, KVShape):
+        raise CacheError("shape", shape, "a foveal.caches.KVShape is needed")

@@ -24,8 +24,10 @@ class Joined(Cache):
     """
 
     def __init__(self, members: Sequence[Cache]) -> None:
-        if not members:
-            raise CacheError("members", "none", "at least one cache is needed")
+        if not isinstance(members, Sequence) or not members:
+            raise CacheError("members", members or "none", "a list of at least one cache is needed")
+        for member in members:
+            _check_cache("members", member)
         self.members = tuple(members)
         self.shape = members[-1].shape
         for member in members:
@@ -111,6 +113,8 @@ class Shared(Cache):
     """
 
     def __init__(self, prefix: Cache, suffix: Cache) -> None:
+        _check_cache("prefix", prefix)
+        _check_cache("suffix", suffix)
         alone = dataclasses.replace(suffix.shape, batch=1)
         if prefix.shape != alone:
             raise ShapeError("prefix", prefix.shape, f"a cache of {alone} is needed")
@@ -190,6 +194,11 @@ class Shared(Cache):
             page_table=view.page_table.expand(batch, -1, -1),
             after=after if view.after is None else after + view.after,
         )
+
+
+def _check_cache(argument: str, cache: object) -> None:
+    if not isinstance(cache, Cache):
+        raise CacheError(argument, cache, "a cache such as foveal.caches.Paged is needed")
 
 
 def _check_plain(argument: str, cache: Cache) -> None:

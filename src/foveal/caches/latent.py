@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveal._errors import ShapeError
+from foveal._arguments import need_tensors
+from foveal._errors import DtypeError, ShapeError
 from foveal.caches.base import KVShape
+from foveal.caches.checks import need_whole
 from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
 
@@ -39,6 +41,8 @@ class Latent(Paged):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
+        need_whole(1, latent_dim=latent_dim)
+        need_whole(0, rope_dim=rope_dim)
         self.latent_dim, self.rope_dim = latent_dim, rope_dim
         shape = KVShape(batch, 1, latent_dim + rope_dim, latent_dim, dtype, device)
         codecs = Codec(latent_dim + rope_dim, dtype), None
@@ -59,6 +63,9 @@ class Latent(Paged):
         super().rewrite(indices, *self._row(k, v), bias)
 
     def _row(self, c: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        need_tensors(k=c, v=p)
+        if c.dtype != p.dtype:
+            raise DtypeError("v", p.dtype, f"the dtype of the cache, {self.shape.dtype}, is needed")
         for name, x, dim in (("k", c, self.latent_dim), ("v", p, self.rope_dim)):
             if x.dim() != 4 or x.shape[2:] != (1, dim):
                 needed = f"[{self.shape.batch}, L, 1, {dim}] is needed"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors, tensors_or_none
 from foveal._errors import ShapeError
-from foveal.caches.base import KVShape
+from foveal.caches.base import KVShape, check_shape
 from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
 
@@ -38,6 +39,9 @@ class LowRank(Paged):
         per_head: bool = False,
         max_tokens: int | None = None,
     ) -> None:
+        check_shape(shape)
+        need_tensors(key_basis=key_basis, value_basis=value_basis)
+        tensors_or_none(key_mean=key_mean, value_mean=value_mean)
         heads = shape.kv_heads
         for name, x, dim in (
             ("key_basis", key_basis, shape.head_dim),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from foveal._errors import CacheError, OutOfPagesError
-from foveal.caches.base import Cache, KVShape, Part, check_append
+from foveal.caches.base import Cache, KVShape, Part, check_append, check_shape
+from foveal.caches.checks import need_places, need_whole, sequence_numbers, whole_numbers
 from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
 from foveal.caches.view import Columns, View
@@ -25,7 +26,8 @@ class Offloaded(Cache):
     not on the device yet are copied there, in place of the ones that were not named for longest.
     `prefetch` does the copying beside whatever else the device does.  `host_keys` are the old keys,
     for selectors that summarise them.  `fetched` counts the pages that the last call copied to the device,
-    `fetched_bytes` and `stored_bytes` all bytes that ever went there and to the host.
+    `fetched_bytes` and `stored_bytes` all bytes that ever went there and to the host.  `grow` makes room for
+    longer sequences, `crop` takes the newest tokens back, `reorder` exchanges sequences.
     Options: max_tokens of a sequence on the host; slots, pages per sequence and head on the device;
     page_size tokens; recent tokens, at least; biased keeps a logarithmic weight per key.
     Limits: `keep` is refused: what is not selected is not read, and nothing is dropped.  A write that
@@ -45,41 +47,47 @@ class Offloaded(Cache):
         recent: int = 256,
         biased: bool = False,
     ) -> None:
-        for name, value in (("max_tokens", max_tokens), ("slots", slots), ("page_size", page_size)):
-            if isinstance(value, bool) or value < 1:
-                raise CacheError(name, value, "an integer of at least 1 is needed")
-        if isinstance(recent, bool) or recent < 0:
-            raise CacheError("recent", recent, "an integer of at least 0 is needed")
-        self.shape, self.page_size, self.slots, self.recent = shape, page_size, slots, recent
+        check_shape(shape)
+        need_whole(1, max_tokens=max_tokens, slots=slots, page_size=page_size)
+        need_whole(0, recent=recent)
+        self.shape, self.page_size, self.recent = shape, page_size, recent
         self._most = -(-max_tokens // page_size)
         device = torch.device(shape.device)
-        pinned = device.type == "cuda"
         self._room = recent + max(2 * page_size, _PIECE)
         room = -(-self._room // page_size) + 1
         self.near = Paged(shape, pages=shape.batch * room, page_size=page_size, biased=biased)
-        size = (shape.batch, shape.kv_heads, self._most, page_size)
-        kinds = [(shape.head_dim, shape.dtype), (shape.values, shape.dtype)]
-        kinds += [(1, torch.float32)] * biased
-        self._host = [
-            torch.zeros(*size, dim, dtype=dtype, pin_memory=pinned) for dim, dtype in kinds
-        ]
-        units = shape.batch * shape.kv_heads
-        self._columns = [
-            torch.zeros(units * slots * page_size, dim, dtype=dtype, device=device)
-            for dim, dtype in kinds
-        ]
-        self._positions = torch.zeros(units * slots * page_size, dtype=torch.int32, device=device)
-        self._table = torch.zeros(
-            shape.batch, shape.kv_heads, slots, dtype=torch.int32, device=device
-        )
-        self._far = torch.zeros(shape.batch, shape.kv_heads, dtype=torch.int32, device=device)
-        self._host_far = [[0] * shape.kv_heads for _ in range(shape.batch)]
+        self._kinds = [(shape.head_dim, shape.dtype), (shape.values, shape.dtype)]
+        self._kinds += [(1, torch.float32)] * biased
+        self._host = self._host_rows()
         self._pages = [0] * shape.batch
-        # For every sequence and head: page on the host -> slot, the one named last at the end.
-        self._there: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(units)]
-        self._side = torch.cuda.Stream(device) if pinned else None
-        self._page_bytes = page_size * sum(dim * dtype.itemsize for dim, dtype in kinds)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._page_bytes = page_size * sum(dim * dtype.itemsize for dim, dtype in self._kinds)
         self.fetched = self.fetched_bytes = self.stored_bytes = 0
+        self._take_slots(slots)
+
+    def _host_rows(self) -> list[Tensor]:
+        """Empty rows on the host: keys, values, weights, each [batch, kv_heads, pages, page, width]."""
+        size = (self.shape.batch, self.shape.kv_heads, self._most, self.page_size)
+        pinned = torch.device(self.shape.device).type == "cuda"
+        return [
+            torch.zeros(*size, dim, dtype=dtype, device="cpu", pin_memory=pinned)
+            for dim, dtype in self._kinds
+        ]
+
+    def _take_slots(self, slots: int) -> None:
+        """Empty slots on the device for pages of the host."""
+        batch, heads, device = self.shape.batch, self.shape.kv_heads, self.shape.device
+        rows = batch * heads * slots * self.page_size
+        self.slots = slots
+        self._columns = [
+            torch.zeros(rows, dim, dtype=dtype, device=device) for dim, dtype in self._kinds
+        ]
+        self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._table = torch.zeros(batch, heads, slots, dtype=torch.int32, device=device)
+        self._far = torch.zeros(batch, heads, dtype=torch.int32, device=device)
+        self._host_far = [[0] * heads for _ in range(batch)]
+        # For every sequence and head: page on the host -> slot, the one named last at the end.
+        self._there: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(batch * heads)]
 
     @property
     def host_keys(self) -> Tensor:
@@ -128,7 +136,7 @@ class Offloaded(Cache):
             raise CacheError("last", last, "the first rows are stored: roll those that are padded")
         if bias is not None and len(self._host) == 2:
             raise CacheError("bias", "a tensor", "a cache built with biased=True is needed")
-        given = [k.shape[1]] * self.shape.batch if counts is None else list(counts)
+        given = [k.shape[1]] * self.shape.batch if counts is None else [int(n) for n in counts]
         for b, n in enumerate(given):
             old = self._old(self.near.host_lengths[b][0] + n)
             if self._pages[b] + old > self._most:
@@ -181,15 +189,18 @@ class Offloaded(Cache):
         self._fetch(lists)
         if self._side is not None:
             torch.cuda.current_stream(self._table.device).wait_stream(self._side)
-        table = torch.zeros(self._table.shape, dtype=torch.int32)
+        table = torch.zeros(self._table.shape, dtype=torch.int32, device="cpu")
         for unit, wanted in enumerate(lists):
             b, h = divmod(unit, self.shape.kv_heads)
             there = self._there[unit]
             slots = [unit * self.slots + there[page] for page in sorted(wanted)]
-            table[b, h, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
+            table[b, h, : len(slots)] = torch.tensor(slots, dtype=torch.int32, device="cpu")
             self._host_far[b][h] = len(slots) * self.page_size
         self._table.copy_(table)
-        self._far.copy_(torch.tensor(self._host_far, dtype=torch.int32))
+        self._upload_far()
+
+    def _upload_far(self) -> None:
+        self._far.copy_(torch.tensor(self._host_far, dtype=torch.int32, device="cpu"))
 
     def prefetch(self, pages: Tensor) -> None:
         """Copies old pages to the device beside its other work; `select` then finds them there.
@@ -212,6 +223,7 @@ class Offloaded(Cache):
 
     def _wanted(self, pages: Tensor) -> list[list[int]]:
         heads = self.shape.kv_heads
+        need_places(pages=pages)
         if (
             pages.dim() != 3
             or pages.shape[0] != self.shape.batch
@@ -266,17 +278,19 @@ class Offloaded(Cache):
             self._copy(source, target)
 
     def _copy(self, source: Sequence[tuple[int, int, int]], target: Sequence[int]) -> None:
-        b, h, page = torch.tensor(source).T
-        device = self._table.device
-        slots = torch.tensor(target).to(device, non_blocking=True)
+        b, h, page = torch.tensor(source, device="cpu").T
+        slots = self._uploaded(torch.tensor(target, device="cpu"))
         for held, column in zip(self._host, self._columns, strict=True):
-            rows = held[b, h, page]
-            rows = rows.pin_memory() if self._side is not None else rows
             pages = column.view(-1, self.page_size, column.shape[1])
-            pages.index_copy_(0, slots, rows.to(device, non_blocking=True))
+            pages.index_copy_(0, slots, self._uploaded(held[b, h, page]))
         first = (page * self.page_size).to(torch.int32)[:, None]
-        places = first + torch.arange(self.page_size, dtype=torch.int32)
-        self._positions.view(-1, self.page_size).index_copy_(0, slots, places.to(device))
+        places = first + torch.arange(self.page_size, dtype=torch.int32, device="cpu")
+        self._positions.view(-1, self.page_size).index_copy_(0, slots, self._uploaded(places))
+
+    def _uploaded(self, x: Tensor) -> Tensor:
+        """On the device; the host does not wait for it, as it would where x is not pinned."""
+        x = x if self._side is None else x.pin_memory()
+        return x.to(self._table.device, non_blocking=True)
 
     def prepare(self, tokens: int = 1) -> None:
         self._move()
@@ -284,13 +298,76 @@ class Offloaded(Cache):
 
     def free(self, sequences: Sequence[int] | None = None) -> None:
         self.near.free(sequences)
-        chosen = range(self.shape.batch) if sequences is None else sequences
-        for b in chosen:
+        for b in range(self.shape.batch) if sequences is None else sequences:
             self._pages[b] = 0
-            self._host_far[b] = [0] * self.shape.kv_heads
-            for h in range(self.shape.kv_heads):
-                self._there[b * self.shape.kv_heads + h].clear()
-        self._far.copy_(torch.tensor(self._host_far, dtype=torch.int32))
+            self._leave(b)
+        self._upload_far()
+
+    def _leave(self, sequence: int) -> None:
+        """A sequence has no page on the device any more."""
+        heads = self.shape.kv_heads
+        self._host_far[sequence] = [0] * heads
+        for there in self._there[sequence * heads : (sequence + 1) * heads]:
+            there.clear()
+
+    def grow(self, max_tokens: int) -> None:
+        """Makes room on the host for sequences of `max_tokens` tokens; what is there is copied once."""
+        need_whole(1, max_tokens=max_tokens)
+        had, self._most = self._most, max(-(-max_tokens // self.page_size), self._most)
+        if self._most > had:
+            rows = self._host_rows()
+            for new, old in zip(rows, self._host, strict=True):
+                new[:, :, :had] = old
+            self._host = rows
+
+    def crop(self, seen: int | Sequence[int]) -> None:
+        """Forgets the newest tokens: sequence b has then seen `seen[b]` (or `seen`) tokens, if it had more.
+
+        Pages that are new again come back from the host; what was chosen there is fetched again.
+        """
+        batch = self.shape.batch
+        wanted = [seen] * batch if isinstance(seen, int) else whole_numbers("seen", seen, batch)
+        if min(wanted) < 0:
+            raise CacheError("seen", seen, "at least 0 is needed")
+        for b, (had, n) in enumerate(zip(self.host_seen, wanted, strict=True)):
+            pages = max(n - self.recent, 0) // self.page_size
+            if n < had and pages < self._pages[b]:
+                self._bring_back(b, n, pages)
+        self.near.crop(wanted)
+        self._upload_far()
+
+    def _bring_back(self, sequence: int, seen: int, pages: int) -> None:
+        """A sequence as it was at `seen` tokens, when `pages` of it were on the host."""
+        here = seen - pages * self.page_size
+        rows = []
+        for held, near in zip(self._host, self._near_rows(), strict=True):
+            old = held[sequence, :, pages : self._pages[sequence]].flatten(1, 2).to(near.device)
+            joined = torch.cat((old, near[sequence]), dim=1)[:, :here].transpose(0, 1)
+            rows.append(joined.expand(self.shape.batch, *joined.shape))
+        counts = [0] * self.shape.batch
+        counts[sequence] = here
+        self.near.free([sequence])
+        self.near.append(rows[0], rows[1], counts=counts, bias=_weights(rows))
+        self.near.pass_by(sequence, pages * self.page_size)
+        self._pages[sequence] = pages
+        self._leave(sequence)
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        """Sequence b becomes what sequence index[b] was (beam search): its pages on the host are copied."""
+        order = sequence_numbers("index", index, self.shape.batch)
+        self.near.reorder(order)
+        moved = [b for b, source in enumerate(order) if b != source]
+        source = [order[b] for b in moved]
+        for rows in self._by_sequence():
+            rows[moved] = rows[source]
+        self._pages = [self._pages[b] for b in order]
+        for b in moved:
+            self._leave(b)
+        self._upload_far()
+
+    def _by_sequence(self) -> list[Tensor]:
+        """What is kept of every sequence beside its new tokens, each [batch, ...]."""
+        return list(self._host)
 
     def keep(self, indices: Tensor) -> None:
         raise CacheError("indices", "an eviction", "select() instead: nothing is dropped here")
@@ -342,3 +419,8 @@ class Offloaded(Cache):
             after=self.near.lengths[:, 0],
         )
         return Part(far), Part(dataclasses.replace(near, seen=seen))
+
+
+def _weights(rows: Sequence[Tensor]) -> Tensor | None:
+    """The third kind of rows, [batch, L, heads], where a cache keeps it."""
+    return rows[2][..., 0] if len(rows) > 2 else None

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from foveal._capture import capturing
-from foveal._errors import CacheError
-from foveal.caches.base import Cache, KVShape, Part, check_append
+from foveal._errors import CacheError, DeviceError
+from foveal.caches.base import Cache, KVShape, Part, check_append, check_shape
+from foveal.caches.checks import (
+    need_places,
+    need_whole,
+    number_rows,
+    sequence_numbers,
+    whole_numbers,
+)
 from foveal.caches.codec import Codec
 from foveal.caches.pool import PagePool
 from foveal.caches.view import Columns, View, slots_of
@@ -37,6 +44,7 @@ class Paged(Cache):
         max_tokens: int | None = None,
         biased: bool = False,
     ) -> None:
+        check_shape(shape)
         codecs = Codec(shape.head_dim, shape.dtype), Codec(shape.values, shape.dtype)
         self._build(shape, codecs, pages, page_size, per_head, max_tokens, biased)
 
@@ -50,9 +58,9 @@ class Paged(Cache):
         max_tokens: int | None,
         biased: bool,
     ) -> None:
-        for name, value in (("pages", pages), ("page_size", page_size), ("max_tokens", max_tokens)):
-            if value is not None and (isinstance(value, bool) or value < 1):
-                raise CacheError(name, value, "an integer of at least 1 is needed")
+        need_whole(1, pages=pages, page_size=page_size)
+        if max_tokens is not None:
+            need_whole(1, max_tokens=max_tokens)
         per_head = per_head and shape.kv_heads > 1
         self.shape, self.page_size, self._codecs = shape, page_size, codecs
         self._heads = shape.kv_heads if per_head else 1
@@ -160,7 +168,8 @@ class Paged(Cache):
         step = torch.arange(tokens, device=device, dtype=torch.int32).expand(self.shape.batch, -1)
         moved = torch.full_like(self._seen, tokens)
         if counts is not None:
-            moved = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
+            moved = torch.tensor(counts, dtype=torch.int32, device="cpu")
+            moved = moved.to(device, non_blocking=True)
             if last:
                 step = step - (tokens - moved)[:, None]
         places = self._lengths[:, :, None] + step[:, None]
@@ -193,12 +202,16 @@ class Paged(Cache):
             self._croppable[b] += n
 
     def prepare(self, tokens: int = 1) -> None:
+        need_whole(0, tokens=tokens)
         grown = [tokens] * self.shape.batch
         self.reserve(grown)
         self._count(grown)
 
     def reserve(self, tokens: Sequence[int]) -> None:
         """Takes the pages that `tokens[b]` more tokens of every sequence b will need."""
+        tokens = whole_numbers("tokens", tokens, self.shape.batch)
+        if min(tokens) < 0:
+            raise CacheError("tokens", tokens, "at least 0 of each sequence is needed")
         wanted: list[tuple[int, int, int]] = []
         copied: list[tuple[int, int, int]] = []
         left: Counter[int] = Counter()  # owners that go over to a copy of a page
@@ -246,7 +259,8 @@ class Paged(Cache):
             return
         width = self._table.shape[2]
         flat = [((b * self._heads + h) * width + j, page) for b, h, j, page in changes]
-        both = torch.tensor(flat, dtype=torch.int64).to(self._table.device, non_blocking=True)
+        both = torch.tensor(flat, dtype=torch.int64, device="cpu")
+        both = both.to(self._table.device, non_blocking=True)
         self._table.view(-1)[both[:, 0]] = both[:, 1].int()
 
     def _rewrite_tables(self, sequences: Sequence[int]) -> None:
@@ -261,8 +275,8 @@ class Paged(Cache):
 
     def _upload(self) -> None:
         """The lengths of the host onto the device."""
-        self._lengths.copy_(torch.tensor(self._host_lengths, dtype=torch.int32))
-        self._seen.copy_(torch.tensor(self._host_seen, dtype=torch.int32))
+        self._lengths.copy_(torch.tensor(self._host_lengths, dtype=torch.int32, device="cpu"))
+        self._seen.copy_(torch.tensor(self._host_seen, dtype=torch.int32, device="cpu"))
 
     def free(self, sequences: Sequence[int] | None = None) -> None:
         chosen = range(self.shape.batch) if sequences is None else self._checked(sequences)
@@ -274,15 +288,11 @@ class Paged(Cache):
             self._host_seen[b] = self._croppable[b] = 0
         self._upload()
 
-    def _checked(self, sequences: Sequence[int]) -> list[int]:
-        found = [int(b) for b in sequences]
-        if any(not 0 <= b < self.shape.batch for b in found):
-            raise CacheError(
-                "sequences", found, f"numbers from 0 to {self.shape.batch - 1} are needed"
-            )
-        return found
+    def _checked(self, sequences: object) -> list[int]:
+        return sequence_numbers("sequences", sequences, self.shape.batch)
 
     def keep(self, indices: Tensor) -> None:
+        need_places(indices=indices)
         if indices.dim() != 3 or indices.shape[0] != self.shape.batch:
             raise CacheError(
                 "indices",
@@ -296,6 +306,8 @@ class Paged(Cache):
                 f"one list for all heads or {self._heads} lists are needed: only a cache with "
                 "per_head=True holds other tokens for every head",
             )
+        if indices.device != self._lengths.device and indices.device.type == "meta":
+            raise DeviceError("indices", indices.device, f"{self._lengths.device} is needed")
         indices = indices.to(self._lengths.device).long()
         counts = (indices >= 0).sum(-1).expand(-1, self._heads).tolist()
         most = indices.amax(-1).expand(-1, self._heads).tolist() if indices.shape[2] else counts
@@ -331,6 +343,7 @@ class Paged(Cache):
         Shapes: indices [batch, 1 or kv_heads, n] places of stored tokens, -1 for none; k
         [batch, n, kv_heads, head_dim], v [batch, n, kv_heads, value_dim], bias [batch, n, 1 or kv_heads].
         """
+        need_places(indices=indices)
         check_append(self.shape, k, v, None, bias)
         self._own_pages(range(self.shape.batch))
         indices = indices.to(self._lengths.device).long()
@@ -361,6 +374,11 @@ class Paged(Cache):
             self._owned[b][h][j] = page
         self._rewrite_tables(sequences)
 
+    def pass_by(self, sequence: int, tokens: int) -> None:
+        """Counts tokens of a sequence as seen that were never stored here, before those that are."""
+        self._host_seen[sequence] += tokens
+        self._upload()
+
     def _release_behind(self) -> None:
         """Gives back pages behind the lengths."""
         for b, row in enumerate(self._host_lengths):
@@ -374,16 +392,16 @@ class Paged(Cache):
 
         For layers with a sliding window; lengths fall by whole pages, no token moves.
         """
-        if window < 0:
-            raise CacheError("window", window, "at least 0 is needed")
+        need_whole(0, window=window)
         self.drop_first([[max(length - window, 0) for length in row] for row in self._host_lengths])
 
     def drop_first(self, tokens: Sequence[Sequence[int]]) -> None:
         """Gives back the pages that hold only the first tokens[b][h] tokens."""
+        dropped = number_rows("tokens", tokens, self.shape.batch, self._heads)
         changed = []
         for b, row in enumerate(self._host_lengths):
             for h, length in enumerate(row):
-                pages = min(tokens[b][h], length) // self.page_size
+                pages = min(max(dropped[b][h], 0), length) // self.page_size
                 if pages:
                     self._pool.give(self._owned[b][h][:pages])
                     del self._owned[b][h][:pages]
@@ -399,7 +417,8 @@ class Paged(Cache):
 
         Limits: not beyond the last eviction.
         """
-        wanted = [seen] * self.shape.batch if isinstance(seen, int) else [int(n) for n in seen]
+        batch = self.shape.batch
+        wanted = [seen] * batch if isinstance(seen, int) else whole_numbers("seen", seen, batch)
         dropped = [max(had - n, 0) for had, n in zip(self._host_seen, wanted, strict=True)]
         for b, (n, most) in enumerate(zip(dropped, self._croppable, strict=True)):
             if n > most:
@@ -417,7 +436,8 @@ class Paged(Cache):
 
     def fork(self, source: int, targets: Sequence[int]) -> None:
         """Targets become what source is and share its pages; a page is copied when one of them writes."""
-        chosen = self._checked([source, *targets])
+        need_whole(0, source=source)
+        chosen = self._checked([source, *whole_numbers("targets", targets)])
         index = list(range(self.shape.batch))
         for b in chosen[1:]:
             index[b] = chosen[0]
@@ -425,7 +445,7 @@ class Paged(Cache):
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Sequence b becomes what sequence index[b] was (beam search); pages are shared."""
-        order = self._checked(index.tolist() if isinstance(index, Tensor) else index)
+        order = sequence_numbers("index", index, self.shape.batch)
         if len(order) != self.shape.batch:
             raise CacheError("index", order, f"{self.shape.batch} numbers are needed")
         before = self._owned

@@ -10,10 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite
 from foveal._errors import CacheError
-from foveal.caches.base import Cache, KVShape, Part, check_append
+from foveal.caches.base import Cache, KVShape, Part, check_append, check_shape
 from foveal.caches.bitmap import BitmapCodec
 from foveal.caches.channels import ChannelCodec
+from foveal.caches.checks import need_whole
 from foveal.caches.paged import Paged
 
 Storage = Literal["bitmap", "channels"]
@@ -61,18 +63,19 @@ class Pruned(Cache):
         group: int = 256,
         storage: Storage | None = None,
     ) -> None:
+        check_shape(shape)
+        if not finite(sparsity) or not 0 <= sparsity < 1:
+            raise CacheError("sparsity", sparsity, "a number from 0 to below 1 is needed")
+        need_whole(1, group=group)
+        need_whole(0, recent=recent)
         if storage is None:
             storage = "channels" if _suits_channels(shape, sparsity) else "bitmap"
         if storage not in ("bitmap", "channels"):
             raise CacheError("storage", storage, '"bitmap" or "channels" is needed')
         if storage == "channels" and max(shape.head_dim, shape.values) > 256:
             raise CacheError("storage", storage, "dimensions of at most 256 are needed")
-        if not 0 <= sparsity < 1:
-            raise CacheError("sparsity", sparsity, "a number from 0 to below 1 is needed")
-        if group < 1 or group % self.PAGE:
+        if group % self.PAGE:
             raise CacheError("group", group, f"a multiple of {self.PAGE} is needed")
-        if recent < 0:
-            raise CacheError("recent", recent, "at least 0 is needed")
         self.shape, self.recent, self.group = shape, recent, group
         kept = tuple(max(d - math.floor(sparsity * d), 1) for d in (shape.head_dim, shape.values))
         self.body: Paged = _Body(shape, (kept[0], kept[1]), storage, pages, self.PAGE)
@@ -142,6 +145,7 @@ class Pruned(Cache):
             self.tail.drop_first([[n] for n in moved])
 
     def prepare(self, tokens: int = 1) -> None:
+        need_whole(0, tokens=tokens)
         self._reserve([tokens] * self.shape.batch)
         self._prune()
         self.tail.prepare(tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import CacheError
-from foveal.caches.base import KVShape
+from foveal.caches.base import KVShape, check_shape
 from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
 
@@ -81,6 +81,7 @@ class Quantised(Paged):
         max_tokens: int | None = None,
         biased: bool = False,
     ) -> None:
+        check_shape(shape)
         if bits not in ("fp8", "int8", "int4"):
             raise CacheError("bits", bits, 'one of "fp8", "int8", "int4" is needed')
         codecs = tuple(

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveal.caches.base import KVShape
+from foveal.caches.base import KVShape, check_shape
+from foveal.caches.checks import need_whole
 from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
 from foveal.caches.pool import PagePool
@@ -31,7 +32,10 @@ class VirtualContiguous(Paged):
     """
 
     def __init__(self, shape: KVShape, *, max_tokens: int, ahead: int = 0) -> None:
+        need_whole(0, ahead=ahead)
         self.ahead = ahead
+        check_shape(shape)
+        need_whole(1, max_tokens=max_tokens)
         codecs = Codec(shape.head_dim, shape.dtype), Codec(shape.values, shape.dtype)
         self._build(shape, codecs, shape.batch, max_tokens, False, max_tokens, False)
 

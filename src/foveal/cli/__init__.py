@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from foveal import __version__
 from foveal._errors import FovealError
 from foveal.cli import bench, doctor, eval, explain, list, search, show, tune, verify
+from foveal.cli._text import columns
 
 COMMANDS = (list, show, explain, bench, eval, tune, search, verify, doctor)
 _INTERRUPTED = 130
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
     except FovealError as error:
-        print(f"foveal {args.command}: {error}", file=sys.stderr)
+        print(_fitted(f"foveal {args.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -36,6 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _fitted(sentence: str) -> str:
+    """Wrapped where a person reads it; as it is where a program does."""
+    if not sys.stderr.isatty():
+        return sentence
+    room = columns()
+    return "\n".join(
+        textwrap.fill(line, room, break_long_words=False, break_on_hyphens=False)
+        for line in sentence.splitlines()
+    )
 
 
 def parser() -> argparse.ArgumentParser:

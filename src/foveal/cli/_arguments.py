@@ -8,13 +8,16 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foveal import patterns
-from foveal._errors import PatternError, ScoreError, UnknownNameError
+from foveal._errors import DeviceError, PatternError, ScoreError, UnknownNameError
 from foveal.patterns.base import Pattern
-from foveal.scores import Softmax
+from foveal.scores import Entmax, LocalLinear, Softmax
 from foveal.scores.base import Score
+
+if TYPE_CHECKING:
+    import torch
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {
     "Dense": patterns.Dense,
@@ -30,7 +33,11 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
     "Scales": patterns.Scales,
     "Sphere": patterns.Sphere,
 }
-_SCORES: dict[str, Callable[..., Score]] = {"Softmax": Softmax}
+_SCORES: dict[str, Callable[..., Score]] = {
+    "Softmax": Softmax,
+    "Entmax": Entmax,
+    "LocalLinear": LocalLinear,
+}
 _JOINS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 _LONGEST = 2000
 
@@ -60,6 +67,25 @@ def lengths(text: str) -> tuple[int, ...]:
             f"got {text!r}; lengths joined by commas are needed, such as 512,300,212"
         )
     return tuple(int(piece) for piece in pieces)
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises DeviceError for a name that PyTorch does not know, and for a GPU that is not here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError("device", repr(name), "a device such as cuda:0 is needed") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device", repr(name), "PyTorch finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise DeviceError("device", repr(name), f"an index below {count} is needed")
+    return device
 
 
 def option(text: str) -> tuple[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -134,7 +135,7 @@ def _measure(args: argparse.Namespace) -> int:
             for records in job.run(progress):
                 progress.clear()
                 if not args.json:
-                    print(terminal(records), end="\n\n", flush=True)
+                    print(terminal(records, _room()), end="\n\n", flush=True)
     except KeyboardInterrupt:
         interrupted = True
     keys = {case.key(job.device, torch.get_num_threads()) for case in job.cases}
@@ -143,7 +144,7 @@ def _measure(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(records, judgements)))
     elif judgements:
-        print(terminal_judgements(judgements), end="\n\n")
+        print(terminal_judgements(judgements, _room()), end="\n\n")
     if records:
         _write_html(records, judgements, args.html or folder / "report.html", suite)
     if interrupted:
@@ -163,6 +164,13 @@ def _sparse(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     return measure(args, _folder(args, "sparse"))
+
+
+def _room() -> int:
+    """Columns of the terminal; all that a table needs where there is none."""
+    from foveal.bench.report import WIDE
+
+    return shutil.get_terminal_size((WIDE, 24)).columns
 
 
 def _warn_if_busy() -> None:
@@ -186,9 +194,9 @@ def _render(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(records, judgements)))
     else:
-        print(terminal(records), end="\n\n")
+        print(terminal(records, _room()), end="\n\n")
         if judgements:
-            print(terminal_judgements(judgements), end="\n\n")
+            print(terminal_judgements(judgements, _room()), end="\n\n")
     _write_html(
         records, judgements, args.html or _records_path(args.render).with_name("report.html")
     )
@@ -237,11 +245,9 @@ def _suite(args: argparse.Namespace) -> Suite:
         raise _UsageError(
             f"name: got {args.name!r} and --suite {args.suite}; one of the two is needed"
         )
-    import torch
-
     from foveal.bench.masks import masks_suite
 
-    device = torch.device(args.device)
+    device = arguments.usable_device(args.device)
     if name == "masks":
         return masks_suite(device, args.lengths, args.max_tokens)
     if args.lengths or args.max_tokens:
@@ -261,11 +267,7 @@ def _job(args: argparse.Namespace, suite: Suite, file: Any) -> Job:
     from foveal.bench.record import command_line
     from foveal.bench.run import Job
 
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise _UsageError(
-            "--device: got cuda; this machine has no CUDA device that PyTorch can use"
-        )
+    device = arguments.usable_device(args.device)
     names = suite.against
     if args.against:
         names = () if args.against == "none" else tuple(args.against.split(","))

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return int(bool(failed))
     print(fields(facts.items()), end="\n\n")
-    rows = [(p.name, p.installed or "missing", ", ".join(p.extras)) for p in packages]
-    print(table(("package", "version", "extra"), rows), end="\n\n")
+    if packages:
+        rows = [(p.name, p.installed or "missing", ", ".join(p.extras)) for p in packages]
+        print(table(("package", "version", "extra"), rows), end="\n\n")
     for sentence in _advice(packages):
         print(sentence)
     missing = [f"{name}: {reason}" for name, reason in peers.items() if reason]
@@ -98,9 +99,16 @@ class Package:
 
 
 def optional_packages() -> tuple[Package, ...]:
-    """Every package that an extra of foveal names, as written in its own metadata."""
+    """Every package that an extra of foveal names, as written in its own metadata.
+
+    Empty where foveal runs from its sources without being installed.
+    """
     extras: dict[str, list[str]] = {}
-    for requirement in importlib.metadata.requires("foveal") or ():
+    try:
+        requirements = importlib.metadata.requires("foveal") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    for requirement in requirements:
         name, extra = _NAME.match(requirement), _EXTRA.search(requirement)
         if name and extra and name[0] != "foveal":
             extras.setdefault(name[0], []).append(extra[1])
@@ -117,6 +125,10 @@ def _advice(packages: tuple[Package, ...]) -> list[str]:
         if package.installed is None:
             smallest = min(package.extras, key=lambda extra: sizes[extra])
             missing.setdefault(smallest, []).append(package.name)
+    if not packages:
+        return [
+            field("missing", "foveal is not installed, it runs from its sources: pip install -e .")
+        ]
     if not missing:
         return ["nothing is missing"]
     return [

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from foveal.cli._arguments import pattern, reads_as_pattern
+from foveal.cli._arguments import pattern, reads_as_pattern, usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
 
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     from foveal.eval.tasks import Bench
     from foveal.eval.variants import variants
 
+    device = usable_device(args.device)
     patterns = {
         text: pattern(text) for text in args.variants if ":" not in text and reads_as_pattern(text)
     }
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress("eval") as progress:
         progress(f"loading {args.model}", 0.0)
         subject = load(args.model, text, args.device, getattr(torch, args.dtype))
-        facts = environment(torch.device(args.device))
+        facts = environment(device)
         facts = {name: value for name, value in facts.items() if name != "ceilings"}
         try:
             bench = Bench(subject, new_tokens=args.new_tokens)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveal.cli._arguments import option
+from foveal.cli._arguments import option, usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
 from foveal.cli.tune import budget
@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         raise TaskError("TASK: got none; a Python file, or a template of `foveal search --list`")
     if args.workers < 1:
         raise TaskError(f"workers: got {args.workers}; at least 1 is needed")
+    usable_device(args.device)
     with Nursery() as nursery:
         task = _task(args, nursery)
         path = Path(args.archive) if args.archive else _default_archive(task)
@@ -187,7 +188,7 @@ def _search(args: argparse.Namespace, nursery: Any, task: Task, archive: Archive
                 evaluators.append(JudgedEvaluator(task, other, exclusive=exclusive))
         known = _known(args, task)
         search = Search(task, archive, evaluators, chosen, args.seed, known=known)
-        facts = environment(_device(args.device))
+        facts = environment(usable_device(args.device))
         archive.keep("environment", {k: v for k, v in facts.items() if k != "ceilings"})
         if args.lessons and not archive.lessons():
             knowledge.read(archive, args.lessons, task.device)
@@ -341,9 +342,3 @@ def _default_archive(task: Task) -> Path:
 
     name = re.sub(r"[^A-Za-z0-9]+", "-", task.name).strip("-")
     return folder() / "search" / f"{name}-{task.key}.db"
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    return torch.device(name)

@@ -8,6 +8,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from foveal.cli._arguments import usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
 
@@ -87,17 +88,9 @@ def _device(name: str) -> torch.device:
 
     from foveal._errors import DeviceError
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError("device", repr(name), "a device such as cuda:0 is needed") from None
+    device = usable_device(name)
     if device.type != "cuda":
         raise DeviceError("device", repr(name), "a CUDA device is needed: nothing else is tuned")
-    if not torch.cuda.is_available():
-        raise DeviceError("device", repr(name), "PyTorch finds no CUDA device here")
-    if (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise DeviceError("device", repr(name), f"an index below {count} is needed")
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 

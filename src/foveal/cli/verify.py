@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveal.cli._arguments import option
+from foveal.cli._arguments import option, usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
 
@@ -59,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
+    usable_device(args.device)
     if "=" in args.file and not Path(args.file).exists():
         return _change(args)
     from foveal._errors import TaskError

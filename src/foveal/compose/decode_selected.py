@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._decode_plan import choose_decode
 from foveal._errors import CacheError, ScoreError, SelectionError, ShapeError
 from foveal.caches.base import Cache, KVShape, Part
@@ -72,6 +73,16 @@ def decode_selected(
 def check_one_query(q: Tensor) -> None:
     if q.dim() == 4 and q.shape[1] != 1:
         raise ShapeError("q", list(q.shape), "one query per sequence is needed")
+
+
+def check_step(q: Tensor, score: object) -> None:
+    """Raises for what is no query of a step, or no score that a cache of this folder reads."""
+    need_tensors(q=q)
+    if q.dim() != 4:
+        raise ShapeError("q", list(q.shape), "[batch, 1, heads, head_dim] is needed")
+    check_one_query(q)
+    if not isinstance(score, Softmax):
+        raise ScoreError("score", score, "a Softmax is needed")
 
 
 def view_of(cache: Cache) -> View:

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from foveal.engines.common.once import once_differentiable
 
 _ROWS = 32
 
@@ -67,7 +68,7 @@ class GatedSum(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
         gates, *outputs = ctx.saved_tensors
         found = tuple(torch.empty_like(x) for x in outputs)

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveal._errors import CacheError
-from foveal.caches.base import KVShape
+from foveal._arguments import finite
+from foveal._errors import CacheError, ShapeError
+from foveal._host import on_host
+from foveal.caches.base import KVShape, check_shape
+from foveal.caches.checks import need_whole, sequence_numbers
 from foveal.caches.offloaded import Offloaded
-from foveal.compose.decode_selected import check_one_query
+from foveal.compose.decode_selected import check_step
 from foveal.scores.softmax import Softmax
+
+Noted = tuple[Tensor | None, tuple[list[int] | None, ...], tuple[int, ...]]
 
 
 class LouisCache(Offloaded):
@@ -42,9 +47,13 @@ class LouisCache(Offloaded):
         window: int = 64,
         slots: int | None = None,
     ) -> None:
-        if isinstance(pages, bool) or pages < 1:
-            raise CacheError("pages", pages, "an integer of at least 1 is needed")
+        check_shape(shape)
+        need_whole(1, pages=pages, page=page)
+        need_whole(0, window=window)
+        if not finite(alike):
+            raise CacheError("alike", alike, "a number is needed")
         slots = 2 * pages if slots is None else slots
+        need_whole(1, slots=slots)
         if slots < pages:
             raise CacheError("slots", slots, f"at least {pages}, the pages of a choice, are needed")
         super().__init__(shape, max_tokens=max_tokens, slots=slots, page_size=page, recent=window)
@@ -62,6 +71,39 @@ class LouisCache(Offloaded):
         for b in range(self.shape.batch) if sequences is None else sequences:
             self._chosen[b * heads : (b + 1) * heads] = [None] * heads
 
+    def grow(self, max_tokens: int) -> None:
+        super().grow(max_tokens)
+        self.means = F.pad(self.means, (0, 0, 0, self._most - self.means.shape[2]))
+
+    def crop(self, seen: int | Sequence[int]) -> None:
+        super().crop(seen)
+        for unit, chosen in enumerate(self._chosen):
+            most = self._pages[unit // self.shape.kv_heads]
+            self._since[unit] = min(self._since[unit], most)
+            if chosen is not None:
+                self._chosen[unit] = [page for page in chosen if page < most]
+
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
+        order = sequence_numbers("index", index, self.shape.batch)
+        super().reorder(order)
+        units = [b * self.shape.kv_heads + h for b in order for h in range(self.shape.kv_heads)]
+        self._chosen = [self._chosen[unit] for unit in units]
+        self._since = [self._since[unit] for unit in units]
+        if self._border is not None:
+            self._border = self._border[order]
+
+    def _by_sequence(self) -> list[Tensor]:
+        return [*super()._by_sequence(), self.means]
+
+    def noted(self) -> Noted:
+        """What the steps so far left behind for the next one; nothing changes it."""
+        return self._border, tuple(self._chosen), tuple(self._since)
+
+    def recall(self, noted: Noted) -> None:
+        """Takes steps back; `crop` does so with their tokens."""
+        self._border, chosen, since = noted
+        self._chosen, self._since = list(chosen), list(since)
+
     def _move(self) -> None:
         before = self.host_pages
         super()._move()
@@ -69,11 +111,15 @@ class LouisCache(Offloaded):
             if new > old:
                 self.means[b, :, old:new] = self.host_keys[b, :, old:new].mean(2).to(self.means)
 
+    @on_host
     def decode(self, q: Tensor, score: Softmax = Softmax()) -> Tensor:
         """o [batch, 1, Hq, value_dim] of the newest token, q [batch, 1, Hq, head_dim]."""
         from foveal._decode import decode
 
-        check_one_query(q)
+        check_step(q, score)
+        if q.shape[0] != self.shape.batch or q.shape[2] % self.shape.kv_heads:
+            needed = f"{self.shape.batch} rows of heads that {self.shape.kv_heads} divides"
+            raise ShapeError("q", list(q.shape), f"{needed} are needed")
         rows = q[:, 0].detach().unflatten(1, (self.shape.kv_heads, -1))
         chooses = self._borders(rows)
         lists = self._named()
@@ -86,7 +132,8 @@ class LouisCache(Offloaded):
                     self._since[unit] = self._pages[b]
             lists = self._named()
         longest = max(map(len, lists))
-        table = torch.tensor([row + [-1] * (longest - len(row)) for row in lists])
+        padded = [row + [-1] * (longest - len(row)) for row in lists]
+        table = torch.tensor(padded, device="cpu")
         self.select(table.view(self.shape.batch, self.shape.kv_heads, longest))
         return decode(q, self, score)
 

@@ -58,9 +58,9 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
 
 def _on_gpu(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
     """Whether one kernel can do it: elementwise operations move the outputs ten times instead of three."""
-    if len(outputs) != 2 or not _has_kernel(outputs[0].device.type):
-        return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if len(outputs) != 2 or not _has_kernel(outputs[0].device.type):
         return False
     kinds = {o.dtype for o in outputs}
     plain = len(kinds) == 1 and kinds <= {torch.bfloat16, torch.float16, torch.float32}

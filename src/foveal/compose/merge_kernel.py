@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from foveal.engines.common.once import once_differentiable
 
 _ELEMENTS = 4096
 
@@ -86,7 +87,7 @@ class MergedPair(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
         given = ctx.saved_tensors
         found = tuple(torch.empty_like(x) for x in given)

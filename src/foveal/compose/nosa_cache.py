@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from foveal._errors import CacheError, ShapeError
-from foveal.caches.base import KVShape
+from foveal._host import on_host
+from foveal.caches.base import KVShape, check_shape
+from foveal.caches.checks import need_whole
 from foveal.caches.offloaded import Offloaded
-from foveal.compose.decode_selected import check_one_query
+from foveal.compose.decode_selected import check_step
 from foveal.scores.softmax import Softmax
 
 
@@ -42,12 +44,13 @@ class NosaCache(Offloaded):
         stride: int = 16,
         local_blocks: int = 2,
     ) -> None:
-        if local_blocks < 1 or not local_blocks < by_query <= budget:
-            needed = (
-                f"more than local_blocks ({local_blocks}, at least 1), up to {budget}, is needed"
-            )
+        check_shape(shape)
+        need_whole(1, block=block, budget=budget, by_query=by_query, window=window, stride=stride)
+        need_whole(1, local_blocks=local_blocks)
+        if not local_blocks < by_query <= budget:
+            needed = f"more than local_blocks ({local_blocks}), up to {budget}, is needed"
             raise CacheError("by_query", by_query, needed)
-        if stride < 1 or window % stride or block % stride:
+        if window % stride or block % stride:
             raise CacheError("stride", stride, f"a divisor of {window} and {block} is needed")
         recent = (local_blocks - 1) * block + 1
         super().__init__(
@@ -67,6 +70,7 @@ class NosaCache(Offloaded):
         self._keys = torch.zeros(*size, shape.head_dim, dtype=wide, device=shape.device)
         self._weights = torch.zeros(*size, dtype=wide, device=shape.device)
 
+    @on_host
     def append(
         self,
         k: Tensor,
@@ -78,7 +82,7 @@ class NosaCache(Offloaded):
     ) -> None:
         if bias is None:
             raise CacheError("bias", None, "the log-weight of every key is needed")
-        before = torch.tensor(self.host_seen)
+        before = torch.tensor(self.host_seen, device="cpu")
         try:
             super().append(k, v, counts=counts, last=last, bias=bias)
         finally:  # of what was stored, should it be a first part
@@ -86,13 +90,14 @@ class NosaCache(Offloaded):
 
     def _sum(self, k: Tensor, bias: Tensor, before: Tensor) -> None:
         """Adds the first tokens of every row, as many as are stored, to the sums of their runs."""
-        stored = torch.tensor(self.host_seen) - before
+        stored = torch.tensor(self.host_seen, device="cpu") - before
         if not bool(stored.any()):
             return
-        number = torch.arange(k.shape[1])
+        number = torch.arange(k.shape[1], device="cpu")
         inside = (number < stored[:, None]).to(k.device)
         place = before[:, None] + number
-        index = (torch.arange(len(k))[:, None].expand_as(place), place // self.stride)
+        sequence = torch.arange(len(k), device="cpu")[:, None]
+        index = (sequence.expand_as(place), place // self.stride)
         where = tuple(x.to(k.device)[inside] for x in index)
         weights = bias.expand(-1, -1, self.shape.kv_heads)[inside]
         self._keys.index_put_(where, k[inside].to(self._keys), accumulate=True)
@@ -103,11 +108,37 @@ class NosaCache(Offloaded):
         for b in range(self.shape.batch) if sequences is None else sequences:
             self._keys[b], self._weights[b] = 0, 0
 
+    def grow(self, max_tokens: int) -> None:
+        had = self._most
+        super().grow(max_tokens)
+        more = (self._most - had) * (self.block // self.stride)
+        self._keys = torch.nn.functional.pad(self._keys, (0, 0, 0, 0, 0, more))
+        self._weights = torch.nn.functional.pad(self._weights, (0, 0, 0, more))
+
+    @on_host
+    def crop(self, seen: int | Sequence[int]) -> None:
+        had = self.host_seen
+        super().crop(seen)
+        rows = [x.transpose(1, 2) for x in self._near_rows()]
+        for b, (n, before) in enumerate(zip(self.host_seen, had, strict=True)):
+            if n == before:
+                continue
+            run, left = divmod(n, self.stride)
+            near = self.near.host_lengths[b][0]
+            newest = slice(near - left, near)
+            for sums, own in ((self._keys, rows[0]), (self._weights, rows[-1][..., 0])):
+                sums[b, run:] = 0
+                sums[b, run] = own[b, newest].to(sums).sum(0)
+
+    def _by_sequence(self) -> list[Tensor]:
+        return [*super()._by_sequence(), self._keys, self._weights]
+
+    @on_host
     def decode(self, q: Tensor, score: Softmax = Softmax()) -> Tensor:
         """o [batch, 1, Hq, value_dim] of the newest token, q [batch, 1, Hq, head_dim]."""
         from foveal._decode import decode
 
-        check_one_query(q)
+        check_step(q, score)
         if q.shape[2] % self.shape.kv_heads:
             raise ShapeError("q", list(q.shape), f"heads that {self.shape.kv_heads} divides")
         chosen = self._blocks(q.detach())
@@ -119,7 +150,7 @@ class NosaCache(Offloaded):
     def _blocks(self, q: Tensor) -> Tensor:
         """The blocks that a step reads: bool [batch, kv_heads, blocks]."""
         lengths = torch.tensor(self.host_seen, device=q.device)
-        blocks = -(-int(lengths.max()) // self.block)
+        blocks = -(-max(self.host_seen) // self.block)
         size, reach = self.block // self.stride, self.window // self.stride
         runs = blocks * size + reach - 1
         windows = runs - reach + 1

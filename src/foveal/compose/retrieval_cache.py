@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from foveal._errors import CacheError, ShapeError
-from foveal.caches.base import KVShape
+from foveal._host import on_host
+from foveal.caches.base import KVShape, check_shape
+from foveal.caches.checks import need_whole
 from foveal.caches.offloaded import Offloaded
-from foveal.compose.decode_selected import check_one_query, decode_view
+from foveal.compose.decode_selected import check_step, decode_view
 from foveal.compose.merge import merge
 from foveal.patterns.dense import Dense
 from foveal.scores.base import Score
@@ -40,19 +42,29 @@ class RetrievalCache(Offloaded):
         sinks: int = 128,
         window: int = 512,
     ) -> None:
-        if q_heads < 1 or q_heads % shape.kv_heads:
+        check_shape(shape)
+        need_whole(1, q_heads=q_heads, max_tokens=max_tokens)
+        if q_heads % shape.kv_heads:
             raise CacheError("q_heads", q_heads, f"a multiple of {shape.kv_heads} is needed")
-        for name, value in (("keys", keys), ("sinks", sinks)):
-            if isinstance(value, bool) or value < 0:
-                raise CacheError(name, value, "an integer of at least 0 is needed")
+        need_whole(0, keys=keys, sinks=sinks, window=window)
         self.q_heads, self.keys, self.sinks = q_heads, keys, sinks
-        together = sinks + keys * (q_heads // shape.kv_heads)
-        slots = max(min(together, max_tokens), 1)
+        slots = self._slots_for(max_tokens, shape.kv_heads)
         super().__init__(shape, max_tokens=max_tokens, slots=slots, page_size=1, recent=window)
 
+    def _slots_for(self, max_tokens: int, kv_heads: int) -> int:
+        """Slots of a key head for all that its query heads read in a step."""
+        return max(min(self.sinks + self.keys * (self.q_heads // kv_heads), max_tokens), 1)
+
+    def grow(self, max_tokens: int) -> None:
+        super().grow(max_tokens)
+        slots = self._slots_for(self._most, self.shape.kv_heads)
+        if slots > self.slots:
+            self._take_slots(slots)
+
+    @on_host
     def decode(self, q: Tensor, score: Softmax = Softmax()) -> Tensor:
         """o [batch, 1, q_heads, value_dim] of the newest token, q [batch, 1, q_heads, head_dim]."""
-        check_one_query(q)
+        check_step(q, score)
         if q.shape[2] != self.q_heads:
             raise ShapeError("q", list(q.shape), f"{self.q_heads} heads are needed")
         wanted = self._nearest(q)
@@ -78,8 +90,8 @@ class RetrievalCache(Offloaded):
         rows = q[:, 0].detach().to("cpu").unflatten(1, (self.shape.kv_heads, -1))
         products = rows @ self.host_keys[:, :, :most, 0].mT
         s = products.flatten(1, 2)  # [B, Hq, most]
-        place = torch.arange(most)
-        stored = place < torch.tensor(self._pages)[:, None, None]
+        place = torch.arange(most, device="cpu")
+        stored = place < torch.tensor(self._pages, device="cpu")[:, None, None]
         first = (place < self.sinks) & stored
         s = s.masked_fill(first | ~stored, -torch.inf)
         best = s.topk(min(self.keys, most), dim=-1)

@@ -1,4 +1,4 @@
-"""A policy behind the cache interface of transformers."""
+"""A policy, or a cache with its old keys on the host, behind the cache interface of transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from foveal._errors import CacheError
 from foveal.caches.policies.base import Counts, Decision, Policy, Reading, Vote
 from foveal.caches.policies.held import Held
+from foveal.hf.fetched import Fetched, Fetching
 from foveal.hf.layer_call import LayerCall, solve
 from foveal.hf.selected import Selected
 from foveal.patterns import Causal
@@ -20,19 +21,33 @@ from foveal.scores import Softmax
 
 @dataclass(eq=False)
 class Session:
-    """One cache of one model under one policy: what its layers share.
+    """One cache of one model under one rule: what its layers share.
 
-    before: tokens seen when a call began that has not ended; undo: what the layers in which the policy
-    acted since held then.
+    rule: a policy, or a cache that fetches, by its name and options; numbers: layers under it, by their
+    `layer_idx`; before: tokens seen when a call began that has not ended; undo: what the layers in which the
+    policy acted since held then.
     """
 
-    policy: Policy
-    count: int
+    rule: Policy | Fetching
+    numbers: frozenset[int]
     layers: dict[int, Any] = field(default_factory=dict)
     votes: dict[int, Vote] = field(default_factory=dict)
     tokens: Tensor | None = None
     before: int | None = None
     undo: dict[int, Held] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> Policy:
+        assert isinstance(self.rule, Policy)
+        return self.rule
+
+    @property
+    def count(self) -> int:
+        return len(self.numbers)
+
+    def empty(self, index: int) -> Any:
+        """What a layer holds before its first token."""
+        return Fetched(self.rule, index) if isinstance(self.rule, Fetching) else Held()
 
     def begin(self) -> None:
         """A call of the model begins."""
@@ -48,7 +63,7 @@ class Session:
         for index, layer in self.layers.items():
             layer._unread = False
             if index in undo or before == 0:
-                layer.held = undo[index] if before else Held()
+                layer.held = undo[index] if before else self.empty(index)
             else:
                 layer.held.crop(layer.held.seen - before)
         if self.tokens is not None:
@@ -100,11 +115,11 @@ class Session:
 
 @functools.cache
 def layer_class() -> type[Any]:
-    """The layer of a transformers cache whose storage a policy rules."""
+    """The layer of a transformers cache whose storage a policy or a cache of ours rules."""
     from transformers.cache_utils import CacheLayerMixin
 
     class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-        """Stores what a policy keeps; read by the attention function "foveal" alone."""
+        """Stores what its rule keeps; read by the attention function "foveal" alone."""
 
         is_sliding = False
         is_croppable = False
@@ -112,7 +127,7 @@ def layer_class() -> type[Any]:
         def __init__(self, session: Session, index: int) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             self.session, self.index = session, index
-            self.held = Held()
+            self.held = session.empty(index)
             self._unread = False
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -126,7 +141,7 @@ def layer_class() -> type[Any]:
                 raise CacheError(
                     "cache",
                     "another attention function",
-                    'set_attn_implementation("foveal") is needed',
+                    'set_attn_implementation("foveal") is needed, and a cache made after it',
                 )
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
@@ -136,19 +151,22 @@ def layer_class() -> type[Any]:
         def attend(self, call: LayerCall, selected: Selected | None) -> Tensor:
             """Attention of the new tokens of a call to them and to what is held."""
             self._unread = False
+            _check_call(self, call)
+            if isinstance(self.held, Fetched):
+                return self.held.attend(call, selected)
             return attend_held(self, call, selected)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             return self.held.seen + query_length, 0
 
         def get_seq_length(self) -> int:
-            return self.held.seen
+            return int(self.held.seen)
 
         def get_max_length(self) -> int:
             return -1
 
         def reset(self) -> None:
-            self.held, self._unread = Held(), False
+            self.held, self._unread = self.session.empty(self.index), False
 
         def crop(self, tokens_to_remove: int) -> None:
             self.held.crop(abs(tokens_to_remove))
@@ -157,19 +175,14 @@ def layer_class() -> type[Any]:
             self.held.reorder(beam_idx)
 
         def batch_repeat_interleave(self, repeats: int) -> None:
-            rows = torch.arange(self._batch()).repeat_interleave(repeats)
+            rows = torch.arange(self.held.batch).repeat_interleave(repeats)
             self.held.reorder(rows)
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            self.held.reorder(torch.arange(self._batch())[indices.cpu()])
-
-        def _batch(self) -> int:
-            if self.held.tail_k is not None:
-                return int(self.held.tail_k.shape[0])
-            return len(self.held.pieces[0].counts) if self.held.pieces else 0
+            self.held.reorder(torch.arange(self.held.batch)[indices.cpu()])
 
         def offload(self) -> None:
-            """What is left under a policy stays where it is."""
+            """What is left stays where its rule put it."""
 
         def prefetch(self) -> None:
             """As `offload`."""
@@ -181,16 +194,7 @@ def attend_held(layer: Any, call: LayerCall, selected: Selected | None) -> Tenso
     """Appends the new tokens of a call, attends, and lets the policy act."""
     held: Held = layer.held
     score = call.score
-    if not isinstance(score, Softmax) or call.documents is not None:
-        raise CacheError(
-            "attention_mask", "a rule per pair", "a cache under a policy takes padding only"
-        )
-    if not isinstance(call.pattern, Causal):
-        raise CacheError(
-            "layers",
-            f"number {layer.index}, {call.pattern!r}",
-            "a policy needs layers that see all",
-        )
+    assert isinstance(score, Softmax)
     new = call.k.shape[1]
     real = None if call.padding is None else call.padding[:, -new:]
     held.append(call.k, call.v, real)
@@ -212,6 +216,21 @@ def attend_held(layer: Any, call: LayerCall, selected: Selected | None) -> Tenso
     if session.policy.due(Counts(new, session.stored(layer), held.seen)):
         session.heard(layer, _reading(layer, call, score))
     return o
+
+
+def _check_call(layer: Any, call: LayerCall) -> None:
+    """Raises for a call that no cache of ours can keep to."""
+    rule = "a policy" if isinstance(layer.held, Held) else layer.held.fetching.name
+    if not isinstance(call.score, Softmax) or call.documents is not None:
+        raise CacheError(
+            "attention_mask", "a rule per pair", f"a cache under {rule} takes padding only"
+        )
+    if not isinstance(call.pattern, Causal):
+        raise CacheError(
+            "layers",
+            f"number {layer.index}, {call.pattern!r}",
+            f"{rule} needs layers that see all",
+        )
 
 
 def _reading(layer: Any, call: LayerCall, score: Softmax) -> Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal._errors import RefusedError, ShapeError, UnknownNameError
-from foveal.hf.use import Layers, attention_layers, chosen_layers, undo
+from foveal._arguments import finite, need_tensors
+from foveal._errors import DtypeError, RefusedError, ShapeError, UnknownNameError
+from foveal.hf.use import Layers, attention_layers, chosen_layers, need_model, undo
 
 Progress = Callable[[str, float], None]
 
@@ -53,6 +55,13 @@ class Schedule:
     logit_rate: float = 1e-4
 
     def __post_init__(self) -> None:
+        for name in ("layer_steps", "logit_steps", "rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ShapeError(name, value, "an integer is needed")
+        for name in ("layer_rate", "logit_rate"):
+            if not finite(getattr(self, name)):
+                raise ShapeError(name, getattr(self, name), "a number is needed")
         if min(self.layer_steps, self.logit_steps) < 0 or self.rows < 1:
             raise ShapeError(
                 "schedule", self, "steps of at least 0 and rows of at least 1 are needed"
@@ -80,14 +89,26 @@ def convert(
     Limits: new layers read no padding; generation keeps their state in the cache of the call.
     Paper: Attention Editing (2604.05688), MiniCPM-SALA (2602.11761).
     """
-    if kind not in _BUILDERS:
+    need_model(model)
+    if not isinstance(kind, str) or kind not in _BUILDERS:
         raise UnknownNameError("kind", kind, tuple(_BUILDERS))
+    need_tensors(data=data)
+    if data.dtype not in (torch.int64, torch.int32):
+        raise DtypeError("data", data.dtype, "token numbers, int64, are needed")
+    if not isinstance(schedule, Schedule):
+        raise DtypeError("schedule", type(schedule).__name__, "a foveal.hf.Schedule is needed")
     if data.dim() != 2 or len(data) < 2:
         raise ShapeError("data", list(data.shape), "[rows, tokens], at least 2 rows, is needed")
     if "_foveal_replaced" in model.__dict__:
         raise RefusedError(
             "convert", "the model has converted layers already; restore(model) first"
         )
+    if not hasattr(model, "config") or not attention_layers(model):
+        raise RefusedError("convert", f"{type(model).__name__} has no attention layers to replace")
+    builder = _BUILDERS[kind]
+    known = _option_names(kind)
+    if unknown := sorted(set(options) - set(known)):
+        raise UnknownNameError(f"option of {kind}", unknown[0], known)
     undo(model)
     tell = progress or (lambda text, share: None)
     held, rows = data[-1:], data[:-1]
@@ -95,7 +116,7 @@ def convert(
     teacher = _held_out(model, held)
     heard = _heard(model, [old for _, _, _, old in places], rows)
     students = {
-        number: Converted(_BUILDERS[kind](old, model.config, **options), old.layer_idx)
+        number: Converted(builder(old, model.config, **options), old.layer_idx)
         for number, _, _, old in places
     }
     _replace(model, places, students)
@@ -115,6 +136,7 @@ def convert(
 
 def restore(model: Any) -> None:
     """Puts the layers back that `convert` replaced; nothing happens where there are none."""
+    need_model(model)
     for parent, name, old in model.__dict__.pop("_foveal_replaced", ()):
         setattr(parent, name, old)
     hook = model.__dict__.pop("_foveal_padding_hook", None)
@@ -345,7 +367,7 @@ def _gated_swa(old: Any, config: Any, *, window: int = 256) -> nn.Module:
         rotary_base=_rotary_base(old, config),
         norm=hasattr(old, "q_norm"),
         scale=old.scaling,
-    )
+    ).to(old.q_proj.weight)
     with torch.no_grad():
         for name in ("q", "k", "v"):
             getattr(layer, name).weight.copy_(getattr(old, f"{name}_proj").weight)
@@ -393,3 +415,12 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lightning": _lightning,
     "mla": _mla,
 }
+
+
+def _option_names(kind: str) -> tuple[str, ...]:
+    """What a kind of layer can be told beside the sizes of the layer that was there."""
+    from foveal.layers import KimiDeltaAttention, LatentAttention, LightningAttention
+
+    layers = {"kda": KimiDeltaAttention, "lightning": LightningAttention, "mla": LatentAttention}
+    parameters = inspect.signature(layers.get(kind, _gated_swa)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

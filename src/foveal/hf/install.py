@@ -1,4 +1,4 @@
-"""Puts a policy into the caches that a model is given."""
+"""Puts a policy, or a cache that fetches, into the caches that a model is given."""
 
 from __future__ import annotations
 
@@ -12,21 +12,37 @@ import torch
 from foveal._errors import CacheError
 from foveal.caches.policies.base import Policy
 from foveal.hf.cache import Session, layer_class
+from foveal.hf.fetched import Fetching
+
+Rule = Policy | Fetching
 
 
-def install(model: Any, policy: Policy, modules: Sequence[Any]) -> list[Any]:
-    """What stands around a model and the attention layers under the policy; `remove` of each undoes it."""
+def install(
+    model: Any, modules: Sequence[Any], rule: Rule | None = None, ruled: Sequence[Any] = ()
+) -> list[Any]:
+    """What stands around a model and its attention layers; `remove` of each undoes it.
+
+    Caches that come without a session of their own get one, of this rule on these layers, if there is one.
+    """
     call = _Call()
-    attends = _Attends(call, policy, len(modules))
+    attends = _Attends(call, rule, frozenset(module.layer_idx for module in ruled))
     hooks: list[Any] = [_Forward(model, call)]
     return hooks + [m.register_forward_pre_hook(attends, with_kwargs=True) for m in modules]
+
+
+def rule_from_the_start(cache: Any, rule: Rule, modules: Sequence[Any]) -> None:
+    """Gives an empty cache a session of its own, which holds for every call that it is passed to."""
+    session = Session(rule, frozenset(module.layer_idx for module in modules))
+    for number in sorted(session.numbers):
+        _replace(cache, number, session)
+    cache._foveal_session = session
 
 
 @dataclass
 class _Call:
     """What one call of the model is reading, and into which session.
 
-    undo: takes back what the call left in layers that no policy rules.
+    undo: takes back what the call left in layers without a rule.
     """
 
     tokens: torch.Tensor | None = None
@@ -48,7 +64,7 @@ class _Call:
         self.session = session
         if self.running:
             session.begin()
-        old, new = session.tokens, self.tokens
+        old, new = session.tokens if session.seen() else None, self.tokens
         if new is not None:
             fits = old is not None and len(old) == len(new)
             session.tokens = torch.cat([old, new], dim=1) if fits and old is not None else new
@@ -92,20 +108,22 @@ class _Forward:
 
 @dataclass
 class _Attends:
-    """Runs before an attention layer under the policy: its cache is ruled from now on."""
+    """Runs before an attention layer: a cache under a rule is ruled from now on."""
 
     call: _Call
-    policy: Policy
-    count: int
+    rule: Rule | None
+    ruled: frozenset[int]
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         module.__dict__.pop("_foveal_layer", None)  # of a call that failed before it attended
         if cache is None:
             return
-        if not hasattr(cache, "_foveal_session"):
-            cache._foveal_session = Session(self.policy, self.count)
-        session: Session = cache._foveal_session
+        session: Session | None = getattr(cache, "_foveal_session", None)
+        if session is None and self.rule is not None:
+            session = cache._foveal_session = Session(self.rule, self.ruled)
+        if session is None or getattr(module, "layer_idx", None) not in session.numbers:
+            return
         if self.call.session is not session:
             self.call.enter(session)
         if module.layer_idx not in session.layers:
@@ -123,12 +141,12 @@ def _replace(cache: Any, index: int, session: Session) -> None:
         raise CacheError(
             "past_key_values",
             "a static cache",
-            "a cache that grows is needed under a policy, which frees what it does not keep",
+            "a cache that grows is needed: what lies in it is up to the policy, or to the cache named",
         )
     if cache.layers[index].get_seq_length() > 0:
         raise CacheError(
             "past_key_values",
-            f"{cache.layers[index].get_seq_length()} tokens that the policy has not seen",
+            f"{cache.layers[index].get_seq_length()} tokens that came without the policy",
             "an empty cache is needed to begin with",
         )
     cache.layers[index] = session.layers[index] = layer_class()(session, index)

@@ -11,6 +11,7 @@ from torch import Tensor
 from foveal._attend import attend
 from foveal._errors import RefusedError, UnknownNameError
 from foveal.caches.policies import POLICIES
+from foveal.hf.fetched import FETCHING
 from foveal.patterns import Causal
 from foveal.systems import System
 
@@ -100,10 +101,8 @@ def _reason(entry: System, causal: bool) -> str:
         return (
             f"{name} is a way to hold and read keys: fv.decode with a cache of foveal.caches has it"
         )
-    if name == "louis_kv":
-        return (
-            "louis_kv compares queries of different calls: foveal.compose.LouisCache remembers them"
-        )
+    if name in FETCHING:
+        return f'{name} fetches what single tokens read: use(model, cache="{name}") is needed'
     if name == "spatten":
         return "spatten hands what it pruned to the next layer, and layers do not meet here"
     if entry.family == "sparse":

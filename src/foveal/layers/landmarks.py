@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from foveal._errors import ShapeError
@@ -79,7 +78,6 @@ class _Inverse(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
         return -inverse.mT @ gradient @ inverse.mT, None

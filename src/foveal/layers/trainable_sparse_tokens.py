@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
@@ -89,7 +88,6 @@ class _SparseK(torch.autograd.Function):
         return p
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dp: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
         inner = ((p > 0) & (p < 1)).to(p.dtype)
@@ -176,7 +174,6 @@ class _StraightThrough(torch.autograd.Function):
         return v.view_as(v)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor, Tensor]:
         (v,) = ctx.saved_tensors
         return dv, (dv * v).sum(-1)

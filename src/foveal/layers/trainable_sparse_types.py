@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
+from foveal.engines.common.once import once_differentiable
 from foveal.layers.heads import MultiHead
 from foveal.patterns import Causal, Pattern
 from foveal.patterns.lifetimes import Lifetimes
@@ -83,7 +83,7 @@ class _TypesOf(torch.autograd.Function):
         return o.view_as(o)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("types", instead=None)
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         o, q, k, v, ends = ctx.saved_tensors
         run = ctx.implementation

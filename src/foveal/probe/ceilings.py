@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+_FEWEST, _MOST, _SECONDS = 6, 40, 0.2
+"""Runs of each kind, and how long they may take on the CPU after the fewest."""
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -20,9 +23,10 @@ class Ceilings:
 
 @functools.lru_cache(maxsize=16)
 def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ceilings:
-    """Measures this device once per process; about 0.2 s.
+    """Measures this device once per process; about half a second.
 
-    The best of several runs, with the current number of threads.  Lower precisions on the CPU are
+    The best of several runs, with the current number of threads; of more on the CPU, where others may
+    be at work.  Lower precisions on the CPU are
     measured in float32, the precision in which the tiled edition computes.
     """
     cuda = device.startswith("cuda")
@@ -38,8 +42,10 @@ def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ceiling
 
 
 def _best_seconds(work: Callable[[], object], cuda: bool) -> float:
-    best = float("inf")
-    for _ in range(6):
+    best, begun = float("inf"), time.perf_counter()
+    for run in range(_MOST):
+        if run >= _FEWEST and (cuda or time.perf_counter() - begun > _SECONDS):
+            break
         start = time.perf_counter()
         work()
         if cuda:

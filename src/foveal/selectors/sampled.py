@@ -39,5 +39,7 @@ class SampledMax:
     def _drawn(self, length: int, tile: int) -> Tensor:
         """Tokens of each tile, the last repeated where a tile is short.  int64 [tiles, drawn]"""
         tiles, count = -(-length // tile), max(1, round(tile * self.share))
-        order = torch.rand(tiles, tile, generator=self.generator).argsort(-1)[:, :count]
-        return (torch.arange(tiles)[:, None] * tile + order).clamp(max=length - 1)
+        device = "cpu" if self.generator is None else self.generator.device
+        order = torch.rand(tiles, tile, generator=self.generator, device=device).argsort(-1)
+        first = torch.arange(tiles, device=device)[:, None] * tile
+        return (first + order[:, :count]).clamp(max=length - 1)

@@ -60,11 +60,15 @@ __all__ = [
 ]
 
 
-def policy_class(name: str) -> type[Policy]:
-    """The policy of that name; UnknownNameError, with close matches, when there is none."""
+def policy_class(name: str, beside: tuple[str, ...] = ()) -> type[Policy]:
+    """The policy of that name; UnknownNameError, with close matches, when there is none.
+
+    Options: beside, other names that the caller knows.
+    """
     if name == "elastic_cache":
         reason = "it refreshes networks that look both ways: foveal.caches.policies.ElasticCache runs one"
         raise RefusedError(name, reason)
     if name not in POLICIES:
-        raise UnknownNameError("cache policy", name, tuple(POLICIES))
+        kind = "cache" if beside else "cache policy"
+        raise UnknownNameError(kind, name, (*POLICIES, *beside))
     return POLICIES[name]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite
 from foveal._errors import SelectionError
+
+_FROM_ZERO = {"image", "least", "recent", "seed", "sink_tokens", "top"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ class Policy:
     budget: int | float = 1024
 
     def __post_init__(self) -> None:
+        if not isinstance(self.budget, int | float):
+            raise SelectionError("budget", self.budget, "a number of tokens, or a share, is needed")
+        for each in fields(self):
+            _check_option(each.name, str(each.type), getattr(self, each.name))
         fits = self.budget >= 1 if isinstance(self.budget, int) else 0 < self.budget <= 1
         if isinstance(self.budget, bool) or not fits:
             needed = "a number of tokens of at least 1, or a share above 0 and up to 1, is needed"
@@ -137,6 +144,20 @@ class Policy:
     def settle(self, votes: Sequence[Vote], seen: int) -> list[Decision]:
         """One decision per vote: by default the tokens of largest score, as many as the budget."""
         return [Decision(largest(vote.scores, self.tokens(seen))) for vote in votes]
+
+
+def _check_option(name: str, kind: str, value: object) -> None:
+    """Raises for a number of another kind, or out of range."""
+    if kind == "int":
+        least = 0 if name in _FROM_ZERO else 1
+        odd = name == "pool"
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not fits or (odd and isinstance(value, int) and value % 2 == 0):
+            needed = f"an {'odd ' * odd}integer of at least {least} is needed"
+            raise SelectionError(name, value, needed)
+    number = kind == "float" or (kind == "float | None" and value is not None)
+    if number and (isinstance(value, bool) or not finite(value)):
+        raise SelectionError(name, value, "a number is needed")
 
 
 def largest(scores: Tensor, count: int | Tensor) -> Tensor:

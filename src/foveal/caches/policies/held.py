@@ -46,6 +46,13 @@ class Held:
         return 0 if self.tail_k is None else self.tail_k.shape[1]
 
     @property
+    def batch(self) -> int:
+        """Sequences, 0 before the first token."""
+        if self.tail_k is not None:
+            return self.tail_k.shape[0]
+        return len(self.pieces[0].counts) if self.pieces else 0
+
+    @property
     def stored(self) -> int:
         """Tokens of the head that holds most."""
         if not self.pieces:

@@ -35,8 +35,9 @@ class S3Attention(Policy):
 
     def directions(self, head_dim: int) -> Tensor:
         """W [features x head_dim, head_dim]"""
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(self.features * head_dim, head_dim, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        size = (self.features * head_dim, head_dim)
+        drawn = torch.randn(size, generator=generator, device="cpu")
         return torch.nn.functional.normalize(drawn, dim=-1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveal._errors import ShapeError
 from foveal._kept import kept
 from foveal.compat.natten.fused import Flags, Sizes, neighborhood
+from foveal.engines.common.once import once_differentiable
 from foveal.patterns import Neighborhood
 from foveal.patterns.base import Extent
 
@@ -166,7 +166,7 @@ class _Products(torch.autograd.Function):
         return _dot(q, k, index)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("unfused", instead="fv.attend by 'reference' has")
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, index = ctx.saved_tensors
         return _mix(d, k, index), _scatter(d, q, index, k), None
@@ -179,7 +179,7 @@ class _Mixture(torch.autograd.Function):
         return _mix(weights, v, index)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("unfused", instead="fv.attend by 'reference' has")
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, v, index = ctx.saved_tensors
         return _dot(d, v, index), _scatter(weights, d, index, v), None

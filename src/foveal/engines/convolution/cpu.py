@@ -9,14 +9,14 @@ to 15 with zeros.  Dilated filters meet each class of tokens as a batch of its o
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from foveal.engines.common.step import Gradients, recorded
 from foveal.engines.convolution import classes
 from foveal.engines.convolution.library import grouped
 from foveal.engines.convolution.problem import Convolution
@@ -73,10 +73,7 @@ def planes(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None)
     if max(problem.dilation) > 1 and (problem.needs_grad or problem.reach[-1] + 1 >= WIDE):
         parts, gathered = classes.gathered(problem, x)
         return classes.scattered(problem, planes(parts, gathered, weight, bias))
-    if not problem.needs_grad:
-        return convolved(problem, x, weight, bias)
-    y: Tensor = _Depthwise.apply(x, weight, bias, problem)  # type: ignore[no-untyped-call]
-    return y
+    return recorded(_Depthwise(problem), x, weight, *(() if bias is None else (bias,)))
 
 
 def as_image(problem: Convolution) -> Convolution:
@@ -101,30 +98,30 @@ def _own_filters(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor |
     return y if problem.channels_first else y.contiguous(memory_format=layout(problem, last=True))
 
 
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, problem: Convolution
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.problem = problem
-        return convolved(problem, x, weight, bias)
+@dataclass(frozen=True)
+class _Depthwise:
+    """The step of autograd of x, a filter and perhaps a bias."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    problem: Convolution
+    name = "cpu"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return convolved(self.problem, x, weight, bias)
+
+    def backward(
+        self, tensors: Sequence[Tensor], above: Tensor, needed: Sequence[bool]
+    ) -> Gradients:
         from foveal.engines.convolution import cpu_gradients as gradients
 
-        problem: Convolution = ctx.problem
-        x, weight = ctx.saved_tensors
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = gradients.of_input(problem, x, weight, dy)
-        if ctx.needs_input_grad[1]:
-            dweight = gradients.of_filter(problem, x, weight, dy)
-        if ctx.needs_input_grad[2]:
-            dbias = dy.sum((0, *range(2, dy.dim())))
-        return dx, dweight, dbias, None
+        x, weight, *bias = tensors
+        found: list[Tensor | None] = [None] * len(tensors)
+        if needed[0]:
+            found[0] = gradients.of_input(self.problem, x, weight, above)
+        if needed[1]:
+            found[1] = gradients.of_filter(self.problem, x, weight, above)
+        if bias and needed[2]:
+            found[2] = above.sum((0, *range(2, above.dim())))
+        return found
 
 
 def layout(problem: Convolution, last: bool) -> torch.memory_format:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveal._kept import kept
+from foveal.engines.common.step import Gradients, recorded
 from foveal.engines.convolution.mix_problem import LocalMix, places
 
 _GATHERED = 1 << 22
@@ -28,7 +29,7 @@ def mix(problem: LocalMix, weights: Tensor, v: Tensor) -> Tensor:
     index, exists = (x.to(v.device) for x in _places(problem))
     near = weights.flatten(1, -3).movedim(-2, 1).masked_fill(~exists, 0.0)  # [B, H, L, taps]
     rows = v.flatten(1, -3).movedim(-2, 1)  # [B, H, L, D]
-    o: Tensor = _Mixture.apply(near, rows, index)  # type: ignore[no-untyped-call]
+    o = recorded(_Mixture(index), near, rows)
     found: Tensor = o.movedim(1, 2).unflatten(1, problem.grid).contiguous()
     return found
 
@@ -45,26 +46,28 @@ def _pieces(index: Tensor, v: Tensor) -> list[slice]:
     return [slice(start, start + count) for start in range(0, len(index), count)]
 
 
-class _Mixture(torch.autograd.Function):
-    """o[b, h, i] = sum_s weights[b, h, i, s] v[b, h, index[i, s]]"""
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    """The step of autograd of o[b, h, i] = sum_s weights[b, h, i, s] v[b, h, index[i, s]]."""
 
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, v: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, v, index)
-        o = v.new_empty(v.shape)
+    index: Tensor
+    name = "torch"
+
+    def forward(self, weights: Tensor, v: Tensor) -> Tensor:
+        index, o = self.index, v.new_empty(v.shape)
         for rows in _pieces(index, v):
             o[:, :, rows] = (weights[:, :, rows, None] @ v[:, :, index[rows]]).squeeze(-2)
         return o
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, None]:
-        weights, v, index = ctx.saved_tensors
+    def backward(
+        self, tensors: Sequence[Tensor], above: Tensor, needed: Sequence[bool]
+    ) -> Gradients:
+        index, (weights, v) = self.index, tensors
         wide = torch.promote_types(v.dtype, torch.float32)
         dweights = torch.empty_like(weights)
         dv = torch.zeros(v.shape, dtype=wide, device=v.device)
         for rows in _pieces(index, v):
-            dweights[:, :, rows] = (v[:, :, index[rows]] @ do[:, :, rows, :, None]).squeeze(-1)
-            parts = weights[:, :, rows, :, None].to(wide) * do[:, :, rows, None].to(wide)
+            dweights[:, :, rows] = (v[:, :, index[rows]] @ above[:, :, rows, :, None]).squeeze(-1)
+            parts = weights[:, :, rows, :, None].to(wide) * above[:, :, rows, None].to(wide)
             dv.index_add_(2, index[rows].flatten(), parts.flatten(2, 3))
-        return dweights, dv.to(v.dtype), None
+        return dweights, dv.to(v.dtype)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.step import Gradients, recorded
 from foveal.engines.convolution.mix_problem import LocalMix
 
 _WIDE = torch.float32, torch.float64
@@ -31,10 +31,7 @@ def caveat(problem: LocalMix) -> str | None:
 
 def mix(problem: LocalMix, weights: Tensor, v: Tensor) -> Tensor:
     """[B, *grid, H, D]"""
-    if not problem.needs_grad:
-        return _mixed(problem, weights, v)
-    o: Tensor = _Mixture.apply(weights, v, problem)  # type: ignore[no-untyped-call]
-    return o
+    return recorded(_Mixture(problem), weights, v)
 
 
 Box = tuple[slice, ...]
@@ -63,25 +60,27 @@ def _mixed(problem: LocalMix, weights: Tensor, v: Tensor) -> Tensor:
     return o
 
 
-class _Mixture(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, v: Tensor, problem: LocalMix) -> Tensor:
-        ctx.save_for_backward(weights, v)
-        ctx.problem = problem
-        return _mixed(problem, weights, v)
+@dataclass(frozen=True)
+class _Mixture:
+    """The step of autograd of weights and v."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, None]:
-        weights, v = ctx.saved_tensors
-        problem: LocalMix = ctx.problem
+    problem: LocalMix
+    name = "taps"
+
+    def forward(self, weights: Tensor, v: Tensor) -> Tensor:
+        return _mixed(self.problem, weights, v)
+
+    def backward(
+        self, tensors: Sequence[Tensor], above: Tensor, needed: Sequence[bool]
+    ) -> Gradients:
+        problem, (weights, v) = self.problem, tensors
         dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
         dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
         for sample in range(problem.batch):
-            factors, values, above = weights[sample], v[sample], do[sample]
+            factors, values, do = weights[sample], v[sample], above[sample]
             products = weights.new_zeros(problem.taps, *factors.shape[:-1])
             for tap, own, met in _taps(problem):
-                products[tap][own] = torch.linalg.vecdot(values[met], above[own])
-                dv[sample][met].addcmul_(factors[(*own, ..., tap, None)], above[own])
+                products[tap][own] = torch.linalg.vecdot(values[met], do[own])
+                dv[sample][met].addcmul_(factors[(*own, ..., tap, None)], do[own])
             dweights[sample] = products.movedim(0, -1)
-        return dweights, dv, None
+        return dweights, dv

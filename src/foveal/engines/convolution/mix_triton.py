@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.current import on
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.convolution.mix_problem import LocalMix
 from foveal.engines.convolution.triton import interpreted, refuses_device
 
@@ -51,10 +52,11 @@ class _Mix(torch.autograd.Function):
         v = v if v.stride(-1) == 1 else v.contiguous()
         ctx.save_for_backward(weights, v)
         ctx.problem = problem
-        return launch_mix(problem, weights, v)
+        with on(v.device):
+            return launch_mix(problem, weights, v)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         from foveal.engines.convolution.launch_mix import launch_mix_values, launch_mix_weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,8 +40,7 @@ class Convolution:
 
     @property
     def out_grid(self) -> tuple[int, ...]:
-        axes = zip(self.grid, self.before, self.after, self.reach, strict=True)
-        return tuple(size + before + after - reach for size, before, after, reach in axes)
+        return _left(self.grid, self.before, self.after, self.reach)
 
     @property
     def reach(self) -> tuple[int, ...]:
@@ -119,6 +118,30 @@ def describe(
     return problem
 
 
+def out_grid(
+    grid: tuple[int, ...],
+    window: tuple[int, ...],
+    dilation: Axes,
+    padding: Padding,
+    causal: Flags,
+) -> tuple[int, ...]:
+    """The grid of y, of the arguments of a convolution that passed the checks of `describe`."""
+    steps = per_axis("dilation", dilation, len(grid), 1)
+    before, after = _padding(window, steps, padding, causal, len(grid))
+    reach = tuple(d * (k - 1) for d, k in zip(steps, window, strict=True))
+    return _left(grid, before, after, reach)
+
+
+def _left(
+    grid: tuple[int, ...],
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    reach: tuple[int, ...],
+) -> tuple[int, ...]:
+    axes = zip(grid, before, after, reach, strict=True)
+    return tuple(size + b + a - r for size, b, a, r in axes)
+
+
 def check_tensors(tensors: dict[str, Tensor]) -> None:
     """The same floating dtype and device for all of them."""
     (first_name, first), *_ = tensors.items()
@@ -135,7 +158,7 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
 
 def per_axis(name: str, value: Axes, axes: int, least: int) -> tuple[int, ...]:
     """One number per axis; an integer means every axis."""
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values = (value,) * axes if not isinstance(value, Iterable) else tuple(value)
     if len(values) != axes or any(not isinstance(v, int) or v < least for v in values):
         needed = f"an integer, or one for each of {axes} axes, of at least {least} is needed"
         raise ShapeError(name, value, needed)
@@ -144,7 +167,7 @@ def per_axis(name: str, value: Axes, axes: int, least: int) -> tuple[int, ...]:
 
 def flags(name: str, value: Flags, axes: int) -> tuple[bool, ...]:
     """One truth value per axis; a single one means every axis."""
-    values = (value,) * axes if isinstance(value, bool) else tuple(value)
+    values = (value,) * axes if not isinstance(value, Iterable) else tuple(value)
     if len(values) != axes or any(not isinstance(v, bool) for v in values):
         raise ShapeError(name, value, f"True or False, or one for each of {axes} axes, is needed")
     return values
@@ -161,7 +184,7 @@ def _padding(
         return before, tuple(r - b for r, b in zip(reach, before, strict=True))
     if any(past):
         raise ShapeError("padding", padding, "None is needed with causal, which sets it")
-    each = (padding,) * axes if isinstance(padding, int) else tuple(padding)
+    each = (padding,) * axes if not isinstance(padding, Iterable) else tuple(padding)
     pairs = [(p, p) if isinstance(p, int) else tuple(p) for p in each]
     if len(pairs) != axes or any(len(p) != 2 or min(p) < 0 for p in pairs):
         needed = f"an integer of at least 0, or one or a pair for each of {axes} axes, is needed"

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.current import on
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.convolution.spectral import Spectral
 from foveal.engines.convolution.triton import refuses_device
 
@@ -82,18 +83,19 @@ class _Gated(torch.autograd.Function):
         x = x.contiguous()
         pre, post = (None if t is None else t.contiguous() for t in (pre, post))
         each = filter if filter.dim() == 3 else filter[None]
-        spectrum = filter_spectrum(each, points_of(x.shape[1]))
         y = torch.empty_like(x)
         plain = None
         if post is not None and ctx.needs_input_grad[3]:
             plain = torch.empty_like(x, dtype=torch.float32)
-        launch_filtered(Ends(x, pre, y, post, plain, skip), spectrum)
+        with on(x.device):
+            spectrum = filter_spectrum(each, points_of(x.shape[1]))
+            launch_filtered(Ends(x, pre, y, post, plain, skip), spectrum)
         ctx.save_for_backward(x, spectrum, pre, post, skip, plain)
         ctx.filter_shape, ctx.filter_dtype = filter.shape, filter.dtype
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from foveal.engines.convolution.launch_spectral import (
             Ends,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors, tensors_or_none
 from foveal._errors import ShapeError
 from foveal.engines.convolution.problem import Convolution, check_tensors
 
@@ -29,6 +30,8 @@ class Strips:
     between: Tensor | None = None
 
     def __post_init__(self) -> None:
+        need_tensors(row=self.row, column=self.column)
+        tensors_or_none(between=self.between)
         if self.row.dim() != 2 or self.column.dim() != 2 or len(self.row) != len(self.column):
             got = f"row {list(self.row.shape)} and column {list(self.column.shape)}"
             raise ShapeError("filter", got, "[filters, taps] each are needed, as many filters")

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.current import on
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.convolution.problem import Convolution, turned
 from foveal.engines.convolution.strips_problem import Strips, column_of, row_of
 from foveal.engines.convolution.triton import caveat_of_device, last, stored_as
@@ -73,12 +74,12 @@ class _InARow(torch.autograd.Function):
 
         ctx.problem = problem
         ctx.save_for_backward(x, row, column, between)
-        return stored_as(
-            problem, launch_strips(problem, last(x), Strips(row, column, between), bias)
-        )
+        with on(x.device):
+            y = launch_strips(problem, last(x), Strips(row, column, between), bias)
+            return stored_as(problem, y)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from foveal.engines.convolution.launch import launch_direct, launch_direct_filter
         from foveal.engines.convolution.launch_strips import launch_strips

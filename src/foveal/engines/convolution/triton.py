@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.current import on
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.convolution.problem import Convolution, turned
 
 _MOST_ELEMENTS = 2**31
@@ -125,10 +126,11 @@ class _Depthwise(torch.autograd.Function):
         ctx.problem, ctx.machine = problem, machine
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight)
-        return stored_as(problem, machine.forward(problem, machine.ready(x), weight, bias))
+        with on(x.device):
+            return stored_as(problem, machine.forward(problem, machine.ready(x), weight, bias))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         problem, machine = ctx.problem, ctx.machine
         x, weight = ctx.saved_tensors

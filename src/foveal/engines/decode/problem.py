@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveal._capture import as_one
 from foveal._errors import DeviceError, DtypeError, PatternError, ScoreError, ShapeError
 from foveal.caches.base import KVShape, Part
+from foveal.caches.view import View
 from foveal.patterns.base import Pattern
 from foveal.patterns.dense import Causal, Dense
 from foveal.patterns.sliding import Sliding
@@ -81,6 +83,7 @@ def describe_decode(q: Tensor, shape: KVShape, parts: Sequence[Part]) -> DecodeP
     if q.device != shape.device:
         raise DeviceError("q", q.device, f"the device of the cache, {shape.device}, is needed")
     views = [part.view for part in parts]
+    behind = [view.behind for view in views if view.keys.codec.kind == "channels"]
     return DecodeProblem(
         batch=q.shape[0],
         Lq=q.shape[1],
@@ -96,7 +99,7 @@ def describe_decode(q: Tensor, shape: KVShape, parts: Sequence[Part]) -> DecodeP
         units=max(view.lengths.numel() for view in views),
         latent=any(view.values is None for view in views),
         gaps=any(view.positions is not None for view in views),
-        behind=min((v.behind for v in views if v.keys.codec.kind == "channels"), default=0),
+        behind=min(behind) if behind else 0,
         needs_grad=torch.is_grad_enabled() and q.requires_grad,
     )
 
@@ -129,31 +132,36 @@ def describe_terms(
             raise ScoreError(
                 "KeyBias", "a cache of several parts", "a cache built with biased=True is needed"
             )
-        longest = max(n for row in parts[0].view.host_lengths for n in row)
-        sizes = tuple(key_bias.shape)
-        allowed = {1, problem.kv_heads, heads}
-        if (
-            len(sizes) != 3
-            or sizes[0] not in (1, problem.batch)
-            or sizes[1] not in allowed
-            or sizes[2] < longest
-        ):
-            raise ScoreError(
-                "KeyBias",
-                list(sizes),
-                f"[{problem.batch} or 1, one of {sorted(allowed)}, at least {longest}] is needed",
+        sizes, allowed = tuple(key_bias.shape), {1, problem.kv_heads, heads}
+        if len(sizes) != 3 or sizes[0] not in (1, problem.batch) or sizes[1] not in allowed:
+            needed = (
+                f"[{problem.batch} or 1, one of {sorted(allowed)}, the longest length] is needed"
             )
+            raise ScoreError("KeyBias", list(sizes), needed)
+        if not as_one(key_bias):
+            check_key_bias(key_bias, parts[0].view)
     for name, x in (("sink", softmax.sink), ("slopes", slopes), ("KeyBias", key_bias)):
         if x is not None and not x.is_floating_point():
             raise DtypeError(name, x.dtype, "a floating dtype is needed")
         if x is not None and x.device.type != problem.device:
             raise DeviceError(name, x.device, "the device of q is needed")
     scale = problem.head_dim**-0.5 if softmax.scale is None else softmax.scale
-    causal, left, sink_tokens = _reach(pattern)
+    causal, left, sink_tokens = reach(pattern)
     return Terms(scale, softmax.soft_cap, softmax.sink, key_bias, slopes, causal, left, sink_tokens)
 
 
-def _reach(pattern: Pattern) -> tuple[bool, int | None, int]:
+def check_key_bias(key_bias: Tensor | None, view: View) -> None:
+    """Raises ScoreError for one that is shorter than what the view holds."""
+    if key_bias is None:
+        return
+    longest = max(n for row in view.host_lengths for n in row)
+    if key_bias.shape[2] < longest:
+        needed = f"at least {longest} of them along the last axis are needed"
+        raise ScoreError("KeyBias", list(key_bias.shape), needed)
+
+
+def reach(pattern: Pattern) -> tuple[bool, int | None, int]:
+    """causal, left and sink_tokens of a pattern that a decode takes."""
     if isinstance(pattern, Dense):
         return False, None, 0
     if isinstance(pattern, Causal):

@@ -294,7 +294,9 @@ class _Seen:
         """x with (sum_j p c c^T + ridge I) x = b, residual norms, iterations."""
 
         def product(d: Tensor) -> Tensor:
-            along = torch.bmm(d, self.k.mT).mul_(self.weights)
+            # Centred before it is weighted: what keys have in common would drown a small ridge.
+            offset = -(d * self.mean).sum(-1, keepdim=True)
+            along = torch.baddbmm(offset, d, self.k.mT).mul_(self.weights)
             total = along.sum(-1, keepdim=True)
             return torch.bmm(along, self.k).addcmul_(self.mean, total, value=-1).addcmul_(ridge, d)
 

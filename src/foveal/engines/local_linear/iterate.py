@@ -14,23 +14,30 @@ def conjugate_gradients(
     """x with A x = b for every row, its residual norms and the number of iterations.
 
     product(d) is A d, each row by its own positive definite A; a row rests when its residual is at most its
-    `limit`, and all end together when every row rests or is not finite.
+    `limit`, and all end together when every row rests, is not finite, or has an A d that rounding made
+    indefinite.  Rows are solved at size 1, so that squares of small ones do not vanish.
     Shapes: b and x [..., rows, D], limit and residual [..., rows, 1].
     """
-    x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+    unit = b.abs().amax(-1, keepdim=True) if b.shape[-1] else torch.ones_like(limit)
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+    x, residual = torch.zeros_like(b), b / unit
+    direction = residual.clone()
     size = _dot(residual, residual)
-    floor = limit * limit
+    floor = (limit / unit).square()
     for iteration in range(max_iterations):
         active = size > floor
         if not bool(active.any()):
-            return x, size.sqrt(), iteration
+            return x * unit, size.sqrt() * unit, iteration
         image = product(direction)
-        step = torch.where(active, size / _dot(direction, image), 0.0)
+        energy = _dot(direction, image)
+        definite = energy > 0
+        step = torch.where(active & definite, size / energy, 0.0)
         x.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         before, size = size, _dot(residual, residual)
         direction.mul_(torch.where(active, size / before, 0.0)).add_(residual)
-    return x, size.sqrt(), max_iterations
+        floor = torch.where(definite, floor, torch.inf)
+    return x * unit, size.sqrt() * unit, max_iterations
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

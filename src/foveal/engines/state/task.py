@@ -151,9 +151,8 @@ def task(linear: Recurrence, training: bool) -> Task:
     found = tuning(q.dtype, q.shape[-1], linear.delta, decay)
     job = Task(q, k, v, None, gate, decay, linear.scale, linear.delta, linear.lengths, 1, found)
     plain = not training and not linear.delta and linear.divisor is None and copies_in_bulk(job)
-    whole = all(length % CHUNK == 0 for length in linear.lengths[:-1])
-    # A chunk that reaches into the next sequence would take over what is not finite there.
-    bulk = plain and whole and adds_in_bulk(q.dtype, *job.dims, decay, gate is not None)
+    sizes = q.dtype, *job.dims, decay, gate is not None
+    bulk = plain and adds_in_bulk(*sizes, linear.lengths)
     if bulk:
         found = dataclasses.replace(found, piece=0)
     columns = v.shape[1], k.shape[2] + v.shape[2]
@@ -162,10 +161,17 @@ def task(linear: Recurrence, training: bool) -> Task:
 
 
 def adds_in_bulk(
-    dtype: torch.dtype, head_dim: int, value_dim: int, decay: int, gated: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    decay: int,
+    gated: bool,
+    lengths: tuple[int, ...],
 ) -> bool:
     """Whether the kernel in `bulk` computes the forward of an additive rule of such sizes."""
-    plain = decay < 2 and not gated and value_dim in (64, 128)
+    # A chunk that reaches into the next sequence would take over what is not finite there.
+    whole = all(length % CHUNK == 0 for length in lengths[:-1])
+    plain = decay < 2 and not gated and value_dim in (64, 128) and whole
     return plain and _fits_bulk_copies(dtype, head_dim) and _has_bulk_copies()
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from foveal.engines.common.current import on
+from foveal.engines.common.once import once_differentiable
 from foveal.engines.state.problem import ScanProblem
 from foveal.rules.additive import Additive
 from foveal.rules.base import Parts, Recurrence, Rule, divided
@@ -56,10 +57,11 @@ def scan(
         from foveal.engines.state.launch import launch_step as run
     else:
         run = partial(_run, training=problem.needs_grad)
-    if linear.divisor is not None and (step or not _in_pieces(linear)):
-        o, state = finish(*divided(linear, run))
-    else:
-        o, state = finish(*run(linear))
+    with on(plain.v.device):
+        if linear.divisor is not None and (step or not _in_pieces(linear)):
+            o, state = finish(*divided(linear, run))
+        else:
+            o, state = finish(*run(linear))
     return o.to(plain.v.dtype), state
 
 
@@ -71,7 +73,7 @@ def pieces(problem: ScanProblem, rule: Rule) -> int:
     if problem.device == "cuda" and not problem.needs_grad and rule == Additive():
         from foveal.engines.state.task import adds_in_bulk
 
-        bulk = adds_in_bulk(*sizes[:2], problem.value_dim, decay, problem.gated)
+        bulk = adds_in_bulk(*sizes[:2], problem.value_dim, decay, problem.gated, problem.lengths)
     delta = isinstance(rule, Delta)
     return _pieces(problem.lengths, *sizes, delta, decay, problem.device, bulk)
 
@@ -173,9 +175,10 @@ class _StateScan(torch.autograd.Function):
         return o, final
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("triton")
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # a checkpoint gives them once
+        inputs, kept = saved[:6], saved[6:]
         linear = _whole(ctx.rest, inputs)
         wanted = ctx.needs_input_grad[3:6]
         return (*_backward(linear, do, dfinal, kept, wanted), None, None)

@@ -1,4 +1,7 @@
-"""The tiled edition in plain PyTorch: time and memory follow the tiles visited, never Lq x Lk."""
+"""The tiled edition in plain PyTorch: time and memory follow the tiles visited, never Lq x Lk.
+
+A small plain problem is one call on all pairs where that is estimated to cost less (`cpu_whole`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal._problem import Problem
+from foveal.engines.tile import cpu_whole
 from foveal.engines.tile.parts import Task, solve, whole_task
 from foveal.engines.tile.token_lists import listed
 from foveal.patterns.base import Pattern
@@ -19,6 +23,12 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
     if problem.device != "cpu":
         return f"it runs on CPU tensors; these are on {problem.device}"
     return None
+
+
+def method(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None:
+    """How a problem is computed where it is not by tiles, in a sentence."""
+    whole = cpu_whole.estimate(problem, pattern, score)
+    return None if whole is None else str(whole)
 
 
 def attend(
@@ -41,9 +51,19 @@ def attend(
         k = k.repeat_interleave(problem.groups, dim=2)
         v = v.repeat_interleave(problem.groups, dim=2)
     precision = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(precision) for x in (q, k, v))
+    if cpu_whole.estimate(problem, pattern, score) is not None and all_finite(q, k, v):
+        hidden = cpu_whole.hidden_pairs(pattern, problem.extent, precision)
+        return cpu_whole.attend_whole(hidden, score.scale, q, k, v).to(problem.dtype), None
     task = whole_task(problem, pattern, score, geometry, q.device)
-    o, lse = solve(task, q.to(precision), k.to(precision), v.to(precision), _tiled)
+    o, lse = solve(task, q, k, v, _tiled)
     return o.to(problem.dtype), lse
+
+
+def all_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether no element is NaN or inf; False too if their sum overflows, which only costs time."""
+    with torch.no_grad():
+        return bool((q.sum() + k.sum() + v.sum()).isfinite())
 
 
 def lists_per_query_head(problem: Problem, pattern: Pattern) -> bool:

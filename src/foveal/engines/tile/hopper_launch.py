@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from foveal._kept import kept
 from foveal.engines.tile.hopper_plan import Box, Walk
 from foveal.engines.tile.hopper_scores import tile_attend_biases
 from foveal.engines.tile.launch import bits
@@ -27,7 +28,7 @@ _MERGE_BOXES = 12
 _ELEMENT: dict[torch.dtype, Any] = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def packed_bounds(
     pattern: Pattern, extent: Extent, device: torch.device, of_keys: bool
 ) -> tuple[tuple[int, int, int], int, Tensor]:
@@ -43,7 +44,7 @@ def packed_bounds(
     return (x, y, z), axes, torch.cat([end for pair in pairs for end in pair])
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def intervals(
     pattern: Pattern, extent: Extent, device: torch.device, of_keys: bool
 ) -> tuple[tuple[tuple[int, int, int], int, Tensor], tuple[Tensor, ...]]:
@@ -123,7 +124,7 @@ def list_arguments(lists: WalkLists) -> tuple[Any, ...]:
     return words, words.shape[2], lists.pitch, lists.heads_per_list, *strides
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def tested_pairs(
     pattern: Pattern, extent: Extent, q_tile: int, kv_tile: int, device: torch.device
 ) -> tuple[Tensor, tuple[Any, ...]]:

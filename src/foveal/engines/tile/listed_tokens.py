@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.engines.common.current import on
 from foveal.engines.common.once import once_differentiable
 from foveal.engines.tile import cpu_tokens
 from foveal.engines.tile.token_lists import TokenLists
@@ -46,7 +47,8 @@ def _forward(
         from foveal.engines.tile import token_attend
 
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        o, lse = token_attend.forward(q, k, v, lists, scale)
+        with on(q.device):
+            o, lse = token_attend.forward(q, k, v, lists, scale)
         return o, lse * LN2
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, lse = cpu_tokens.forward(q.to(wide), k.to(wide), v.to(wide), lists, scale)

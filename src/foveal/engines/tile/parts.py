@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from foveal._kept import kept
 from foveal._problem import Problem
 from foveal._recent import Recent
 from foveal.engines.tile.replay import Replay
-from foveal.patterns.base import Extent, Pattern
+from foveal.patterns.base import Extent, Part, Pattern
 from foveal.scores.base import Geometry
 from foveal.scores.bias import KeyBias
 from foveal.scores.normal import NormalForm
@@ -59,8 +60,8 @@ def solve(
     task: Task, q: Tensor, k: Tensor, v: Tensor, solver: Solver
 ) -> tuple[Tensor, Tensor | None]:
     """Runs `solver` on every part of the task's pattern and puts the results in place."""
-    pattern = task.pattern.simplify(task.extent)
-    parts = pattern.parts(task.extent)
+    static = not task.pattern.depends_on_data
+    pattern, parts = (_kept_parts if static else _parts)(task.pattern, task.extent)
     if not parts:
         whole = Task(
             pattern,
@@ -96,6 +97,15 @@ def solve(
     back = torch.argsort(torch.cat(order))
     lse = torch.cat(lses, dim=1)[:, back] if task.with_lse else None
     return torch.cat(outputs, dim=1)[:, back], lse
+
+
+def _parts(pattern: Pattern, extent: Extent) -> tuple[Pattern, Sequence[Part] | None]:
+    """The simplified pattern, and what it falls apart into."""
+    pattern = pattern.simplify(extent)
+    return pattern, pattern.parts(extent)
+
+
+_kept_parts = kept(16)(_parts)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,6 +16,7 @@ from foveal._errors import RefusedError
 from foveal._kept import kept
 from foveal._problem import Problem
 from foveal._recent import Recent
+from foveal.engines.common.current import on
 from foveal.engines.tile.parts import (
     Division,
     Kernels,
@@ -124,7 +123,7 @@ class KernelRun:
         device = tensors[0].device
         if device.type != "cuda" or tuning.measuring():
             return compute()
-        with _on(device):
+        with on(device):
             if self._computes(needed) or self._makes_lists(tensors[0]):
                 return compute()
             return replayed(self.division.replays, kind, tensors, compute)
@@ -270,13 +269,6 @@ class RepeatedRun:
 def _flat(x: Tensor) -> Tensor:
     """[B, L, H, D] of [B, *grid, H, D]"""
     return x if x.dim() == 4 else x.flatten(1, -3)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def record(run: Run, *tensors: Tensor) -> tuple[Tensor, Tensor]:

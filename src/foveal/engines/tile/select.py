@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.engines.common.current import on
 from foveal.engines.tile.launches import Launch
 from foveal.engines.tile.windows import Windows
 
@@ -44,7 +45,8 @@ def select(
     """
     q, keys, lse = q.detach(), keys.detach(), lse.detach()
     if _has_kernel(q):
-        return _on_gpu(q, keys, lse, windows, choice, scale)
+        with on(q.device):
+            return _on_gpu(q, keys, lse, windows, choice, scale)
     B, Lq, Hq, _ = q.shape
     heads, device = keys.shape[2], q.device
     found = torch.full((B, heads, Lq, choice.best), -1, dtype=torch.int32, device=device)

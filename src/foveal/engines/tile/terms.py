@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveal._kept import kept
 from foveal.engines.tile.parts import Task
 from foveal.patterns.base import Bounds, Extent, Pattern
 from foveal.patterns.blocked import Reordered
@@ -100,8 +100,8 @@ def _local(term: Additive, task: Task, whole: bool) -> LocalTerm:
     if kind == FROM_TABLE:
         geometry, tokens = task.geometry, None if whole else (task.q_tokens, task.k_tokens)
         at = _Places(task.pattern, task.extent, geometry.pattern, geometry.extent, tokens)
-        kept = whole and not task.pattern.depends_on_data
-        find = _kept_codes if kept else _codes
+        static = whole and not task.pattern.depends_on_data
+        find = _kept_codes if static else _codes
         q_codes, k_codes = find(tuple(term.parameter.shape[1:]), at, term.parameter.device)
         return LocalTerm(kind, term.parameter.flatten(1), q_codes, k_codes)
     if whole:
@@ -127,7 +127,7 @@ class _Places:
     tokens: tuple[Tensor, Tensor] | None
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _kept_codes(sizes: tuple[int, ...], at: _Places, device: torch.device) -> tuple[Tensor, Tensor]:
     return _codes(sizes, at, device)
 

@@ -207,9 +207,14 @@ def walk(pattern: Pattern, extent: Extent, heads: int) -> tuple[Sweep, ...]:
         return ()
     if pattern.depends_on_data:
         return (_listed_sweep(pattern, extent),)
-    if pattern.bounds(extent) is not None:
+    if _separable(pattern, extent):
         return _box_sweeps(pattern, extent, heads)
     return (_run_sweep(pattern, extent),)
+
+
+@functools.lru_cache(maxsize=64)
+def _separable(pattern: Pattern, extent: Extent) -> bool:
+    return pattern.bounds(extent) is not None
 
 
 class _Tiles(Iterable[Tile]):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveal._kept import kept
 from foveal.engines.tile.token_lists import TokenLists
 
 
@@ -84,7 +84,7 @@ def windows(
     return _of_documents(Lk, length, stride, block, cu_seqlens.to(device=device, dtype=torch.int64))
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _of_sequence(
     Lq: int, Lk: int, length: int, stride: int, block: int, device: torch.device
 ) -> Windows:
