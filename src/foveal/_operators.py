@@ -44,7 +44,7 @@ class _Call(NamedTuple):
     cu_seqlens: Tensor | None
     tensors: Sequence[Tensor]
     text: str
-    integers: Sequence[int] | None
+    integers: Sequence[int | torch.SymInt] | None
     floats: Sequence[float] | None
 
 
