@@ -72,6 +72,8 @@ def failures(name: str, seed: int) -> list[str]:
     terms = sum((inputs[n].double() * exact[f"d{n}"]).abs().sum() for n in "qk")
     terms = terms * shape.length if shape.decay == "fixed" else terms
     sizes = {"dlog_decay": terms}
+    if rule == fv.Additive():
+        sizes = results(_unsigned(inputs), rule, shape, "chunk", torch.float64, False) | sizes
 
     def errors_at(number: int) -> dict[str, float]:
         near = _neighbour(inputs, number)
@@ -81,6 +83,13 @@ def failures(name: str, seed: int) -> list[str]:
 
     verdicts = check_near(got, exact, errors_at, sizes)
     return [str(verdict) for verdict in verdicts if not verdict.ok]
+
+
+def _unsigned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs whose sums are those of the terms without their signs."""
+    parts = inputs["initial_state"]
+    found = inputs | {name: inputs[name].abs() for name in "qkv"}
+    return found | {"initial_state": parts and tuple(part.abs() for part in parts)}
 
 
 def _neighbour(inputs: dict[str, Any], number: int) -> dict[str, Any]:

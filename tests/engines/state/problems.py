@@ -85,8 +85,12 @@ def results(
     shape: Shape,
     implementation: str | None,
     dtype: torch.dtype | None = None,
+    signs: bool = True,
 ) -> dict[str, Tensor]:
-    """o, the parts of the final state, and the gradients of all inputs under fixed weights."""
+    """o, the parts of the final state, and the gradients of all inputs under fixed weights.
+
+    Without `signs` these weights are positive.
+    """
     leaves: dict[str, Tensor] = {}
 
     def leaf(name: str, x: Tensor) -> Tensor:
@@ -118,6 +122,7 @@ def results(
     source = torch.Generator().manual_seed(7)
     differentiable = [x for x in outputs.values() if x.requires_grad]
     weights = [torch.randn(x.shape, generator=source).to(x) for x in differentiable]
+    weights = weights if signs else [x.abs() for x in weights]
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
     gradients = torch.autograd.grad(
         differentiable, list(wanted.values()), weights, materialize_grads=True
