@@ -1,7 +1,7 @@
 """Compiles what the masks suite runs on a CUDA device, in several processes, so that a run only measures.
 
 python scripts/gpu_masks.py [--lengths 16384] [--processes 8] [--seconds 90]
-    one forward and backward of ours and of FlexAttention on every mask; PyTorch and Triton keep what
+    checks ours and FlexAttention on every mask and takes a step with each; PyTorch and Triton keep what
     they compiled on disk, where `foveal bench --suite masks` finds it
 """
 
@@ -47,6 +47,7 @@ def _compile(lengths: str, number: int) -> int:
     import torch
 
     from foveal.bench.baselines.flex import Flex
+    from foveal.bench.gate import Gate
     from foveal.bench.masks import MASKS, masks_suite
     from foveal.bench.ours import Foveal
 
@@ -54,12 +55,14 @@ def _compile(lengths: str, number: int) -> int:
     cases = masks_suite(device, tuple(int(n) for n in lengths.split(","))).cases
     for case in cases[number :: len(MASKS)]:
         inputs = case.inputs(device)
+        gate = Gate(case, inputs)
         for competitor in (Foveal("hopper"), Foveal("triton"), Flex()):
             if competitor.refuses(case, device):
                 continue
             began = time.monotonic()
             try:
                 prepared = competitor.prepare(case, inputs)
+                gate.verdicts(prepared, competitor)
                 steps = prepared.loss_and_gradients()
                 assert steps is not None
                 prepared.forward()

@@ -185,6 +185,8 @@ CHECKS = (
     Problem(fv.Additive(), "none", BF16, (1, 130, 1, 1, 256, 64), gated=False),
     Problem(fv.Delta(), "token", BF16, (1, 700, 1, 2, 128, 128), piece=3),
     Problem(fv.Delta(), "channel", BF16, (1, 700, 1, 2, 128, 64), steep=True, piece=3),
+    Problem(fv.Delta(), "token", BF16, (1, 700, 1, 2, 128, 128), piece=1),
+    Problem(fv.Delta(), "channel", BF16, (1, 700, 2, 2, 64, 128), steep=True, piece=1),
     Problem(fv.Additive(), "fixed", BF16, (1, 1100, 3, 3, 128, 128), piece=3, gated=False),
     Problem(fv.Additive(), "fixed", BF16, (1, 321, 2, 4, 128, 128), packed=PACKED, piece=1, gated=False),
     Problem(fv.Additive(), "none", BF16, (2, 700, 2, 2, 128, 64), piece=3, gated=False, initial=False),
@@ -388,7 +390,7 @@ def milliseconds(calls: Calls, rounds: int) -> dict[str, list[float]]:
     for _ in range(rounds):
         for name, call in calls.items():
             flush.zero_()
-            torch.cuda._sleep(2_000_000)  # the host runs ahead, so that its time does not count
+            torch.cuda._sleep(6_000_000)  # the host runs ahead, so that its time does not count
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()

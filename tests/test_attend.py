@@ -184,6 +184,30 @@ def test_nothing_unwritten_is_read(
             check_attend(q, k, v, pattern, return_lse=False)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize(
+    "pattern",
+    [fv.Dense(), fv.Causal(), fv.Sliding(3, sink_tokens=1), fv.Neighborhood(5)],
+    ids=name_of,
+)
+def test_scales_that_turn_the_order_round(
+    pattern: fv.Pattern, scale: float, source: torch.Generator
+) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(Sizes((30,), q_heads=2), source, torch.float64))
+    s = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    w = s.masked_fill(~pattern.dense_mask(30, 30), -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,bjhd->bihd", w, v)
+    weight = torch.randn(expected.shape, generator=source, dtype=torch.float64)
+    for implementation in (None, "cpu", "reference"):
+        o = fv.attend(q, k, v, pattern, fv.Softmax(scale=scale), implementation=implementation)
+        torch.testing.assert_close(o, expected)
+        got, wanted = (
+            torch.autograd.grad(side, (q, k, v), weight, retain_graph=True)
+            for side in (o, expected)
+        )
+        torch.testing.assert_close(got, wanted)
+
+
 def test_lse_is_the_log_of_the_denominator(source: torch.Generator) -> None:
     q, k, v = qkv(Sizes((11,), q_heads=2), source, torch.float64)
     _, lse = fv.attend(q, k, v, fv.Sliding(3), fv.Softmax(scale=0.5), return_lse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,28 @@ def test_imitated_tensors_have_shapes_and_gradients(name: str) -> None:
     assert [x.shape for x in got] == [inputs[2].shape, *(x.shape for x in inputs)]
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_the_meta_device_has_shapes_and_gradients(name: str) -> None:
+    inputs = [torch.empty(s, device="meta", requires_grad=True) for s in CALLS[name][1]]
+    o, *gradients = _results(name, inputs)
+    assert o.shape == _imitated(name)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+    assert {x.device.type for x in (o, *gradients)} == {"meta"}
+
+
+def _imitated(name: str) -> torch.Size:
+    with torch.no_grad():
+        return CALLS[name][0](*(torch.zeros(shape) for shape in CALLS[name][1])).shape
+
+
+def test_the_meta_device_checks_a_call() -> None:
+    x = torch.empty(IMAGE, device="meta")
+    with pytest.raises(fv.errors.PatternError, match="window: got 7"):
+        fv.attend(x, x, x, fv.Neighborhood(7))
+    with pytest.raises(fv.errors.DeviceError, match="k: got cpu"):
+        fv.attend(x, torch.empty(IMAGE), torch.empty(IMAGE))
+
+
 def test_a_traced_call_is_one_operator(source: torch.Generator) -> None:
     inputs = [x.detach() for x in _inputs("neighborhood", source)]
     traced = make_fx(CALLS["neighborhood"][0], tracing_mode="fake")(*inputs)
@@ -138,6 +161,39 @@ def test_inference_before_training(name: str, source: torch.Generator) -> None:
     with torch.inference_mode():
         o = CALLS[name][0](*inputs)
     assert torch.equal(_results(name, inputs)[0], o)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [fv.Additive(), fv.Additive(normalised=True), fv.Delta(), fv.MLSTM(), fv.TwoState()],
+    ids=str,
+)
+def test_autocast_stops_at_a_scan(rule: fv.Rule, source: torch.Generator) -> None:
+    q, k, v = (torch.randn(1, 70, 2, 8, generator=source).requires_grad_() for _ in range(3))
+    gate = -torch.rand(1, 70, 2, generator=source)
+    call = partial(fv.scan, q, k, v, rule, log_decay=gate, write_gate=gate, return_state=True)
+    _check_without_autocast(lambda: call()[0])
+    _check_without_autocast(lambda: fv.scan(q=q, k=k, v=v, rule=rule, write_gate=gate))
+
+
+@pytest.mark.parametrize("name", ["local_mix", "fftconv"])
+def test_autocast_stops_at_a_convolution(name: str, source: torch.Generator) -> None:
+    inputs = _inputs(name, source)
+    _check_without_autocast(lambda: CALLS[name][0](*inputs))
+
+
+def test_autocast_stops_at_a_decode(source: torch.Generator) -> None:
+    shape = fv.caches.KVShape(1, 2, 8, dtype=torch.float32)
+    cache = fv.caches.Contiguous(shape, max_tokens=40)
+    cache.append(*torch.randn(2, 1, 40, 2, 8, generator=source).unbind())
+    q = torch.randn(1, 3, 4, 8, generator=source)
+    _check_without_autocast(lambda: fv.decode(q, cache))
+
+
+def _check_without_autocast(call: Callable[[], Tensor]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        within = call()
+    assert torch.equal(within, call())
 
 
 def test_nothing_of_a_mode_is_kept() -> None:

@@ -21,6 +21,7 @@ def plan(pattern: fv.Pattern, score: fv.Score = fv.Softmax(), **options: object)
         (fv.Causal(), fv.Softmax(scale=0.3), {}, "sdpa"),
         (fv.Sliding(32), fv.Softmax(), {}, "sdpa"),
         (fv.Neighborhood(32), fv.Softmax(), {}, "sdpa"),
+        (fv.Causal(), fv.Softmax(scale=-0.3), {}, "cpu"),
         (fv.Dense(), fv.Softmax(), {"return_lse": True}, "cpu"),
         (fv.Dense(), fv.Softmax(soft_cap=3.0), {}, "cpu"),
         (fv.Causal(), fv.Alibi(torch.ones(4)), {}, "cpu"),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,59 +25,89 @@ from examples.large_kernels.tasks import (
 )
 from foveal.layers import merge
 
+Learn = Callable[[int, str], dict[str, float]]
+"""Trains with so many steps on a device; what came out, by its name."""
 
-def learn_digits(block: str, steps: int) -> str:
-    images, classes, others, wanted = digits()
-    network = Backbone(block, 1, 10)
+
+def learn_digits(block: str, steps: int, device: str) -> dict[str, float]:
+    images, classes, others, wanted = (x.to(device) for x in digits())
+    network = Backbone(block, 1, 10).to(device)
     source = torch.Generator().manual_seed(0)
     train(network, drawn(images, classes, 64, steps, source))
-    plain = accuracy(network, others, wanted)
-    return f"{plain:.1%} of 500 digits, merged {accuracy(merge(network), others, wanted):.1%}"
+    return {
+        "right of 500 digits": accuracy(network, others, wanted),
+        "right when merged": accuracy(merge(network), others, wanted),
+    }
 
 
-def learn_coins(block: str, steps: int) -> str:
-    picture, truth = coins()
+def learn_coins(block: str, steps: int, device: str) -> dict[str, float]:
+    picture, truth = (x.to(device) for x in coins())
     half = picture.shape[2] // 2
-    network = Backbone(block, 1, 2, dim=16, depth=2, window=13, pooled=False)
+    network = Backbone(block, 1, 2, dim=16, depth=2, window=13, pooled=False).to(device)
     source = torch.Generator().manual_seed(0)
     train(network, crops(picture[:, :, :half], truth[:, :, :half], 96, steps, source))
     unseen = picture[:, :, half:], truth[:, :, half:]
-    return f"overlap {overlap(network, *unseen):.3f} on the half not seen, merged {overlap(merge(network), *unseen):.3f}"  # noqa: E501
+    return {
+        "overlap on the half not seen": overlap(network, *unseen),
+        "overlap when merged": overlap(merge(network), *unseen),
+    }
 
 
-def learn_textures(window: int, steps: int, device: str) -> str:
+def learn_textures(window: int, steps: int, device: str) -> dict[str, float]:
     source = torch.Generator().manual_seed(0)
     network = Backbone("unireplk", 1, 2, dim=16, depth=2, window=window).to(device)
 
     def fresh() -> tuple[Tensor, Tensor]:
         return textures(32, 48, source, device)
 
-    train(network, (fresh() for _ in range(steps)))
-    return f"{accuracy(network, *textures(512, 48, source, device)):.1%} of 512 textures"
+    train(network, (fresh() for _ in range(2 * steps)))
+    return {"right of 512 textures": accuracy(network, *textures(512, 48, source, device))}
 
 
-def timed(name: str, text: str, began: float) -> None:
-    print(f"{name:28} {text}  ({time.perf_counter() - began:.0f} s)", flush=True)
+TASKS: dict[str, Learn] = {
+    **{f"digits, {block}": functools.partial(learn_digits, block) for block in BLOCKS},
+    **{f"coins, {block}": functools.partial(learn_coins, block) for block in BLOCKS},
+    **{f"textures, {n} x {n}": functools.partial(learn_textures, n) for n in (3, 17)},
+}
 
 
-def main() -> None:
+def learnt(name: str, steps: int, device: str) -> dict[str, object]:
+    """The record of a task, after it was learnt from the same seed as ever."""
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    scores = TASKS[name](steps, device)
+    seconds = time.perf_counter() - began
+    return {
+        "task": name, "steps": steps, "scores": scores, "seconds": seconds, "device": device,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "command": f"python -m examples.large_kernels --steps {steps} --device {device}",
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the example; returns its exit status."""
     parser = argparse.ArgumentParser(prog="large_kernels", description=__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    for block in BLOCKS:
-        torch.manual_seed(0)
-        began = time.perf_counter()
-        timed(f"digits, {block}", learn_digits(block, options.steps), began)
-        torch.manual_seed(0)
-        began = time.perf_counter()
-        timed(f"coins, {block}", learn_coins(block, options.steps), began)
-    for window in (3, 17):
-        torch.manual_seed(0)
-        began = time.perf_counter()
-        text = learn_textures(window, 2 * options.steps, options.device)
-        timed(f"textures, {window} x {window}", text, began)
+    parser.add_argument(
+        "--only", default="", help="tasks whose names begin with one of these, by |"
+    )
+    parser.add_argument("--out", type=Path, help="where to append a JSON line for each task")
+    options = parser.parse_args(arguments)
+    for name in TASKS:
+        if not name.startswith(tuple(options.only.split("|"))):
+            continue
+        record = learnt(name, options.steps, options.device)
+        scores, seconds = record["scores"], record["seconds"]
+        assert isinstance(scores, dict)
+        shown = ", ".join(f"{score:.3f} {what}" for what, score in scores.items())
+        print(f"{name:20} {shown}  ({seconds:.0f} s)", flush=True)
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,8 @@ from foveal import _operators
 from foveal._arguments import need_tensors
 from foveal._host import on_host
 from foveal._memory import memory_note
-from foveal._plan import Prepared, prepare
+from foveal._plan import Prepared, decide, prepare
+from foveal._problem import describe
 from foveal.engines.tile.recorded import mapped, record, transforming
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.dense import Dense
@@ -101,7 +102,9 @@ def _attend(
     return_lse: bool,
     implementation: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+    if q.is_meta and not isinstance(q, FakeTensor):
+        decide(describe(q, k, v, return_lse), q.device, pattern, score, cu_seqlens, implementation)
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or q.is_meta:
         return _operators.attend(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
     prepared = prepare(q, k, v, pattern, score, cu_seqlens, return_lse, implementation)
     problem, form = prepared.problem, prepared.form(score)

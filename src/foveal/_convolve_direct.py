@@ -1,4 +1,4 @@
-"""Calls of `convolve` that PyTorch's own convolution answers as it is, with nothing around it.
+"""Calls of `convolve` that one of the CPU's implementations answers as they are.
 
 On a CPU a small convolution takes a twentieth of a millisecond, and the way to it counts.
 """
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from foveal._recent import Recent
-from foveal.engines.convolution import library
+from foveal.engines.convolution import cpu, library
 from foveal.engines.convolution.problem import Convolution
 
 DIRECT: Recent[Callable[..., Tensor] | Literal[False]] = Recent(512)
 """By what their plan depends on; False for calls that take the whole way."""
 _PLAIN = Tensor, Parameter
+_DIRECT: dict[str, Any] = {"torch": library, "cpu": cpu}
 
 
 def direct_key(
@@ -34,6 +35,8 @@ def direct_key(
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return None  # they read the calls that are made: the usual ones
     own = None
     if bias is not None:
         if type(bias) not in _PLAIN or not bias.is_cpu:
@@ -46,6 +49,6 @@ def direct_key(
 
 def keep_direct(key: Hashable, problem: Convolution, name: str, filter: torch.Size) -> None:
     """Keeps what answers all calls of this key: after one that ended well."""
-    plain = name == "torch" and filter[0] == problem.channels
-    call = library.direct(problem) if plain else None
+    module = _DIRECT.get(name) if filter[0] == problem.channels and not problem.per_sample else None
+    call = None if module is None else module.direct(problem)
     DIRECT.put(key, call or False)

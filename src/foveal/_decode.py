@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal._arguments import need_tensors
+from foveal._autocast import in_own_dtypes
 from foveal._capture import as_one
 from foveal._decode_plan import choose_decode
 from foveal._errors import CacheError, PatternError, ScoreError, ShapeError
@@ -58,6 +59,7 @@ def decode(
     implementation: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @on_host
+@in_own_dtypes
 def decode(
     q: Tensor,
     cache: Cache,
@@ -84,7 +86,7 @@ def decode(
     refused.
     No gradient flows into the cache; one flows into q in "cpu" and "reference".
     Transforms: one operator per part of the cache under torch.compile and torch.export; the graph reads
-    what the cache holds when it runs.
+    what the cache holds when it runs.  Autocast stops here.
     Equals: `attend(q, k, v, Causal())` on the stored keys; any cut of them in parts, merged by lse.
     Paper: FlashDecoding, LeanAttention (2405.10480), FlashInfer (2501.01005).
     """

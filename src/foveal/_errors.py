@@ -120,3 +120,7 @@ class ConfinementError(FovealError, RuntimeError):
 
 class TaskError(FovealError, ValueError):
     """A task of the kernel search that cannot be judged, or a file that describes none."""
+
+
+class OptionError(_ArgumentError, ValueError):
+    """An option of a layer or a system of the wrong kind, or out of range."""

@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from foveal._arguments import need_tensors, tensors_or_none
+from foveal._autocast import in_own_dtypes
 from foveal._capture import any_open, as_one
 from foveal._convolve_plan import SPECTRAL_IMPLEMENTATIONS, choose_convolution
 from foveal._host import on_host
@@ -15,6 +16,7 @@ from foveal.engines.convolution.spectral import describe_spectral
 
 
 @on_host
+@in_own_dtypes
 def fftconv(
     x: Tensor,
     filter: Tensor,
@@ -39,7 +41,7 @@ def fftconv(
     causal axis, rounded up to a product of 2, 3 and 5.
     Limits: any length.  Raises a subclass of foveal.errors.FovealError on bad input.
     Transforms: compilers and torch.func read through "torch"; where a compiler leaves sizes open, the call
-    is one operator, whose backward runs the forward again.
+    is one operator, whose backward runs the forward again.  Autocast stops here.
     Equals: the product with the Toeplitz (causal) or circulant matrix of the filter; a filter of one tap
     1 is x.
     Paper: long convolutions (2302.06646); FlashFFTConv (2311.05908).

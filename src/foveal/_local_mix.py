@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from foveal._arguments import need_tensors
+from foveal._autocast import in_own_dtypes
 from foveal._capture import as_one
 from foveal._convolve_plan import MIX_IMPLEMENTATIONS, choose_convolution
 from foveal._host import on_host
@@ -16,6 +17,7 @@ from foveal.engines.convolution.problem import Axes, Flags
 
 
 @on_host
+@in_own_dtypes
 def local_mix(
     weights: Tensor,
     v: Tensor,
@@ -43,7 +45,7 @@ def local_mix(
     foveal.errors.FovealError on bad input.
     Transforms: one operator under torch.compile, under torch.export and for fake tensors, for sizes that
     stay open; its backward runs the forward again.  On a CPU torch.func maps it and differentiates it once,
-    "reference" any number of times.
+    "reference" any number of times.  Autocast stops here.
     Equals: `convolve` where the weights are the same for every token; attention over a
     `Neighborhood` with its softmax as the weights ("shift").
     Paper: dynamic convolutions (1901.10430); neighborhood attention (2204.07143).

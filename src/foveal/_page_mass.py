@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from foveal._autocast import in_own_dtypes
 from foveal._decode import asked, decode
 from foveal._errors import CacheError
 from foveal._host import on_host
@@ -17,6 +18,7 @@ from foveal.scores.softmax import Softmax
 
 
 @on_host
+@in_own_dtypes
 def page_mass(
     q: Tensor,
     cache: Cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, overload
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal._arguments import finite, need_tensors
+from foveal._autocast import in_own_dtypes
 from foveal._capture import as_one
 from foveal._errors import RuleError, ShapeError
 from foveal._host import on_host
@@ -58,6 +60,7 @@ def scan(
     implementation: str | None = ...,
 ) -> tuple[Tensor, State]: ...
 @on_host
+@in_own_dtypes
 def scan(
     q: Tensor,
     k: Tensor,
@@ -92,6 +95,7 @@ def scan(
     subclass of foveal.errors.FovealError on bad input.
     Transforms: one operator under torch.compile, under torch.export and for fake tensors, for sizes that
     stay open; its backward runs the forward again.  On a CPU torch.func reads through the chunk form.
+    Autocast stops here: the call computes in the dtypes of its tensors.
     Equals: any cut of a sequence in two calls that pass the state; `scan_step` token by token.
     """
     if scale is not None and not finite(scale):
@@ -184,6 +188,7 @@ def scan_step(
     Cost: reads and writes the state once, 8 Dk Dv bytes per value head in float32.
     Equals: `scan` on a sequence of one token.
     """
+    need_tensors(q=q)
     if q.dim() == 4 and q.shape[1] != 1:
         raise ShapeError("q", list(q.shape), "one token, [B, 1, H, Dk], is needed")
     return scan(
@@ -205,7 +210,7 @@ def parts_of(state: State | None) -> Parts | None:
     """The parts of a state as a tuple."""
     if state is None:
         return None
-    parts = (state,) if isinstance(state, Tensor) else tuple(state)
+    parts = tuple(state) if isinstance(state, Sequence) else (state,)
     for part in parts:
         need_tensors(initial_state=part)
     return parts

@@ -114,6 +114,33 @@ def test_explain_takes_the_shape_of_the_paper(capsys: pytest.CaptureFixture[str]
     assert told["pattern"] == fv.system("gna").pattern(shape["grid"], **shape["options"]).key
 
 
+@pytest.mark.parametrize("name", [entry.name for entry in fv.systems() if entry.compose is None])
+def test_explain_tells_what_it_can_of_systems_that_find_their_pairs(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = _json(capsys, "explain", name, "--no-bound", "--json")
+    assert told["system"] == name
+    assert told["runs"]
+    assert told["bytes"] > 0
+    if told["keys"] is not None:
+        assert 0 < told["keys"] <= told["dense_keys"]
+        assert told["flops"] > 0
+    assert name in _text(capsys, "explain", name, "--no-bound")
+
+
+def test_explain_counts_what_minference_and_nsa_read(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("explain", "minference", "--grid", "1000", "--heads", "2", "--head-dim", "8")
+    told = _json(capsys, *argv, "--set", "vertical=3", "--set", "slash=4", "--json", "--no-bound")
+    assert told["keys"] == pytest.approx(sum(min(7, i + 1) for i in range(1000)) / 1000)
+    assert told["flops"] == pytest.approx(2 * 2 * 1000 * told["keys"] * 16)
+    assert told["choice_flops"] == 2 * 2 * 8 * 64 * 1000
+    assert "at most" in _text(capsys, *argv, "--no-bound")
+    native = _json(capsys, "explain", "nsa", "--no-bound", "--json")
+    assert 16384 / 32 < native["keys"] < 16384 / 32 + 16 * 64 + 512
+    full = _json(capsys, "explain", "minference", "--grid", "100", "--no-bound", "--json")
+    assert full["keys"] == full["dense_keys"] == 50.5
+
+
 def test_explain_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("explain", "Sliding(1000)", "--grid", "200000", "--batch", "4096", "--no-bound")
     assert "runs       cpu" in _text(capsys, *argv)
@@ -137,10 +164,14 @@ def test_explain_knows_packed_documents_and_scores(capsys: pytest.CaptureFixture
         (["list", "--family", "locallity"], "did you mean locality"),
         (["explain", "Slidng(3)"], "did you mean Sliding?"),
         (["explain", "Sliding(3)", "--window", "3"], "carries its own options"),
+        (["explain", "nsa", "--score", "Softmax()"], "nsa is told by a shape alone"),
+        (["explain", "minference", "--set", "vertical=-1"], "vertical: got -1"),
         (["explain", "Sliding(3)", "--implementation", "sdpa"], "dense and causal"),
         (["explain", "Sliding(3)", "--implementation", "cpuu"], "did you mean cpu?"),
         (["explain", "Causal", "--device", "nowhere"], "--device"),
         (["bench", "--device", "nowhere"], "such as cuda:0"),
+        (["bench", "--suite", "spares"], "did you mean sparse?"),
+        (["bench", "--suite", "smoke", "--out", __file__], "File exists"),
         (["explain", "Causal", "--grid", "8", "--kv-heads", "3"], "must divide the 4 query heads"),
         (["explain", "Documents()", "--grid", "8"], "cu_seqlens"),
     ],
@@ -159,11 +190,34 @@ def test_without_a_command_it_prints_the_help(capsys: pytest.CaptureFixture[str]
     assert "doctor" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["lost"], ["show"], ["explain", "Causal", "--grid", "x"]])
-def test_the_parser_says_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["lost"], "invalid choice: 'lost'"),
+        (["show"], "foveal show: error"),
+        (["show", "gna", "--windw", "3"], "foveal show: error: unrecognized arguments: --windw 3"),
+        (["list", "locality"], "foveal list: error: unrecognized arguments: locality"),
+        (["explain", "Causal", "--grid", "x"], "--grid: got 'x'"),
+        (["bench", "--threads", "0"], "--threads: got '0'; a whole number above 0"),
+        (["bench", "--budget", "-1"], "--budget"),
+        (["search", "x", "--threads", "-1"], "--threads: "),
+        (["verify", "x.py", "--patience", "nan"], "--patience: got 'nan'; a time is needed"),
+    ],
+)
+def test_the_parser_says_two(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_nothing_is_told_of_what_cannot_be_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "Neighborhood(13)", "--grid", "8"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("foveal show: window: got 13")
 
 
 def test_doctor_is_well(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
+from foveal.caches import Contiguous, KVShape, Paged
 from foveal.compose import merge
+from foveal.compose.decode_selected import listed_pages as plain_pages
+from foveal.compose.decode_selected import view_of
 from foveal.compose.native_sparse import gated_sum
 from foveal.testing.bounds import check_near, error, neighbour
 
@@ -64,3 +70,33 @@ def _plain(outputs: list[Tensor], lses: list[Tensor]) -> dict[str, Tensor]:
     nothing = torch.zeros_like(outputs[0]), torch.full_like(lses[0], -torch.inf)
     found = _results([*outputs, nothing[0]], [*lses, nothing[1]], torch.float32)
     return {name: x for name, x in found.items() if not name.endswith("2")}
+
+
+def pages_of_blocks(seed: int) -> list[str]:
+    """Caches and blocks for which one kernel names other pages, or lengths, than plain operations."""
+    from foveal.compose.listed_kernel import listed_pages
+
+    source = torch.Generator().manual_seed(seed)
+    shape = KVShape(3, 2, 8, dtype=torch.float32)
+    rows = torch.randn(3, 37, 2, 8, generator=source)
+    found = []
+    for cache in (
+        Paged(shape, pages=30, page_size=6),
+        Paged(shape, pages=60, page_size=6, per_head=True),
+        Contiguous(shape, max_tokens=48),
+    ):
+        cache.append(rows, rows, counts=[37, 5, 0])
+        view = view_of(cache)
+        for heads, block, batch in itertools.product((1, 2), (4, 6, 12), (1, 3)):
+            blocks = torch.arange(-(-37 // block), dtype=torch.int32).expand(batch, heads, -1)
+            kept = torch.rand(blocks.shape, generator=source) < 0.5
+            listed = blocks.masked_fill(~kept, -1)
+            size = math.gcd(view.page_size, block)
+            pairs = zip(
+                listed_pages(view, listed, block, size),
+                plain_pages(view, listed, block, size),
+                strict=True,
+            )
+            if not all(torch.equal(a, b) for a, b in pairs):
+                found.append(f"{type(cache).__name__}, {heads} lists of blocks of {block}")
+    return found

@@ -271,7 +271,7 @@ def test_weights_of_keys_survive_autocast(source: torch.Generator) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_kernels_merge_and_add_branches(source: torch.Generator) -> None:
+def test_kernels_merge_and_add_branches_and_name_pages(source: torch.Generator) -> None:
     seeds = torch.randint(2**31, (3,), generator=source).tolist()
     shapes = ((2, 7, 3, 5), (1, 40, 2, 64), (1, 6, 2, 48))
     context = multiprocessing.get_context("spawn")
@@ -280,5 +280,7 @@ def test_kernels_merge_and_add_branches(source: torch.Generator) -> None:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found = list(pool.map(interpreted.merged, shapes, seeds))
             gated = pool.submit(interpreted.gated, seeds[0]).result()
+            pages = pool.submit(interpreted.pages_of_blocks, seeds[1]).result()
     assert found == [[], [], []]
     assert max(gated) < 1e-5
+    assert pages == []

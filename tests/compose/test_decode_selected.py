@@ -10,6 +10,7 @@ import foveal as fv
 from foveal.caches import Contiguous, Joined, KVShape, Paged
 from foveal.caches.base import Cache
 from foveal.compose import decode_selected
+from foveal.compose.decode_selected import listed_pages, listed_view, view_of
 from foveal.errors import CacheError, SelectionError, ShapeError
 
 LENGTHS = [37, 5, 0]
@@ -80,3 +81,28 @@ def test_what_does_not_fit_is_refused(source: torch.Generator) -> None:
         decode_selected(q[:, :1], cache, listed(3, 4, source))
     with pytest.raises(CacheError, match="one part"):
         decode_selected(q[:, :1], Joined([cache, cache]), selection)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_list_becomes_pages_in_one_launch(per_head: bool, source: torch.Generator) -> None:
+    shape = KVShape(3, 2, 64, device=torch.device("cuda"))
+    cache = Paged(shape, pages=400, page_size=16, per_head=per_head)
+    rows = torch.randn(3, 900, 2, 64, generator=source).bfloat16().cuda()
+    cache.append(rows, rows, counts=[900, 5, 0])
+    mask = torch.rand(3, 2, 1, 29, generator=source) < 0.5
+    selection = fv.BlockSelection.from_block_mask(mask, 1, 32)
+    view = view_of(cache)
+    own = listed_view(view, selection)
+    table, lengths = listed_pages(view, selection.indices[:, :, 0].cuda(), 32, 16)
+    assert torch.equal(own.page_table, table)
+    assert torch.equal(own.lengths, lengths)
+    q = torch.randn(3, 1, 4, 64, generator=source).bfloat16().cuda()
+    expected = decode_selected(q, cache, selection)
+    listed = fv.BlockSelection(selection.indices.cuda(), 1, 32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = decode_selected(q, cache, listed)
+    graph.replay()
+    assert torch.equal(o, expected)

@@ -106,7 +106,7 @@ def test_bytes_fall_with_the_budget(name: str, source: torch.Generator) -> None:
         beside = {"retrieval_attention": 3, "louis_kv": 4, "nosa": 8}[name]  # sinks, a page, two
         assert 0 < most <= row * B * HKV * (groups * tokens + beside)
         assert cache.host_bytes() <= cache.stored_bytes <= whole
-        slots.append(cache.bytes() - cache.near.bytes())
+        slots.append(cache.bytes() - cache.near.bytes() - cache.summary_bytes())
     assert all(1.4 * b < a for a, b in itertools.pairwise(slots))
 
 

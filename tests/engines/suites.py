@@ -108,6 +108,19 @@ def _columns() -> Iterator[Step]:
         )
 
 
+def _estimates() -> Iterator[Step]:
+    """Estimates of few bits as they are timed."""
+    from foveal.engines.tile.low_bit import largest_estimates
+
+    for length, dim in ((65536, 128), (16384, 256)):
+        q, k = (_empty(1, length, h, dim) for h in (32, 8))
+        level = _empty(1, length, 32, dtype=torch.float32)
+        yield (
+            f"{length}, {dim}",
+            lambda q=q, k=k, level=level: largest_estimates(q, k, level, 4, 128, 64, 32),  # type: ignore[misc]
+        )
+
+
 def _masks(implementation: str) -> Iterator[Step]:
     from foveal.bench.masks import MASKS
 
@@ -157,6 +170,7 @@ def _entmax() -> Iterator[Step]:
 
 GROUPS: dict[str, Callable[[], Iterator[Step]]] = {
     "columns": _columns,
+    "estimates": _estimates,
     "prefill": lambda: _sparse("prefill"),
     "native": lambda: _sparse("nsa"),
     "pages": lambda: _sparse("decode"),

@@ -19,7 +19,10 @@ Run = Callable[..., Outcome]
 # What a group is there for; the other kernels that it launches are compiled as well.
 KERNELS = {
     "columns": {"column_kernel.column_attend_forward"},
+    "estimates": {"low_bit_kernels.low_bit_rows", "low_bit_kernels.low_bit_tiles"},
     "prefill": {
+        "antidiagonal_kernels.antidiagonal_levels",
+        "antidiagonal_kernels.antidiagonal_shares",
         "column_kernel.column_attend_forward",
         "hopper_forward.tile_attend_forward",
         "merge_kernel.compose_merge_forward",
@@ -28,6 +31,8 @@ KERNELS = {
         "row_kernels.row_walk",
     },
     "native": {
+        "cell_kernels.token_cells",
+        "cell_kernels.token_order",
         "gate_kernel.compose_gate_backward",
         "gate_kernel.compose_gate_forward",
         "select_kernel.token_best",
@@ -57,6 +62,9 @@ OTHERS = [
     ("columns", "sm_80"),
     ("columns", "sm_100"),
     ("columns", "gfx942"),
+    ("estimates", "sm_80"),
+    ("estimates", "sm_100"),
+    ("estimates", "gfx942"),
     ("native", "sm_80"),
 ]
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from examples.large_kernels import __main__ as large_kernels
+from examples.large_kernels.__main__ import Learn
 from examples.large_kernels.networks import BLOCKS, Backbone, train
 from examples.large_kernels.tasks import PERIODS, accuracy, coins, crops, overlap, textures
 from foveal.layers import merge
@@ -49,3 +54,22 @@ def test_half_of_the_photograph_is_cut_in_squares(source: torch.Generator) -> No
             return torch.cat([0.5 - x, x - 0.5], dim=-1)
 
     assert 0.2 < overlap(Bright(), picture, truth) < 0.9
+
+
+def test_a_record_says_what_was_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks: dict[str, Learn] = {
+        "digits, a": lambda steps, device: {"right": steps / 8},
+        "coins, a": lambda steps, device: {"overlap": 0.25},
+    }
+    monkeypatch.setattr(large_kernels, "TASKS", tasks)
+    out = tmp_path / "new" / "records.jsonl"
+    for only in ("digits", "digits|coins"):
+        chosen = ["--steps", "4", "--device", "cpu", "--only", only, "--out", str(out)]
+        assert large_kernels.main(chosen) == 0
+    records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [record["task"] for record in records] == ["digits, a", "digits, a", "coins, a"]
+    assert records[0]["scores"] == {"right": 0.5}
+    assert records[0]["command"] == "python -m examples.large_kernels --steps 4 --device cpu"
+    assert "0.250 overlap" in capsys.readouterr().out

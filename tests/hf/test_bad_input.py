@@ -19,6 +19,8 @@ BAD: list[tuple[type[Exception], str, Callable[[Any], object]]] = [
     (errors.RefusedError, "Linear is no model", lambda model: hf.use(torch.nn.Linear(2, 2))),
     (errors.PatternError, "window: got -3", lambda model: hf.use(model, "gna", window=-3)),
     (errors.PatternError, "window: got a", lambda model: hf.use(model, "gna", window="a")),
+    (errors.OptionError, "slash: got -3", lambda model: hf.use(model, "minference", slash=-3)),
+    (errors.OptionError, "mass: got 'a'", lambda model: hf.use(model, "xattention", mass="a")),
     (errors.PatternError, r"attention: got Sphere\(\)", lambda model: hf.use(model, fv.Sphere())),
     (
         errors.PatternError,

@@ -13,8 +13,8 @@ from torch import Tensor
 import foveal as fv
 from foveal import selectors as fs
 from foveal.compose import attend_selected
+from foveal.engines.tile.low_bit import rounded
 from foveal.selectors.base import against_keys, tile_means
-from foveal.selectors.low_bit import rounded
 from foveal.testing import check_selector
 
 double = torch.float64

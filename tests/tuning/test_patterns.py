@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from foveal.tuning.proposal import Change, Timing, problems, propose
 from foveal.tuning.store import Store
 from foveal.tuning.tables import EXCEPTIONS, PATTERNS, architectures
 
+ROOT = Path(__file__).resolve().parents[2]
 LINE, PLANE = Extent((64,), (64,)), Extent((8, 8), (8, 8))
 BLOCKS = fv.Blocks(
     fv.BlockSelection.from_block_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
@@ -155,6 +157,20 @@ def test_wrong_results_and_a_moved_control_stop_a_change() -> None:
     assert f'foveal verify "{WRITTEN}"' in str(proposal)
 
 
+def test_exceptions_are_what_the_records_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = importlib.import_module("gpu_search")
+    allowed = [
+        proposal.change
+        for proposal in script.proposals([ROOT / "benchmarks" / "search_h100.jsonl"])
+        if not proposal.reason
+    ]
+    assert {
+        (c.architecture, c.kind, c.stage, c.size, c.pattern): c.config for c in allowed
+    } == EXCEPTIONS
+
+
 def test_problems_are_of_their_class() -> None:
     change = Change.parse("sm_80/forward/64/half=16x16 warps 4 stages 1")
     assert set(problems(change)) == set(PATTERNS)
@@ -176,12 +192,13 @@ def test_verify_judges_a_change(
     fine = Checked("compiled", "for sm_90: 255 registers", "", 1.0)
     monkeypatch.setattr(sizes, "check_compiled", lambda change: fine)
     for wrong, status in (("", 0), ("o is out of bounds", 1)):
-        found = [Checked("causal", "Causal(), 165 tokens", wrong, 2.0)]
+        found = [Checked("lists", "Sliding(48, 0, sink_tokens=17), 171 tokens", wrong, 2.0)]
         monkeypatch.setattr(sizes, "check_change", lambda *_, found=found: found)
-        assert main(["verify", WRITTEN]) == status
+        change = WRITTEN.replace("causal", "lists")
+        assert main(["verify", change]) == status
         text = capsys.readouterr()
-        assert "64x64 warps 4 stages 2" in text.out
-        assert WRITTEN in text.out
+        assert str(tile.shipped("backward_kv", "sm_90", 64, torch.bfloat16, "lists")) in text.out
+        assert change in text.out
         assert wrong in text.err
     assert main(["verify", "sm_90/forward=1"]) == 2
     assert "is needed, such as" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveal.bench import device_timer
-from foveal.cli import main, tune
+from foveal.cli import _arguments, main, tune
 from foveal.tuning import search, tile
 from foveal.tuning.config import Config
 from foveal.tuning.search import Kernel, candidates, kernels, refine
@@ -155,4 +155,4 @@ def test_the_command_names_bad_input(capsys: pytest.CaptureFixture[str]) -> None
         assert named in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["tune", "--budget", "soon"])
-    assert tune.budget("1.5m") == 90.0
+    assert _arguments.seconds("1.5m") == 90.0

@@ -234,7 +234,7 @@ def suite(name: str) -> Suite:
     for each in SUITES:
         if each.name == name:
             return each
-    raise UnknownNameError("suite", name, (*(each.name for each in SUITES), "masks"))
+    raise UnknownNameError("suite", name, (*(each.name for each in SUITES), "masks", "sparse"))
 
 
 def system_suite(system: System, device: torch.device) -> Suite:

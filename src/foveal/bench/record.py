@@ -22,6 +22,11 @@ import foveal as fv
 from foveal.bench.measure import Samples
 from foveal.probe.ceilings import ceilings
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 SCHEMA = 1
 
 MEASURED = "measured"
@@ -85,6 +90,8 @@ class RecordFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            if fcntl is not None:  # a write that is under way may look like the middle of a line
+                fcntl.flock(handle, fcntl.LOCK_EX)
             os.write(handle, (self._seam() + lines).encode("utf-8"))
             os.fsync(handle)
         finally:

@@ -367,7 +367,11 @@ class Offloaded(Cache):
 
     def _by_sequence(self) -> list[Tensor]:
         """What is kept of every sequence beside its new tokens, each [batch, ...]."""
-        return list(self._host)
+        return [*self._host, *self._summaries()]
+
+    def _summaries(self) -> list[Tensor]:
+        """What is kept on the device of old tokens, each [batch, ...]."""
+        return []
 
     def keep(self, indices: Tensor) -> None:
         raise CacheError("indices", "an eviction", "select() instead: nothing is dropped here")
@@ -385,8 +389,13 @@ class Offloaded(Cache):
         return found[0], found[1]
 
     def bytes(self) -> int:
-        """Bytes on the device: all slots, and the new tokens."""
-        return self.near.bytes() + sum(x.nbytes for x in (*self._columns, self._positions))
+        """Bytes on the device: all slots, the new tokens, and what is kept there of old ones."""
+        slots = sum(x.nbytes for x in (*self._columns, self._positions))
+        return self.near.bytes() + slots + self.summary_bytes()
+
+    def summary_bytes(self) -> int:
+        """Bytes on the device by which old pages are chosen; they grow with the sequences."""
+        return 0
 
     def host_bytes(self) -> int:
         """Bytes of the pages in use on the host."""
@@ -394,7 +403,7 @@ class Offloaded(Cache):
 
     def capacity_bytes(self) -> int:
         """Bytes taken from the device."""
-        own = (*self._columns, self._positions, self._table)
+        own = (*self._columns, self._positions, self._table, *self._summaries())
         return self.near.capacity_bytes() + sum(x.nbytes for x in own)
 
     def parts(self) -> tuple[Part, ...]:

@@ -319,6 +319,10 @@ class Paged(Cache):
                         f"{counts[b][h]} places up to {most[b][h]} of sequence {b}",
                         f"places below its length {length}, each once, are needed",
                     )
+        before, after = indices[..., :-1], indices[..., 1:]
+        if not ((after < 0) | ((before >= 0) & (after > before))).all():
+            needed = "places in ascending order, each once, -1 behind the last, are needed"
+            raise CacheError("indices", "places in another order", needed)
         if counts == self._host_lengths:
             return
         if self._positions is None:

@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         parser().print_help(sys.stderr)
         return 2
-    args = parser().parse_args(words)
+    whole, commands = _built()
+    args, unknown = whole.parse_known_args(words)
+    if unknown:
+        commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -37,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`foveal list | head`); what is left of stdout goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            _fitted(f"foveal {args.command}: {error.filename}: {error.strerror}"), file=sys.stderr
+        )
+        return 2
     return status
 
 
@@ -53,6 +63,11 @@ def _fitted(sentence: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line, with every sub-command."""
+    return _built()[0]
+
+
+def _built() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole command line, and its sub-commands by their names."""
     whole = argparse.ArgumentParser(
         prog="foveal",
         description="Efficient attention behind one interface: what there is, what a call will do, "
@@ -64,4 +79,4 @@ def parser() -> argparse.ArgumentParser:
     subparsers = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
-    return whole
+    return whole, dict(subparsers.choices)

@@ -7,11 +7,14 @@ import ast
 import functools
 import inspect
 import operator
+import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveal import patterns
-from foveal._errors import DeviceError, PatternError, ScoreError, UnknownNameError
+from foveal._errors import CacheError, DeviceError, PatternError, ScoreError, UnknownNameError
 from foveal.patterns.base import Pattern
 from foveal.scores import Entmax, LocalLinear, Softmax
 from foveal.scores.base import Score
@@ -40,6 +43,7 @@ _SCORES: dict[str, Callable[..., Score]] = {
 }
 _JOINS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 _LONGEST = 2000
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def grid(text: str) -> tuple[int, ...]:
@@ -57,6 +61,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; a whole number above 0 is needed")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """`90s`, `5m` or `1h` in seconds; a plain number is seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"got {text!r}; a time is needed, such as 90s, 5m or 1h")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -94,6 +106,17 @@ def option(text: str) -> tuple[str, Any]:
     if not sign or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"got {text!r}; NAME=VALUE is needed, such as window=13")
     return name, option_value(value)
+
+
+def from_file(text: str, what: str) -> Any:
+    """What NAME is in the Python file of `FILE.py:NAME`; `what` it is needed for names the errors."""
+    path, _, name = text.rpartition(":")
+    if not name.isidentifier() or not Path(path).is_file():
+        raise CacheError(what, repr(text), "FILE.py:NAME of a function in that file is needed")
+    names = runpy.run_path(path)
+    if name not in names:
+        raise UnknownNameError(f"{what} of {path}", name, tuple(n for n in names if n[0] != "_"))
+    return names[name]
 
 
 def option_value(text: str) -> Any:

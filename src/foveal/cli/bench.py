@@ -81,9 +81,16 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=_DTYPES, help="instead of the precision of the cases")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument(
+        "--threads",
+        type=arguments.positive,
+        metavar="N",
+        help="CPU threads; default: PyTorch's choice",
+    )
     parser.add_argument("--passes", choices=("forward", "both"), default="both")
-    parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing per case")
+    parser.add_argument(
+        "--budget", type=arguments.seconds, metavar="S", help="seconds of timing per case"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {RESULTS}/NAME-TIME")
     parser.add_argument("--resume", action="store_true", help="continue --out, or the newest run")
     parser.add_argument("--html", type=Path, metavar="FILE", help="default: report.html in --out")

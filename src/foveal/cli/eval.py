@@ -22,8 +22,11 @@ def add_parser(subparsers: Any) -> None:
         help="what a system or a cache policy does to a real model",
         description="Runs a language model with exact attention and with each VARIANT: the loss of long "
         "documents and the distance from exact attention, facts found again, time and cache bytes.",
-        epilog="A VARIANT is a cache policy (snapkv), a system that chooses pairs (gna:window=129), or a "
-        "pattern ('Sliding(511, sink_tokens=4)'). Results are appended to the file of --out; the same "
+        epilog="A VARIANT is a cache policy (snapkv), a cache with its old keys on the host "
+        "(louis_kv:pages=8,page=32), a system that chooses pairs (gna:window=129), or a pattern "
+        "('Sliding(511, sink_tokens=4)'). A name that is both a cache and a system means the cache; "
+        "attention=retrieval_attention is the system. Weights of nosa are a function of keys and layer, "
+        "nosa:weights=FILE.py:NAME, by default equal. Results are appended to the file of --out; the same "
         "command goes on behind them. Exit status: 0; 2 for bad usage; 130 when interrupted.",
     )
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="what to put into the model")
@@ -109,12 +112,11 @@ def run(args: argparse.Namespace) -> int:
     from foveal.eval.run import run as measure
     from foveal.eval.subject import load
     from foveal.eval.tasks import Bench
-    from foveal.eval.variants import variants
+    from foveal.eval.variants import reads_as_name, variants
 
     device = usable_device(args.device)
-    patterns = {
-        text: pattern(text) for text in args.variants if ":" not in text and reads_as_pattern(text)
-    }
+    expressions = [text for text in args.variants if not reads_as_name(text)]
+    patterns = {text: pattern(text) for text in expressions if reads_as_pattern(text)}
     chosen = variants(args.variants, args.budget, patterns)
     plan = Plan(chosen, args.task, args.length, parts=args.parts)
     text = None
@@ -141,11 +143,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(found: list[dict[str, Any]]) -> str:
+    from foveal.eval import report
+
     rows = []
     for line in found:
         budget = "" if line["budget"] is None else f"{line['budget']:g}"
         depth = "" if line["depth"] is None else f"{line['depth']:g}"
         values = ", ".join(f"{name} {value:.4g}" for name, value in line["values"].items())
-        front = (line["task"], str(line["length"]), line["variant"], budget, depth)
+        name = report.named(line["variant"], line["options"])
+        front = (line["task"], str(line["length"]), name, budget, depth)
         rows.append((*front, values or line["reason"]))
     return table(("task", "tokens", "variant", "budget", "depth", "values"), rows)

@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         shape = _Shape(args, paper)
         of_paper = {} if args.grid else dict(paper.get("options", {}))
         options = of_paper | check_options(system, options)
+        if system.compose is None:
+            return _found(args, system, shape, options)
         pattern = system.pattern(shape.kv_grid, **options)
         score = system.score(shape.kv_grid, **options)
     if args.score:
@@ -158,6 +160,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _found(args: argparse.Namespace, system: Any, shape: _Shape, options: dict[str, Any]) -> int:
+    """What can be told of a system that finds its pairs, if any, in its input."""
+    from foveal.cli._found_pairs import explain_found
+    from foveal.probe.ceilings import ceilings
+
+    for name in ("score", "documents", "implementation", "machine", "kv_grid"):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise PatternError(flag, getattr(args, name), f"{system.name} is told by a shape alone")
+    q = shape.tensors()[0]
+    measured = None if args.no_bound else ceilings(args.device, q.dtype)
+    found = explain_found(system, shape, options, measured, q.element_size())
+    if args.json:
+        print(json.dumps({"problem": shape.as_dict()} | found.as_dict(), indent=2))
+        return 0
+    print(field("problem", str(shape)))
+    for title, text in found.lines():
+        print(field(title, text))
+    return 0
+
+
 def find(name: str) -> Any:
     """The system of that name; the error also lists the pattern classes."""
     from foveal.systems import systems
@@ -170,10 +193,8 @@ def find(name: str) -> Any:
 
 
 def check_options(system: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, when the system knows all of them."""
-    for name in options:
-        if name not in system.defaults:
-            raise UnknownNameError(f"option of {system.name}", name, tuple(system.defaults))
+    """The options, when the system knows all of them and can take their values."""
+    system.check(**options)
     return options
 
 

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveal.cli._arguments import option, usable_device
+from foveal.cli._arguments import option, positive, seconds, usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
-from foveal.cli.tune import budget
 
 if TYPE_CHECKING:
     from foveal.search.archive import Archive
@@ -42,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--list", action="store_true", help="print templates and strategies")
     parser.add_argument(
         "--budget",
-        type=budget,
+        type=seconds,
         default=300.0,
         metavar="T",
         help="such as 90s, 20m, 1h (default: 5m)",
@@ -79,13 +78,13 @@ def add_parser(subparsers: Any) -> None:
         help="every candidate of a Triton template must compile for this class of devices too: sm_80, "
         "sm_86, sm_90, sm_100 or gfx942; on the CPU nothing is timed then",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")
     parser.add_argument(
-        "--patience", type=float, default=20.0, metavar="S", help="seconds for one answer"
+        "--patience", type=seconds, default=20.0, metavar="S", help="seconds for one answer"
     )
     parser.add_argument("--model-url", metavar="URL", help="an OpenAI-compatible endpoint")
     parser.add_argument("--model", default="default", metavar="NAME", help="the model to ask for")
-    parser.add_argument("--calls", type=int, default=200, help="calls of the model at most")
+    parser.add_argument("--calls", type=positive, default=200, help="calls of the model at most")
     parser.add_argument(
         "--transcript", metavar="FILE", help="keep replies here, and answer from it"
     )

@@ -74,10 +74,11 @@ def run(args: argparse.Namespace) -> int:
         files = _draw(subject, args) if args.svg or args.png else []
         print(json.dumps(subject.as_dict() | {"files": files}, indent=2, default=str))
         return 0
+    files = _draw(subject, args)
     print(subject.text())
     if subject.pattern is None:
         print(field("picture", "none: its operator is not a choice of pairs"))
-    for file in _draw(subject, args):
+    for file in files:
         print(field("picture", f"written to {file} ({grid_text(subject.grid)} tokens)"))
     return 0
 

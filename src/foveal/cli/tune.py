@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from foveal.cli._arguments import usable_device
+from foveal.cli._arguments import seconds, usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from foveal.tuning.search import Outcome
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _INTERRUPTED = 130
 
 
@@ -37,21 +35,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cuda", help="such as cuda:1 (default: cuda)")
     parser.add_argument(
         "--budget",
-        type=budget,
+        type=seconds,
         default=300.0,
         metavar="T",
         help="such as 90s, 5m, 1h (default: 5m)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
-
-
-def budget(text: str) -> float:
-    """`90s`, `5m` or `1h` in seconds; a plain number is seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"got {text!r}; a time is needed, such as 90s, 5m or 1h")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def run(args: argparse.Namespace) -> int:

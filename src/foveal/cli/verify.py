@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveal.cli._arguments import option, usable_device
+from foveal.cli._arguments import option, positive, seconds, usable_device
 from foveal.cli._progress import Progress
 from foveal.cli._text import field, table
 
@@ -47,10 +47,10 @@ def add_parser(subparsers: Any) -> None:
         help="another value for a constant that the task sets at its top level",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--seed", type=int, help="repeat the random inputs of a run")
     parser.add_argument(
-        "--patience", type=float, default=20.0, metavar="S", help="seconds for one answer"
+        "--patience", type=seconds, default=20.0, metavar="S", help="seconds for one answer"
     )
     parser.add_argument("--no-timing", action="store_true", help="leave the timing out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

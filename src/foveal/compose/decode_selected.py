@@ -14,6 +14,7 @@ from foveal._decode_plan import choose_decode
 from foveal._errors import CacheError, ScoreError, SelectionError, ShapeError
 from foveal.caches.base import Cache, KVShape, Part
 from foveal.caches.view import View
+from foveal.engines.decode import triton
 from foveal.engines.decode.problem import describe_decode, describe_terms
 from foveal.patterns.base import Pattern
 from foveal.patterns.blocks import BlockSelection
@@ -123,11 +124,35 @@ def listed_view(view: View, selection: BlockSelection) -> View:
     page_step, head_step, token_step = view.steps
     if token_step != 1 or page_step % size or head_step % size:
         raise CacheError("cache", f"steps {view.steps}", "tokens of a page beside each other")
+    table, indices = view.page_table, selection.indices[:, :, 0]
+    indices = indices.to(table.device)
+    if table.is_cuda and triton.installed():
+        from foveal.compose import listed_kernel
+
+        entries, lengths = listed_kernel.listed_pages(view, indices, selection.kv_block, size)
+    else:
+        entries, lengths = listed_pages(view, indices, selection.kv_block, size)
+    lists = entries.shape[1]
+    if lists > 1 and table.shape[1] == 1:
+        head_step = 0
+    return dataclasses.replace(
+        view,
+        lengths=lengths,
+        host_lengths=[[entries.shape[2] * size] * lists for _ in range(batch)],
+        page_table=entries,
+        page_size=size,
+        steps=(size, head_step, 1),
+    )
+
+
+def listed_pages(view: View, indices: Tensor, block: int, size: int) -> tuple[Tensor, Tensor]:
+    """The table [B, lists, pieces] and the lengths [B, lists] of blocks [B or 1, 1 or Hkv, n] of a view."""
     table = view.page_table
-    block = selection.indices[:, :, 0].to(table.device, torch.int64).expand(batch, -1, -1)
-    within = torch.arange(0, selection.kv_block, size, device=table.device)
-    start = (block[..., None] * selection.kv_block + within).flatten(2)  # first token of each piece
-    used = (block >= 0).repeat_interleave(len(within), dim=2)
+    page_step, head_step, _ = view.steps
+    numbers = indices.to(torch.int64).expand(view.batch, -1, -1)
+    within = torch.arange(0, block, size, device=table.device)
+    start = (numbers[..., None] * block + within).flatten(2)  # first token of each piece
+    used = (numbers >= 0).repeat_interleave(len(within), dim=2)
     lists = max(start.shape[1], table.shape[1], view.lengths.shape[1])
     start, used = start.expand(-1, lists, -1), used.expand(-1, lists, -1)
     inside = (view.lengths[..., None] - start).clamp(0, size)
@@ -137,13 +162,4 @@ def listed_view(view: View, selection: BlockSelection) -> View:
     first = first + start % view.page_size
     if lists > 1 and table.shape[1] == 1:
         first = first + torch.arange(lists, device=table.device)[:, None] * head_step
-        head_step = 0
-    entries = torch.where(used, first // size, 0).to(torch.int32)
-    return dataclasses.replace(
-        view,
-        lengths=lengths,
-        host_lengths=[[entries.shape[2] * size] * lists for _ in range(batch)],
-        page_table=entries,
-        page_size=size,
-        steps=(size, head_step, 1),
-    )
+    return torch.where(used, first // size, 0).to(torch.int32), lengths

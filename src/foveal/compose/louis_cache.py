@@ -92,8 +92,12 @@ class LouisCache(Offloaded):
         if self._border is not None:
             self._border = self._border[order]
 
-    def _by_sequence(self) -> list[Tensor]:
-        return [*super()._by_sequence(), self.means]
+    def summary_bytes(self) -> int:
+        row = self.shape.head_dim * self.means.element_size()
+        return sum(self._pages) * self.shape.kv_heads * row
+
+    def _summaries(self) -> list[Tensor]:
+        return [self.means]
 
     def noted(self) -> Noted:
         """What the steps so far left behind for the next one; nothing changes it."""

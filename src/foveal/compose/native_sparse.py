@@ -110,8 +110,9 @@ def _pieces(x: Tensor, windows: Windows) -> Tensor:
         result: Tensor = x.index_select(1, place.flatten()).unflatten(1, place.shape)
         return result
     behind = windows.count * windows.stride - x.shape[1]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, behind))
-    whole: Tensor = padded.unflatten(1, (windows.count, windows.stride))
+    if behind:  # padding by nothing is a copy
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, behind))
+    whole: Tensor = x.unflatten(1, (windows.count, windows.stride))
     return whole
 
 

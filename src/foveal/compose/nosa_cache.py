@@ -130,8 +130,12 @@ class NosaCache(Offloaded):
                 sums[b, run:] = 0
                 sums[b, run] = own[b, newest].to(sums).sum(0)
 
-    def _by_sequence(self) -> list[Tensor]:
-        return [*super()._by_sequence(), self._keys, self._weights]
+    def summary_bytes(self) -> int:
+        row = (self.shape.head_dim + 1) * self._keys.element_size()
+        return sum(-(-n // self.stride) for n in self.host_seen) * self.shape.kv_heads * row
+
+    def _summaries(self) -> list[Tensor]:
+        return [self._keys, self._weights]
 
     @on_host
     def decode(self, q: Tensor, score: Softmax = Softmax()) -> Tensor:

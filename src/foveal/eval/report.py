@@ -17,8 +17,9 @@ def build(found: Sequence[Line], facts: Sequence[tuple[str, str]]) -> Page:
     subject = found[0]["subject"] if found else "no model"
     page = Page(
         f"Quality of {subject}",
-        "What systems and cache policies do to a real model: distance from exact attention, facts found "
-        "again, time and memory. Exact attention is the yardstick: a small model is no judge of wisdom.",
+        "What systems, cache policies and caches on the host do to a real model: distance from exact "
+        "attention, facts found again, time and memory. Exact attention is the yardstick: a small model "
+        "is no judge of wisdom.",
         list(facts),
     )
     measured = [line for line in found if line["status"] == "measured"]
@@ -60,10 +61,12 @@ def _loss(page: Page, found: list[Line]) -> None:
                     f"{v['agreement']:.1%}",
                     f"{v['full_layer_bytes'] / 1e6:.2f}",
                     f"{v['cache_bytes'] / 1e6:.2f}",
+                    _megabytes(v, "host_bytes"),
                 )
             )
     header = ("variant", "loss [nat]", "KL [nat]", "agreement", "full layers [MB]", "cache [MB]")
-    section.table(header, rows, "Full layers: those without a window, on which policies act.")
+    caption = "Full layers: those without a window, on which policies act. All but the last on the device."
+    section.table((*header, "on the host [MB]"), rows, caption)
 
 
 def _needle(page: Page, found: list[Line]) -> None:
@@ -157,12 +160,18 @@ def _speed(page: Page, found: list[Line]) -> None:
                     f"{v['tokens_per_second']:.2f}",
                     f"{v['cache_bytes'] / 1e6:.2f}",
                     f"{v['cache_bytes_behind'] / 1e6:.2f}",
+                    _megabytes(v, "host_bytes"),
+                    _megabytes(v, "fetched_bytes"),
                     f"{v['same_tokens']} of {v['new_tokens']}",
                 )
             )
     header = ("variant", "first token [s]", "tokens/s", "cache [MB]", "cache at the end [MB]")
-    caption = "As exact: tokens until the first that exact attention would not have written."
-    section.table((*header, "as exact"), rows, caption)
+    caption = (
+        "On the host: keys and values that lie there behind the prompt; fetched: what one token brings "
+        "from there. As exact: tokens until the first that exact attention would not have written."
+    )
+    moved = "on the host [MB]", "fetched [MB]"
+    section.table((*header, *moved, "as exact"), rows, caption)
 
 
 STAGES = {
@@ -230,14 +239,24 @@ def _pareto(found: list[Line], name: str, title: str, unit: str, heading: str) -
     return figure
 
 
+def _megabytes(values: dict[str, float], name: str) -> str:
+    """Nothing for a line that has no such bytes."""
+    return f"{values[name] / 1e6:.2f}" if values.get(name) else ""
+
+
 def _lengths(found: Iterable[Line]) -> list[int]:
     return sorted({line["length"] for line in found})
 
 
+def named(name: str, options: dict[str, Any]) -> str:
+    """A name and its options: `gna (window=129)`."""
+    text = ", ".join(f"{option}={value}" for option, value in options.items())
+    return f"{name} ({text})" if text else name
+
+
 def _label(line: Line) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in line["options"].items())
     budget = "" if line["budget"] is None else f", {line['budget']:g}"
-    return f"{line['variant']}{budget}" + (f" ({options})" if options else "")
+    return named(f"{line['variant']}{budget}", line["options"])
 
 
 def _grouped(found: Iterable[Line], of: Callable[[Line], str]) -> dict[str, list[Line]]:
@@ -251,10 +270,14 @@ def _means(found: Iterable[Line]) -> list[Line]:
     """One line per label, length and depth: the mean over the parts of the text."""
     groups = _grouped(found, lambda x: f"{_label(x)}|{x['length']}|{x['depth']}")
     return [
-        own[0]
-        | {"values": {name: _mean(x["values"][name] for x in own) for name in own[0]["values"]}}
+        own[0] | {"values": {name: _mean(x["values"][name] for x in own) for name in _shared(own)}}
         for own in groups.values()
     ]
+
+
+def _shared(found: list[Line]) -> list[str]:
+    """Values that all lines have: those of an older file may have fewer."""
+    return [name for name in found[0]["values"] if all(name in x["values"] for x in found)]
 
 
 def _mean(values: Iterable[float]) -> float:

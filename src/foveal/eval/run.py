@@ -92,7 +92,7 @@ def _line(case: Case, subject: str, facts: dict[str, Any]) -> dict[str, Any]:
         "subject": subject,
         "task": case.task,
         "length": case.length,
-        "variant": case.variant.name,
+        "variant": case.variant.title,
         "budget": case.variant.budget,
         "options": dict(case.variant.options),
         "depth": case.depth,

@@ -13,6 +13,7 @@ from torch import Tensor
 from foveal._errors import SelectionError
 from foveal.eval.subject import Subject
 from foveal.eval.variants import EXACT, Variant
+from foveal.hf.fetched import Fetched
 
 TASKS = ("loss", "needle", "recall", "speed")
 _PLACES = ("harbour", "garden", "library", "station", "bakery", "theatre", "museum", "bridge")
@@ -60,7 +61,7 @@ class Bench:
         """A document of `length` tokens, then `targets` more: their loss, and distance from exact."""
         context, following = self._document(case)
         with case.variant.installed(self.subject.model):
-            logits, cache = self._continued(context, following)
+            logits, cache = self._continued(context, following, case.variant.on_host)
         if case.variant.name == EXACT:
             self._remember(case, logits)
         exact = self._exact(case, context, following)
@@ -73,6 +74,7 @@ class Bench:
             "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
             "cache_bytes": cache_bytes(cache),
             "full_layer_bytes": cache_bytes(cache, windows=False),
+            "host_bytes": host_bytes(cache),
         }
 
     def _needle(self, case: Case) -> dict[str, Any]:
@@ -106,8 +108,9 @@ class Bench:
             at = round(depth * len(hay))
             hay = hay[:at] + piece + hay[at:]
         context = subject.ids([*subject.first, *hay, *question])
+        following = torch.cat([context[0, -1:], answer])
         with case.variant.installed(subject.model):
-            logits, cache = self._continued(context[0, :-1], torch.cat([context[0, -1:], answer]))
+            logits, cache = self._continued(context[0, :-1], following, case.variant.on_host)
         scores = logits[:-1].log_softmax(-1)
         hits = scores.argmax(-1) == answer
         return {
@@ -115,12 +118,14 @@ class Bench:
             "found": float(hits.all()),
             "answer_loss": float(-scores.gather(-1, answer[:, None]).mean()),
             "cache_bytes": cache_bytes(cache),
+            "host_bytes": host_bytes(cache),
         }
 
     def _speed(self, case: Case) -> dict[str, Any]:
         """Time to the first token, tokens per second, bytes of the cache, and what is written.
 
-        `same_tokens` counts the tokens up to the first that exact attention would not have written.
+        `same_tokens` counts the tokens up to the first that exact attention would not have written,
+        `fetched_bytes` what came from the host for one token.
         """
         context = self._document(case)[0]
         values, tokens = self._generated(case.variant, context)
@@ -143,13 +148,16 @@ class Bench:
             first = self._clock() - start
             cache = out.past_key_values
             held, full = cache_bytes(cache), cache_bytes(cache, windows=False)
-            moved = host_bytes(cache)
+            moved, fetched = host_bytes(cache), fetched_bytes(cache)
             written = [out.logits[:, -1:].argmax(-1)]
             start = self._clock()
             for _ in range(self.new_tokens - 1):
                 out = model(written[-1], past_key_values=cache, use_cache=True)
                 written.append(out.logits[:, -1:].argmax(-1))
             spent = self._clock() - start
+        own = {}
+        if variant.on_host:
+            own["fetched_bytes"] = (fetched_bytes(cache) - fetched) / (self.new_tokens - 1)
         return {
             "first_token_seconds": first,
             "tokens_per_second": (self.new_tokens - 1) / spent,
@@ -157,6 +165,7 @@ class Bench:
             "full_layer_bytes": full,
             "host_bytes": moved,
             "cache_bytes_behind": cache_bytes(cache),
+            **own,
         }, [int(token) for token in written]
 
     def _document(self, case: Case) -> tuple[Tensor, Tensor]:
@@ -168,12 +177,20 @@ class Bench:
         piece = piece.to(self.subject.device)
         return piece[: case.length], piece[case.length :]
 
-    def _continued(self, context: Tensor, following: Tensor) -> tuple[Tensor, Any]:
-        """Logits [targets, vocabulary] behind a context that was read first, and the cache."""
+    def _continued(
+        self, context: Tensor, following: Tensor, singly: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Logits [targets, vocabulary] behind a context that was read first, and the cache.
+
+        singly: token by token, for a cache that fetches less than everything in such steps alone.
+        """
         model = self.subject.model
-        out = model(context[None], use_cache=True, logits_to_keep=1)
-        out = model(following[None], past_key_values=out.past_key_values, use_cache=True)
-        return out.logits[0].float(), out.past_key_values
+        cache = model(context[None], use_cache=True, logits_to_keep=1).past_key_values
+        found = []
+        for piece in following.split(1 if singly else len(following)):
+            out = model(piece[None], past_key_values=cache, use_cache=True)
+            found.append(out.logits[0].float())
+        return torch.cat(found), cache
 
     def _remember(self, case: Case, logits: Tensor) -> None:
         if any(length != case.length for length, _ in self.exact):
@@ -214,5 +231,11 @@ def cache_bytes(cache: Any, windows: bool = True) -> int:
 
 
 def host_bytes(cache: Any) -> int:
-    """Bytes of keys and values that a policy moved to the host."""
+    """Bytes of keys and values that lie on the host."""
     return sum(layer.held.host_bytes() for layer in cache.layers if hasattr(layer, "held"))
+
+
+def fetched_bytes(cache: Any) -> int:
+    """Bytes that ever came to the device out of caches with their old keys on the host."""
+    held = [getattr(layer, "held", None) for layer in cache.layers]
+    return sum(x.fetched_bytes() for x in held if isinstance(x, Fetched))

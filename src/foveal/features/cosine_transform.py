@@ -13,7 +13,7 @@ def dct_matrix(dim: int) -> Tensor:
 
     C_ij = sqrt(2 / dim) cos(pi i (2 j + 1) / (2 dim)), row 0 times sqrt(1/2).
     """
-    at = torch.arange(dim, dtype=torch.float64)
+    at = torch.arange(dim, dtype=torch.float64, device="cpu")
     matrix = torch.cos(math.pi * at[:, None] * (2 * at + 1) / (2 * dim)) * math.sqrt(2 / dim)
     matrix[0] *= math.sqrt(0.5)
     return matrix
@@ -21,8 +21,9 @@ def dct_matrix(dim: int) -> Tensor:
 
 def gaussian_quantiles(dim: int, generator: torch.Generator | None = None) -> Tensor:
     """Weights [dim] in float32 for `dct_softmax`: normal quantiles of uniform random numbers."""
-    uniform = torch.rand(dim, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    quantiles: Tensor = torch.special.ndtri(uniform)
+    device = "cpu" if generator is None else generator.device
+    uniform = torch.rand(dim, generator=generator, dtype=torch.float64, device=device)
+    quantiles: Tensor = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
     return quantiles.float()
 
 

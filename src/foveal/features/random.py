@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,16 +29,17 @@ def orthogonal_projection(
     """
     if features < 1 or dim < 1:
         raise ShapeError("features", [features, dim], "at least 1 feature and dimension is needed")
+    device = "cpu" if generator is None else generator.device
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64, device=device)
     blocks = []
     for _ in range(-(-features // dim)):
-        gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        gaussian = draw(dim, dim)
         q, r = torch.linalg.qr(gaussian)
         blocks.append((q * r.diagonal().sign()).mT)
     rows = torch.cat(blocks)[:features]
-    lengths = torch.full((features,), math.sqrt(dim), dtype=torch.float64)
+    lengths = torch.full((features,), math.sqrt(dim), dtype=torch.float64, device=device)
     if norms == "chi":
-        drawn = torch.randn(features, dim, generator=generator, dtype=torch.float64)
-        lengths = drawn.square().sum(-1).sqrt()
+        lengths = draw(features, dim).square().sum(-1).sqrt()
     scaled: Tensor = rows * lengths[:, None]
     return scaled.float()
 

@@ -17,7 +17,7 @@ def alibi_slopes(heads: int) -> Tensor:
     lower = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * h / lower) for h in range(1, lower + 1)]
     slopes += [2 ** (-4 * h / lower) for h in range(1, 2 * lower + 1, 2)][: heads - lower]
-    return -torch.tensor(slopes)
+    return -torch.tensor(slopes, device="cpu")
 
 
 def linear_slopes(heads: int, layer: int, layers: int) -> Tensor:
@@ -25,4 +25,6 @@ def linear_slopes(heads: int, layer: int, layers: int) -> Tensor:
 
     They differ from `alibi_slopes`: a checkpoint needs those that it was trained with.
     """
-    return -(8 / heads) * (1 - layer / layers) * torch.arange(heads, dtype=torch.float32)
+    return (
+        -(8 / heads) * (1 - layer / layers) * torch.arange(heads, dtype=torch.float32, device="cpu")
+    )

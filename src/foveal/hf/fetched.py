@@ -107,6 +107,10 @@ class Fetched:
         """Bytes of what lies on the host."""
         return 0 if self.cache is None else int(self.cache.host_bytes())
 
+    def fetched_bytes(self) -> int:
+        """Bytes that ever came from the host."""
+        return 0 if self.cache is None else int(self.cache.fetched_bytes)
+
     def attend(self, call: LayerCall, selected: Selected | None) -> Tensor:
         """Appends the new tokens of a call; one of them fetches what it reads, several read everything."""
         new, before = call.k.shape[1], self.real

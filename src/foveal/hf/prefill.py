@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import RefusedError, UnknownNameError
+from foveal._errors import RefusedError
 from foveal.caches.policies import POLICIES
 from foveal.hf.fetched import FETCHING
 from foveal.patterns import Causal
@@ -79,15 +79,9 @@ def operator(entry: System, causal: bool, options: Mapping[str, Any]) -> Operato
     known = _CAUSAL if causal else _BIDIRECTIONAL
     if entry.name not in known:
         raise RefusedError(NAME, _reason(entry, causal))
-    check_options(entry, options)
+    entry.check(**options)
     given = {**options, "causal": causal} if "causal" in entry.defaults else dict(options)
     return Operator(entry.name, entry.op, causal, known[entry.name], given)
-
-
-def check_options(entry: System, options: Mapping[str, Any]) -> None:
-    """Raises UnknownNameError for an option that the system does not have."""
-    if unknown := sorted(set(options) - set(entry.defaults)):
-        raise UnknownNameError(f"option of {entry.name}", unknown[0], tuple(entry.defaults))
 
 
 def _reason(entry: System, causal: bool) -> str:

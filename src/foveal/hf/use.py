@@ -25,7 +25,7 @@ from foveal.hf.attention import attention
 from foveal.hf.fetched import FETCHING, Fetching
 from foveal.hf.install import Rule, install, rule_from_the_start
 from foveal.hf.masks import visibility
-from foveal.hf.prefill import NAME, check_options, operator
+from foveal.hf.prefill import NAME, operator
 from foveal.hf.selected import Selected
 from foveal.patterns import Extent, Pattern
 from foveal.scores import Softmax
@@ -300,7 +300,7 @@ def _called(rule: Rule) -> str:
 
 def _choice(entry: System, options: dict[str, Any]) -> Callable[[int], Pattern]:
     """The pairs of a system on a sequence of some length."""
-    check_options(entry, options)
+    entry.check(**options)
 
     def pattern(length: int) -> Pattern:
         assert entry.compose is not None

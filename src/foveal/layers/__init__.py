@@ -1,5 +1,8 @@
 """The distinctive layers of whole-network papers, as nn.Modules."""
 
+from torch.nn import Module
+
+from foveal._options import checked
 from foveal.layers.atoms import NeighbourAttention
 from foveal.layers.causal import CausalAttention, LatentAttention
 from foveal.layers.compressed import CompressedConvolutionalAttention
@@ -268,3 +271,8 @@ __all__ = [
     "sparse_k",
     "sparse_linear_stack",
 ]
+
+for _name in __all__:
+    _layer = globals()[_name]
+    if isinstance(_layer, type) and issubclass(_layer, Module):
+        checked(_layer)

@@ -42,6 +42,8 @@ def frequency_filter(
     their biases [2, blocks, C/blocks].  relu between them and a soft shrink by `shrink` behind, on
     both parts; in float32 at least.
     """
+    if x.numel() == 0:
+        return x
     axes = tuple(range(1, x.dim() - 1))
     wide = torch.promote_types(x.dtype, torch.float32)
     spectrum = torch.fft.rfftn(x.to(wide), dim=axes, norm="ortho")

@@ -30,7 +30,8 @@ def attend_lines(q: Tensor, k: Tensor, v: Tensor, axis: Literal[0, 1]) -> Tensor
     q, k, v = each(lambda x: x.transpose(2, 3).flatten(3), q, k, v)  # [B, H, heads, W D]
     q, k = normalize(q, dim=-1), normalize(k, dim=-1)
     o = attend(q, k, v, Dense(), Softmax(scale=1.0)) + q
-    return o.view(*o.shape[:3], width, -1).transpose(2, 3)
+    lines: Tensor = o.unflatten(-1, (width, -1))
+    return lines.transpose(2, 3)
 
 
 class CrossAxisAttention(nn.Module):

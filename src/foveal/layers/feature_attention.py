@@ -153,7 +153,8 @@ def dijiang(
 
 def dijiang_decays(heads: int) -> Tensor:
     """log(1 - exp(x_h)), x from log(1/32) to log(1/512) in equal steps."""
-    return torch.log1p(-torch.linspace(math.log(1 / 32), math.log(1 / 512), heads).exp())
+    steps = torch.linspace(math.log(1 / 32), math.log(1 / 512), heads, device="cpu")
+    return torch.log1p(-steps.exp())
 
 
 def fastmax(
@@ -255,6 +256,7 @@ class FeatureAttention(StateLayer):
             contract(*(y[None] for y in own), normalised=self.rule.normalised)
             for own in zip(*(sequences(y, cu_seqlens) for y in (q, k, v)), strict=True)
         ]
+        rows = rows or [v]
         counts = torch.cat([torch.full_like(row[..., 0, 0], row.shape[1]) for row in rows], -1)
         o = torch.cat(rows, dim=1).view_as(v) if cu_seqlens is not None else torch.cat(rows)
         return self.finish(o, x, places, counts.view(places.shape)), LayerState((seen,))
@@ -467,7 +469,7 @@ class AdvisorAttention(FeatureAttention):
             rows.append(
                 advised(one_q, one_k, one_v, self.keys, self.values, projection=self.projection)
             )
-        o = torch.cat(rows, dim=0 if cu_seqlens is None else 1)
+        o = torch.cat(rows or [v], dim=0 if cu_seqlens is None else 1)
         return self.out(o.flatten(-2)), LayerState(())
 
 

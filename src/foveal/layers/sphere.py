@@ -98,17 +98,16 @@ def attend_areas(
     """o and lse of attention in which every key counts with the area around it.
 
     Shapes: as `attend`, on grids [rows, columns].  The areas are a bias per key, or stand in columns of k
-    where that lets the Hopper edition run, which is slower with biases.
+    where no gradient is asked for and the Hopper edition runs, whose forward is slower with biases.
     """
     grid, precision = tuple(k.shape[1:-2]), area_precision(k)
-    score = area_score(grid, latitudes, k.device, precision)
-    if _in_columns(q, v, pattern, implementation):
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not training and _in_columns(q, v, pattern, implementation):
         areas = _log_areas((grid[0], grid[1]), latitudes, k.device, precision)
-        training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return attend_weighted(
-            q, k, v, areas.flatten(), pattern,
-            square=training, return_lse=True, implementation=implementation,
-        )  # fmt: skip
+            q, k, v, areas.flatten(), pattern, return_lse=True, implementation=implementation
+        )
+    score = area_score(grid, latitudes, k.device, precision)
     return attend(q, k, v, pattern, score, return_lse=True, implementation=implementation)
 
 

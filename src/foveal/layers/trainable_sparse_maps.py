@@ -44,7 +44,7 @@ def cell_spans(kept: Tensor, causal: bool, Lk: int) -> SpanSelection:
     Lq, cells = kept.shape[2:]
     visible = visible_keys(Lq, Lk, causal, kept.device)[:, None]
     edge = (torch.arange(cells + 1, device=kept.device) * visible + cells - 1) // cells
-    most = max(int(kept.sum(-1).max()), 1)
+    most = max(int(kept.sum(-1).max()), 1) if kept.numel() else 1
     index = torch.where(kept, torch.arange(cells, device=kept.device), cells).sort(-1).values
     index = index[..., :most]
     edges = edge.expand(*kept.shape[:2], -1, -1)

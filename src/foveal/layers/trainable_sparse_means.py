@@ -33,7 +33,7 @@ def mean_blocks(
     Lq, Lk = q.shape[1], k.shape[1]
     selector, budget = Compressed(length, stride, "max"), Forced(TopK(blocks), 1, local)
     windows = max((Lk - length) // stride + 1, 1)
-    rows = max(_SCORES_AT_ONCE // (q.shape[0] * q.shape[2] * windows), 1)
+    rows = max(_SCORES_AT_ONCE // max(q.shape[0] * q.shape[2] * windows, 1), 1)
     kept, every = [], -(-Lk // block)
     with torch.no_grad():
         for first in range(0, Lq, rows):

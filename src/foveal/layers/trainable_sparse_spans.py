@@ -129,7 +129,8 @@ class SparseKAttention(MultiHead):
     ) -> None:
         super().__init__(dim, heads)
         self.keys, self.window, self.gate_on = keys, window, gate_on
-        self.score = nn.Linear(dim, heads)
+        # One number added to all scores would change nothing.
+        self.score = nn.Linear(dim, heads, bias=False)
         self.slope = nn.Parameter(torch.full((heads,), slope))
 
     def forward(self, x: Tensor) -> Tensor:

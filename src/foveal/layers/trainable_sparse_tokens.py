@@ -222,7 +222,7 @@ def _attend_kept(
     batch, length, kv_heads = k.shape[:3]
     groups = q.shape[2] // kv_heads
     index, counts = kept_tokens(keep)
-    if index.shape[-1] == 0:
+    if index.numel() == 0:
         return None
     token = torch.arange(length, device=q.device)
     outputs, lses = [], []

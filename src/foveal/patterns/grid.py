@@ -10,6 +10,9 @@ from torch import Tensor
 from foveal._errors import PatternError
 from foveal.patterns.base import Extent, Pattern
 
+FAR = 1 << 60
+"""Beyond every sequence; a position plus a few of it fits an int64."""
+
 
 def common_rank(pattern: Pattern, names: tuple[str, ...]) -> int | None:
     """Number of axes that the tuples among the named fields agree on; None without tuples."""

@@ -179,6 +179,8 @@ class _Axis:
             raise PatternError(
                 "stride", self.stride, f"at most the window, {self.window}, on axis {axis}"
             )
+        if not isinstance(self.causal, bool):
+            raise PatternError("causal", repr(self.causal), f"a bool is needed on axis {axis}")
         if self.border not in ("shift", "clip", "wrap"):
             raise PatternError("border", repr(self.border), "'shift', 'clip' or 'wrap' is needed")
         if self.causal and self.border == "wrap":

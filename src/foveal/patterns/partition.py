@@ -12,7 +12,7 @@ from torch import Tensor
 from foveal._errors import PatternError
 from foveal.patterns.base import Bounds, Extent, Part, Pattern, per_axis
 from foveal.patterns.dense import Dense
-from foveal.patterns.grid import common_rank, raster
+from foveal.patterns.grid import FAR, common_rank, raster
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -99,7 +99,7 @@ class Partition(Pattern):
     def _interval(self, axis: int, q: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
         rank = len(extent.kv_grid)
         size, shift, before, after = (
-            per_axis(value, rank)[axis]
+            min(per_axis(value, rank)[axis], FAR)
             for value in (self.size, self.shift, self.before, self.after)
         )
         start = (q - shift).div(size, rounding_mode="floor") * size + shift

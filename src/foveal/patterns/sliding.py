@@ -9,6 +9,7 @@ from torch import Tensor
 from foveal._errors import PatternError
 from foveal.patterns.base import Bounds, Extent, Pattern
 from foveal.patterns.dense import Causal, Dense
+from foveal.patterns.grid import FAR
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -33,10 +34,11 @@ class Sliding(Pattern):
                 raise PatternError(name, value, "an integer of at least 0 is needed")
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        near = (k_pos >= q_pos - self.left) & (k_pos <= q_pos + self.right)
+        left, right = min(self.left, FAR), min(self.right, FAR)
+        near = (k_pos >= q_pos - left) & (k_pos <= q_pos + right)
         if not self.sink_tokens:
             return near
-        return near | ((k_pos < self.sink_tokens) & (k_pos <= q_pos + self.right))
+        return near | ((k_pos < min(self.sink_tokens, FAR)) & (k_pos <= q_pos + right))
 
     def simplify(self, extent: Extent) -> Pattern:
         reaches_first = self.left + self.sink_tokens >= extent.Lk - 1
@@ -50,8 +52,9 @@ class Sliding(Pattern):
         if self.sink_tokens:
             return None
         q_pos = extent.q_positions()
-        upper = (q_pos + self.right + 1).clamp(0, extent.Lk)
-        lower = (q_pos - self.left).clamp(min=0)
+        left, right = min(self.left, FAR), min(self.right, FAR)
+        upper = (q_pos + right + 1).clamp(0, extent.Lk)
+        lower = (q_pos - left).clamp(min=0)
         return Bounds(extent.flat(), (lower.minimum(upper),), (upper,))
 
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
@@ -74,7 +77,7 @@ class _FirstKeys(Pattern):
     count: int
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        return (k_pos < self.count) & (q_pos == q_pos)
+        return (k_pos < min(self.count, FAR)) & (q_pos == q_pos)
 
     def bounds(self, extent: Extent) -> Bounds:
         zero = extent.q_positions() * 0

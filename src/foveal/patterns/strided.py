@@ -11,6 +11,7 @@ from torch import Tensor
 from foveal._errors import PatternError
 from foveal.patterns.base import Extent, Part, Pattern
 from foveal.patterns.dense import Causal, Dense
+from foveal.patterns.grid import FAR
 from foveal.patterns.partition import Partition
 
 # Queries whose keys are listed together; each has some 2 sqrt(2 Lk).
@@ -39,29 +40,25 @@ class Strided(Pattern):
         _at_least_one("stride", self.stride)
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        visible = (q_pos - k_pos) % self.stride == 0
+        visible = (q_pos - k_pos) % min(self.stride, FAR) == 0
         return visible & (k_pos <= q_pos) if self.causal else visible
 
     def simplify(self, extent: Extent) -> Pattern:
         return self._inner() if self.stride == 1 else self
 
     def parts(self, extent: Extent) -> tuple[Part, ...]:
-        q_index, q_class = torch.arange(extent.Lq), extent.q_positions() % self.stride
-        k_class = extent.k_positions() % self.stride
-        groups: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for residue in range(self.stride):
-            queries, keys = q_index[q_class == residue], torch.nonzero(k_class == residue)[:, 0]
-            if len(queries):
-                groups.setdefault((len(queries), len(keys)), []).append((queries, keys))
-        return tuple(
-            Part(
-                self._inner(),
-                Extent((lengths[0],), (lengths[1],)),
-                torch.stack([queries for queries, _ in members]),
-                torch.stack([keys for _, keys in members]),
-            )
-            for lengths, members in groups.items()
-        )
+        stride = min(self.stride, extent.Lq + extent.Lk)
+        residue, query = (extent.q_positions()[:stride] % stride).sort()
+        queries = (extent.Lq - 1 - query) // stride + 1
+        keys = (extent.Lk - 1 - residue).div(stride, rounding_mode="floor") + 1
+        sizes = queries * (extent.Lk + 1) + keys
+        parts = []
+        for size in sizes.unique().tolist():
+            Lq, Lk = divmod(size, extent.Lk + 1)
+            q_tokens = query[sizes == size, None] + stride * torch.arange(Lq)
+            k_tokens = residue[sizes == size, None] + stride * torch.arange(Lk)
+            parts.append(Part(self._inner(), Extent((Lq,), (Lk,)), q_tokens, k_tokens))
+        return tuple(parts)
 
     def _inner(self) -> Pattern:
         return Causal() if self.causal else Dense()
@@ -93,7 +90,7 @@ class Fixed(Pattern):
         return self._composed().allows(q_pos, k_pos, extent)
 
     def simplify(self, extent: Extent) -> Pattern:
-        return Causal() if self.summary == self.stride else self
+        return Causal() if self.summary == self.stride or self.stride >= extent.Lk else self
 
     def tile_unit(self) -> tuple[int, int]:
         return self.stride, math.gcd(self.stride, self.summary)
@@ -113,12 +110,16 @@ class _SummaryKeys(Pattern):
     summary: int
 
     def allows(self, q_pos: Tensor, k_pos: Tensor, extent: Extent) -> Tensor:
-        return (k_pos % self.stride >= self.stride - self.summary) & (q_pos == q_pos)
+        return _is_summary(k_pos, self.stride, self.summary) & (q_pos == q_pos)
 
     def tile_map(self, extent: Extent, q_tile: int, kv_tile: int) -> Tensor:
-        chosen = extent.k_positions() % self.stride >= self.stride - self.summary
+        chosen = _is_summary(extent.k_positions(), self.stride, self.summary)
         tiles = [int(tile.any()) + int(tile.all()) for tile in chosen.split(kv_tile)]
         return torch.tensor(tiles, dtype=torch.uint8).expand(-(-extent.Lq // q_tile), -1)
+
+
+def _is_summary(k_pos: Tensor, stride: int, summary: int) -> Tensor:
+    return k_pos % min(stride, FAR) >= min(stride - summary, FAR)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal._errors import SelectionError
+from foveal.engines.tile import antidiagonal
 from foveal.selectors.base import Tiling, group_queries
 
 # Elements of the reduced map that are held at once.
@@ -20,7 +21,7 @@ class Antidiagonal:
     """A[a, b] = sum_i q[a s + s - 1 - i] . k[b s + i], i < s; its softmax over b, summed in each block.
 
     Logits are A / (s sqrt(D)).  Options: stride s divides both blocks.  The first column and the
-    diagonal are for the budget to force: Forced(Mass(0.9), sinks=1, locals=1).
+    diagonal are for the budget to force: Forced(Mass(0.9), counted=False).
     Cost: 1 / stride of the products of dense attention.
     Paper: XAttention (2503.16428).
     """
@@ -32,6 +33,9 @@ class Antidiagonal:
         if tiling.q_block % s or tiling.kv_block % s:
             needed = f"a divisor of both blocks, {tiling.q_block} and {tiling.kv_block}, is needed"
             raise SelectionError("stride", s, needed)
+        if antidiagonal.serves(q, k, s, tiling.kv_block):
+            blocks = tiling.q_block, tiling.kv_block
+            return antidiagonal.scores(q, k, s, blocks, tiling.causal)
         columns = _folded(k, s)  # [B, Hkv, b, s D]
         rows = _folded(group_queries(q, k).flatten(2, 3), s, reverse=True)
         rows = rows.unflatten(1, (k.shape[2], -1))
@@ -53,10 +57,11 @@ class Antidiagonal:
                 a.masked_fill_(column > row * s + s - 1 + shift, -torch.inf)
             p = torch.softmax(a, dim=-1, dtype=found.dtype).flatten(1, 2)
             p = F.pad(p, (0, behind)) if behind else p
-            p = p.unflatten(3, (tiling.kv_blocks, -1)).sum(-1)
+            # A query that sees no key adds nothing to its tile.
+            p = p.unflatten(3, (tiling.kv_blocks, -1)).sum(-1).nan_to_num(0.0)
             p = F.pad(p, (0, 0, 0, -p.shape[2] % per)).unflatten(2, (-1, per)).sum(3)
             found[:, :, first : first + tiles] = p
-        return found.nan_to_num(0.0)
+        return found
 
 
 def _folded(x: Tensor, stride: int, reverse: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foveal._errors import SelectionError
-from foveal.engines.tile.rows import best
+from foveal.engines.tile.rows import best, heaviest
 from foveal.selectors.base import Budget, Tiling
 
 
@@ -48,7 +48,8 @@ class Mass:
     """B3: the shortest prefix of the sorted scores whose sum reaches `mass` of the whole, at least 1 block.
 
     Scores are shares >= 0, such as a softmax over blocks; a block is kept if those before it do not
-    reach `mass` yet, so that rounding never leaves a tile without any, and never all in doubt.
+    reach `mass` yet, so that rounding never leaves a tile without any, and never all in doubt.  +inf is kept
+    and in no sum: the mass is that of the others.
     """
 
     mass: float
@@ -57,13 +58,7 @@ class Mass:
         _between("mass", self.mass)
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
-        shares = scores.clamp(min=0)
-        ordered, order = shares.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        kept = before < self.mass * ordered.sum(-1, keepdim=True)
-        kept[..., 0] = True
-        found = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept)
-        return found & (scores > -torch.inf)
+        return heaviest(scores, self.mass)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ from foveal._errors import SelectionError
 from foveal.patterns.selections import ColumnSelection
 from foveal.selectors.last_queries import LastQueries
 
+# Pairs of a tile and a distance, or a column, that are worked on at once.
+_AT_ONCE = 1 << 25
+
 
 @dataclass(frozen=True, slots=True)
 class VerticalSlash:
@@ -46,18 +49,22 @@ class VerticalSlash:
             offsets[..., : self.local] = torch.inf
             chosen = columns.topk(min(self.vertical, k.shape[1])).indices.sort(-1).values
             distances = offsets.topk(min(self.slash, k.shape[1])).indices.sort(-1, descending=True)
-            lists = [
-                self._of_head(chosen[:, h], distances.values[:, h], k.shape[1])
-                for h in range(q.shape[2])
-            ]
-        starts = torch.stack([each[0] for each in lists], dim=1)
-        rest = torch.stack([each[1] for each in lists], dim=1)
+            heads = self._lists(chosen.flatten(0, 1), distances.values.flatten(0, 1), k.shape[1])
+        starts, rest = (x.unflatten(0, q.shape[:3:2]) for x in heads)
         return ColumnSelection(starts, rest, self.tile, self.tile)
 
-    def _of_head(self, columns: Tensor, distances: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Starts [B, tiles, slash] and columns [B, tiles, vertical], int32, -1 at the end."""
+    def _lists(self, columns: Tensor, distances: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Starts [N, tiles, slash] and columns [N, tiles, vertical], int32, -1 at the end, of N heads."""
+        tiles = -(-length // self.tile)
+        at_once = max(1, _AT_ONCE // (tiles * max(columns.shape[1], distances.shape[1])))
+        pairs = zip(columns.split(at_once), distances.split(at_once), strict=True)
+        starts, rest = zip(*(self._of_heads(*pair, length) for pair in pairs), strict=True)
+        return torch.cat(starts), torch.cat(rest)
+
+    def _of_heads(self, columns: Tensor, distances: Tensor, length: int) -> tuple[Tensor, Tensor]:
         tile = self.tile
-        first = torch.arange(0, length, tile, device=columns.device)[:, None]
+        columns, distances = columns.to(torch.int32), distances.to(torch.int32)
+        first = torch.arange(0, length, tile, device=columns.device, dtype=torch.int32)[:, None]
         last = (first + tile).clamp(max=length) - 1
         start = first - distances[:, None]  # ascending
         stop = start + tile
@@ -69,13 +76,17 @@ class VerticalSlash:
         opened = (before - begin + tile - 1) // tile
         opens = there & (~joined | (blocks > opened))
         place = begin + (blocks - 1) * tile
-        starts = torch.where(opens & (place <= last), place, length).sort(-1).values
-        inside = torch.searchsorted(
-            starts, columns[:, None].expand(-1, len(first), -1).contiguous(), right=True
-        )
-        under = starts.gather(-1, (inside - 1).clamp(min=0))
-        column = columns[:, None]
+        starts = _kept(place, opens & (place <= last))
+        column = columns[:, None].expand(-1, len(first), -1)
+        ordered = torch.where(starts < 0, length, starts)
+        inside = torch.searchsorted(ordered, column.contiguous(), right=True)
+        under = ordered.gather(-1, (inside - 1).clamp(min=0))
         covered = (inside > 0) & (column < under + tile)
-        rest = torch.where(covered | (column > last), length, column).sort(-1).values
-        found = (torch.where(x == length, -1, x).to(torch.int32) for x in (starts, rest))
-        return next(found), next(found)
+        return starts, _kept(column, ~covered & (column <= last))
+
+
+def _kept(ascending: Tensor, mask: Tensor) -> Tensor:
+    """The marked numbers of every row moved to its front, -1 behind them."""
+    place = torch.where(mask, mask.cumsum(-1) - 1, ascending.shape[-1])
+    found = ascending.new_full((*ascending.shape[:-1], ascending.shape[-1] + 1), -1)
+    return found.scatter_(-1, place, ascending)[..., :-1]

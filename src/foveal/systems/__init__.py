@@ -22,7 +22,7 @@ _FAMILIES = (
 def system(name: str) -> System:
     """The entry of that name; raises UnknownNameError, with close matches, when there is none."""
     entries = {entry.name: entry for entry in systems()}
-    if name not in entries:
+    if not isinstance(name, str) or name not in entries:
         raise UnknownNameError("system", name, tuple(entries))
     return entries[name]
 

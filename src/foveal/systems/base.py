@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal._errors import PatternError, UnknownNameError
+from foveal._options import check_values
 from foveal._problem import Problem
 from foveal.patterns.base import Extent, Pattern
 from foveal.scores.base import Geometry, Score
@@ -128,6 +129,15 @@ class System:
         parameters = inspect.signature(self.op).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         return MappingProxyType({name: options[name] for name in options if name not in _COMMON})
+
+    def check(self, **options: Any) -> None:
+        """Raises UnknownNameError for an option that `op` does not have, OptionError for a value that it
+        cannot take; those of a composition are judged by its pattern and score.  Nothing is computed."""
+        for name in options:
+            if name not in self.defaults:
+                raise UnknownNameError(f"option of {self.name}", name, tuple(self.defaults))
+        if self.compose is None:
+            check_values(self.op, options)
 
     def pattern(self, grid: tuple[int, ...], **options: Any) -> Pattern:
         """Which pairs take part on a grid of keys; PatternError where nothing is selected."""

@@ -26,6 +26,9 @@ BULK_STAGES = 3
 WALK_STAGES = 4
 """As BULK_STAGES, of the walk of the delta rule."""
 
+READ_STAGES = 3
+"""As WALK_STAGES, of a walk that also reads o."""
+
 LEAST_BULK_PIECE = 8
 """Chunks of the shortest piece of a scan by bulk copies without gradients."""
 

@@ -117,7 +117,17 @@ _PLAIN: Rows = (
     (256, Config(16, 32, 4, 1)),
 )
 
-EXCEPTIONS: dict[tuple[str, str, str, int, str], Config] = {}
+EXCEPTIONS: dict[tuple[str, str, str, int, str], Config] = {
+    ("sm_90", HALF, BACKWARD_KV, 64, DENSE): Config(128, 64, 4, 2),
+    ("sm_90", HALF, BACKWARD_KV, 64, CAUSAL): Config(128, 64, 4, 2),
+    ("sm_90", HALF, BACKWARD_Q, 64, DENSE): Config(64, 128, 4, 3),
+    ("sm_90", HALF, BACKWARD_Q, 64, CAUSAL): Config(64, 128, 4, 3),
+    ("sm_90", FLOAT32, FORWARD, 128, DENSE): Config(32, 64, 8, 2),
+    ("sm_90", FLOAT32, FORWARD, 128, CAUSAL): Config(32, 64, 8, 2),
+    ("sm_90", FLOAT32, FORWARD, 128, DOCUMENTS): Config(32, 64, 8, 2),
+    ("sm_90", FLOAT32, BACKWARD_KV, 128, DENSE): Config(32, 32, 4, 1),
+    ("sm_90", FLOAT32, BACKWARD_KV, 128, CAUSAL): Config(32, 32, 4, 1),
+}
 """Sizes of one class of patterns, by device class, data type class, stage, size of its row and pattern.
 
 An entry needs records of `scripts/gpu_search.py confirm`: 5 % less time on held-out problems of its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import foveal as fv
 from foveal._convolve_direct import DIRECT, direct_key
@@ -24,6 +25,10 @@ WAYS: dict[str, Shape] = {
     "dilated, padding of two kinds": Shape(
         (1, 9, 8, 2), (2, 3, 3), {"dilation": 4, "padding": ((3, 8), (0, 5))}
     ),
+    "dilated, far": Shape((2, 9, 34, 3), (3, 3, 9), {"dilation": (1, 2)}),
+    "a row of five": Shape((3, 7, 9, 3), (3, 1, 5)),
+    "a row of fifteen": Shape((2, 4, 18, 3), (3, 1, 15)),
+    "volume of many tokens": Shape((2, 7, 5, 6, 3), (3, 3, 2, 5)),
     "dilated volume": Shape((1, 5, 6, 7, 2), (2, 3, 2, 3), {"dilation": 2}),
     "dilated, a filter for each sample": Shape((2, 9, 8, 3), (2, 3, 3, 3), {"dilation": 2}),
 }
@@ -39,6 +44,7 @@ def test_every_way_agrees_with_the_definition(
         monkeypatch.setattr(cpu_gradients, "_HELD", 500)
     else:
         monkeypatch.setattr(cpu_gradients, "_SUMMED", 20)
+        monkeypatch.setattr(cpu_gradients, "_CALLED", 130)
     for shape in (WAYS[name], WAYS[name].first()):
         tensors = draw(shape, source, torch.float64)
         exact = results(defined(shape), tensors)
@@ -87,14 +93,48 @@ def test_a_kept_call_is_the_same_call(source: torch.Generator) -> None:
         assert fv.convolve(x, filter, bias=bias).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("window", [(3, 3), (13, 13), (15, 15), (3, 12), (12, 3)])
+def test_a_kept_call_gives_what_the_whole_way_gives(
+    window: tuple[int, int], first: bool, source: torch.Generator
+) -> None:
+    shape = (2, 6, 19, 38) if first else (2, 19, 38, 6)
+    x = torch.randn(shape, generator=source)[..., ::2]  # no tensor that is contiguous
+    filter = torch.randn(x.shape[1 if first else -1], *window, generator=source)
+    once = fv.convolve(x, filter, channels_first=first)
+    for _ in range(2):
+        again = fv.convolve(x, filter, channels_first=first)
+        assert torch.equal(again, once)
+        assert again.stride() == once.stride()
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # the public switch warns of another device
+    try:
+        other = fv.convolve(x, filter, channels_first=first)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    torch.testing.assert_close(other, once, rtol=1e-4, atol=1e-3)
+
+
+def test_what_reads_the_calls_of_pytorch_finds_the_usual_ones(source: torch.Generator) -> None:
+    x, filter = torch.randn(1, 9, 8, 4, generator=source), torch.randn(4, 3, 3, generator=source)
+    fv.convolve(x, filter)
+    with FlopCounterMode(display=False) as counter:
+        fv.convolve(x, filter)
+    assert counter.get_total_flops() > 0
+
+
 def test_the_plan_on_a_cpu_follows_the_window() -> None:
-    def runs(window: tuple[int, int], grad: bool = False, first: bool = False) -> str:
-        x = torch.empty(8, 64, 56, 56) if first else torch.empty(8, 56, 56, 64)
+    def runs(
+        window: tuple[int, int], grad: bool = False, first: bool = False, size: int = 56
+    ) -> str:
+        x = torch.empty(8, 64, size, size) if first else torch.empty(8, size, size, 64)
         filter = torch.empty(64, *window, requires_grad=grad)
         return fv.explain_convolve(x, filter, channels_first=first).implementation[0]
 
     assert [runs((k, k)) for k in (3, 9, 13, 31)] == ["torch", "torch", "cpu", "cpu"]
     assert [runs((k, k), first=True) for k in (9, 13, 31)] == ["torch", "torch", "cpu"]
-    assert [runs((k, k), grad=True) for k in (3, 5, 31)] == ["torch", "cpu", "cpu"]
+    assert [runs((k, k), grad=True) for k in (3, 5, 7, 31)] == ["torch", "torch", "cpu", "cpu"]
+    assert [runs((5, 5), grad=True, first=first, size=22) for first in (False, True)] == ["cpu"] * 2
+    assert [runs((k, k), size=8) for k in (9, 13, 15)] == ["torch", "torch", "cpu"]
     said = fv.explain_convolve(torch.empty(8, 56, 56, 64), torch.empty(64, 3, 3)).refusals
     assert "the same routine" in dict(said)["cpu"]

@@ -60,6 +60,9 @@ CASES: dict[str, Make] = {
         lengths=(280, 3, 33),
         pattern=fv.Sliding(40, 0, 3),
     ),
+    "long sequences, float16": lambda s: _case(
+        Paged(_shape(torch.float16, 128, 128), pages=30), s, lengths=(300, 0, 129)
+    ),
     "window, one query, soft cap": lambda s: _case(
         Paged(_shape(), pages=9, page_size=128),
         s,

@@ -72,6 +72,7 @@ def _shape(head_dim: int, kv_heads: int = 2) -> KVShape:
 
 COMPILED: dict[str, Callable[[], tuple[Cache, int, Terms]]] = {
     "pages of 16": lambda: (Paged(_shape(128), pages=9), 1, Terms(0.1)),
+    "long sequences": lambda: (Paged(_shape(128), pages=64), 1, Terms(0.1)),
     "several queries": lambda: (Paged(_shape(128), pages=9), 9, Terms(0.1, soft_cap=9.0)),
     "window, head_dim 256": lambda: (Paged(_shape(256, 1), pages=9), 1, Terms(0.1, left=99)),
     "int8": lambda: (Quantised(_shape(128), pages=9, bits="int8"), 1, Terms(0.1)),
@@ -116,6 +117,19 @@ def test_every_kernel_compiles_and_fits(
     for one in found:
         compiled = one.compile(GPUTarget(*TARGETS[target]))
         assert compiled.metadata.shared <= SHARED[target]
+
+
+def test_long_sequences_take_wide_tiles() -> None:
+    from foveal.engines.decode import launch
+
+    device = torch.device("cpu")
+    found = {}
+    for pages, size in ((64, 16), (9, 16), (16, 64), (8, 128)):
+        view = Paged(_shape(128), pages=pages, page_size=size).parts()[0].view
+        found[pages, size] = launch.tiles_of(view, 4, device)
+    programs = launch.processors(device)
+    wide, narrow = (128, 5, programs), (64, 5, 2 * programs)
+    assert [(x.keys, x.stages, x.programs) for x in found.values()] == [wide, narrow, narrow, wide]
 
 
 def test_names_what_it_cannot_do() -> None:

@@ -9,7 +9,16 @@ from foveal.testing.bounds import check_near, error, neighbour
 from tests.engines.local_linear.cases import agree as agree_by
 from tests.engines.tile.interpreted import ready, start
 
-__all__ = ["agree", "contained", "decoded", "first_rows", "ready", "small_gradients", "start"]
+__all__ = [
+    "agree",
+    "contained",
+    "decoded",
+    "decoded_beside_its_keys",
+    "first_rows",
+    "ready",
+    "small_gradients",
+    "start",
+]
 
 
 def agree(name: str, kind: str, dtype: torch.dtype, seed: int) -> None:
@@ -49,6 +58,14 @@ def decoded(seed: int, pattern: fv.Pattern, ridge: float | None) -> list[bool]:
     exact = result(drawn, torch.float64, "reference")
     verdicts = check_near(result(drawn, torch.float32, "triton"), exact, errors_at)
     return [verdict.ok for verdict in verdicts]
+
+
+def decoded_beside_its_keys(seed: int) -> bool:
+    """Whether o is the mean value where a query is so near its keys that squares of the distance are 0."""
+    (v,) = _draw(seed, (1, 300, 1, 8))
+    q, k = torch.zeros(1, 1, 1, 8), torch.full((1, 300, 1, 8), 1e-22)
+    o = fv.attend(q, k, v, fv.Causal(), fv.LocalLinear(1e-3), implementation="triton")
+    return torch.allclose(o[0, 0], v[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def small_gradients(seed: int) -> bool:

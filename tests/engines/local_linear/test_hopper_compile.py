@@ -45,7 +45,7 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         made = hopper_pass.local_linear_pass
         solves = name == "step"
         signature |= {"d_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, "p_mean": F}
-        signature |= {"state": STEP if solves else (), **written}
+        signature |= {"state": STEP if solves else (F, "i32"), **written}
         constants |= {"STAGES": 4 if solves else 2, "SOLVES": solves, "D": dim, "DV": dim}
         if solves:
             constants |= {"v_desc": None, "p_o": None}
@@ -61,7 +61,7 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         ("step", 64, 256),
         ("output", 64, 256),
         ("given", 64, 256),
-        ("step", 128, 256),
+        ("step", 128, 512),
         ("output", 128, 256),
         ("given", 128, 256),
     ],

@@ -71,6 +71,10 @@ def test_decodes(pattern: fv.Pattern, interpreter: Run, source: torch.Generator)
         assert all(interpreter(interpreted.decoded, seed(source), pattern, ridge))
 
 
+def test_decodes_a_query_beside_its_keys(interpreter: Run, source: torch.Generator) -> None:
+    assert interpreter(interpreted.decoded_beside_its_keys, seed(source))
+
+
 def test_small_gradients(interpreter: Run, source: torch.Generator) -> None:
     assert interpreter(interpreted.small_gradients, seed(source))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import foveal as fv
 from foveal.engines.state import task
+from foveal.engines.state.launch_join import launch_join
 from foveal.testing.bounds import check_near, error
 from tests.engines.state.problems import Shape, draw, results
 
@@ -118,6 +120,44 @@ def split(seed: int) -> list[float]:
         got = results(inputs, rule, shape, "triton")
     whole = results(inputs, rule, shape, "chunk", torch.float64)
     return [float((got[n] - x).abs().max() / x.abs().max()) for n, x in whole.items()]
+
+
+def in_half(decay: str, norm: float, seed: int) -> float:
+    """Error of o of the delta rule in float16 over its size, with keys of a norm."""
+    shape = Shape(130, decay, steep=False, gated=False, head_dim=16, value_dim=16)
+    rule, source = fv.Delta(), torch.Generator().manual_seed(seed)
+    inputs = draw(shape, rule, source, torch.float32, initial=False)
+    tokens = {name: inputs[name].half() for name in "qkv"}
+    # Few of them, so that the recurrence itself stays small.
+    long = (torch.arange(shape.length) % 16 == 0)[None, :, None, None]
+    tokens["k"] = torch.where(long, norm * tokens["k"], tokens["k"]).half()
+    wide = {name: x.double() for name, x in tokens.items()}
+    log_decay = inputs["log_decay"]
+    got = fv.scan(**tokens, rule=rule, log_decay=log_decay, implementation="triton")
+    decays = log_decay if log_decay is None else log_decay.double()
+    exact = fv.scan(**wide, rule=rule, log_decay=decays, implementation="chunk")
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+def joined(count: int, heads: int, dims: tuple[int, int], first: bool, seed: int) -> float:
+    """Largest difference of the states before the pieces of a sequence, and behind it, from a loop."""
+    source = torch.Generator().manual_seed(seed)
+    dk, dv = dims
+    maps = torch.randn(count, heads, dk, dv + dk, generator=source) / dk**0.5
+    initial = torch.randn(1, heads, dk, dv, generator=source) if first else None
+
+    def scratch(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    job: Any = SimpleNamespace(dims=dims, heads=heads, lengths=(1,), q=maps, scratch=scratch)
+    found, last = launch_join(job, maps, None, initial)
+    state = torch.zeros(heads, dk, dv).double() if initial is None else initial[0].double()
+    worst = 0.0
+    for got, step in zip((*found, last[0]), (*maps.double(), None), strict=True):
+        worst = max(worst, float((got - state).abs().max() / state.abs().max().clamp(min=1e-9)))
+        if step is not None:
+            state = step[..., dv:] @ state + step[..., :dv]
+    return worst
 
 
 def step(seed: int) -> list[float]:

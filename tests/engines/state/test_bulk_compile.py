@@ -76,9 +76,46 @@ def test_walk(maps: bool, decay: int, tile: int) -> None:
     types = {"d_k": keys, "d_w": keys, "d_u": boxes(CHUNK, 1, tile), "d_states": boxes(128, tile)}
     types |= dict.fromkeys(("p_sums", "p_before", "p_final"), "*fp32")
     types |= {"p_u": "*bf16", "p_pieces": "*i32", "heads": "i32", "groups": "i32"}
-    constants = {"MAPS": maps, "DECAY": decay, "DV": 128, "STAGES": WALK_STAGES}
+    constants = {"MAPS": maps, "READS": False, "DECAY": decay, "DV": 128, "STAGES": WALK_STAGES}
+    constants |= dict.fromkeys(("d_q", "d_pairs", "p_o"))
+    types["scale"] = "fp32"
     if maps:
         constants |= {"d_states": None, "p_before": None}
     found = compiled(state_walk_bulk, types, constants)
     assert found.metadata.shared <= LARGEST_SHARED
     assert "wgmma" in found.asm["ptx"]
+
+
+@pytest.mark.parametrize("decay", [2, 3])
+def test_walk_that_reads(decay: int) -> None:
+    from foveal.engines.state.bulk_walk import state_walk_bulk
+    from foveal.tuning.state import CHUNK, READ_STAGES
+
+    keys = boxes(CHUNK, 1, 128)
+    types = dict.fromkeys(("d_k", "d_w", "d_q"), keys)
+    types |= {"d_u": boxes(CHUNK, 1, 64), "d_pairs": boxes(CHUNK, 1, CHUNK)}
+    types |= {"p_sums": "*fp32", "p_before": "*fp32", "p_u": "*bf16", "p_o": "*bf16"}
+    types |= {"p_pieces": "*i32", "heads": "i32", "groups": "i32", "scale": "fp32"}
+    constants = {"MAPS": False, "READS": True, "DECAY": decay, "DV": 128, "STAGES": READ_STAGES}
+    constants |= dict.fromkeys(("d_states", "p_final"))
+    found = compiled(state_walk_bulk, types, constants)
+    assert found.metadata.shared <= LARGEST_SHARED
+    assert "wgmma" in found.asm["ptx"]
+
+
+def test_joins_in_groups() -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from foveal.engines.state import join
+
+    constants = {"DK": 128, "DV": 128, "ROWS": 128, "TILE": 16, "PRECISION": "tf32"}
+    kernels = (join.state_compose_forward, join.state_groups_forward, join.state_apply_forward)
+    for kernel in kernels:
+        kinds = {n: "*fp32" if n.startswith("p_") else "i32" for n in kernel.arg_names}
+        signature = kinds | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, constants)
+        options = {"num_warps": 8, "num_stages": 1}
+        found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert found.metadata.shared <= LARGEST_SHARED

@@ -50,6 +50,30 @@ def test_pieces_of_a_sequence_are_the_whole(interpreter: Run, source: torch.Gene
     assert max(interpreter(interpreted.split, seed(source))) < 1e-5
 
 
+@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("norm", [1.0, 1.6], ids=["unit keys", "longer keys"])
+def test_float16_is_near_the_definition(
+    decay: str, norm: float, interpreter: Run, source: torch.Generator
+) -> None:
+    """Keys of norm 1.6 let writes grow: the inverse of a chunk is not found by float16 then."""
+    assert interpreter(interpreted.in_half, decay, norm, seed(source)) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("count", "heads", "dims", "first"),
+    [(9, 2, (16, 16), True), (10, 1, (24, 40), False), (17, 2, (32, 16), True)],
+)
+def test_many_pieces_join_to_the_states_before_them(
+    count: int,
+    heads: int,
+    dims: tuple[int, int],
+    first: bool,
+    interpreter: Run,
+    source: torch.Generator,
+) -> None:
+    assert interpreter(interpreted.joined, count, heads, dims, first, seed(source)) < 1e-5
+
+
 def test_one_step_is_the_definition(interpreter: Run, source: torch.Generator) -> None:
     assert max(interpreter(interpreted.step, seed(source))) < 1e-5
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import foveal as fv
 from foveal.engines.tile import column_attend, cpu_tokens, rows, select, token_attend
-from foveal.engines.tile.token_lists import TokenLists, block_spans
+from foveal.engines.tile.token_lists import TokenLists, block_spans, counted_segments, segments
 from foveal.engines.tile.windows import windows
 from foveal.selectors import VerticalSlash
 
@@ -57,7 +58,9 @@ def errors(sizes: Sizes, seed: int, small: bool) -> list[float]:
 
 
 def _make_small() -> None:
-    token_attend._PART_BYTES, token_attend._SEGMENT, token_attend._CHUNK_BYTES = 400, 3, 640
+    token_attend._PART_BYTES = token_attend._GRADIENT_BYTES = 400
+    token_attend._CHUNK_BYTES = token_attend._GRADIENT_CHUNK_BYTES = 640
+    token_attend._SEGMENT = 3
 
 
 def near_errors(sizes: tuple[int, ...], seed: int, small: bool) -> list[float]:
@@ -76,10 +79,58 @@ def near_errors(sizes: tuple[int, ...], seed: int, small: bool) -> list[float]:
     place = torch.where(mask, number, len(starts)).sort(-1).values
     indices = torch.where(place == len(starts), -1, place).to(torch.int32)
     lists = TokenLists(indices, starts, stops, block, True, Lk - Lq, (near[0], near[1]))
-    o, lse = token_attend.forward(q, k, v, lists, 0.25, True)
     exact = cpu_tokens.forward(q.double(), k.double(), v.double(), lists, 0.25)
-    pairs = zip((o, lse * LN2), exact, strict=True)
-    return [float((a - b).abs().max()) for a, b in pairs]
+    found = []
+    for by_key in (True, False):
+        o, lse = token_attend.forward(q, k, v, lists, 0.25, by_key)
+        pairs = zip((o, lse * LN2), exact, strict=True)
+        found += [float((a - b).abs().max()) for a, b in pairs]
+    return found
+
+
+def counted_differ(far: bool, seed: int) -> bool:
+    """Whether listings that are counted lie in other segments than those that are sorted."""
+    sizes = (2, 40, 50, 4, 2, 16, 16, 4, True)
+    lists = replace(problem(sizes, seed)[1], near=(1, 2))
+    sorted_, counted = (f(lists, 5, 13, far) for f in (segments, counted_segments))
+    names = ("cell", "first", "stop", "of_cell")
+    same = all(torch.equal(getattr(sorted_, n), getattr(counted, n)) for n in names)
+    used = sorted_.cell < sorted_.cells
+    for first, stop in zip(sorted_.first[used], sorted_.stop[used], strict=True):
+        own = sorted_.order[first:stop]
+        same &= bool((own.diff() > 0).all())
+    for cell in sorted_.cell[used].unique():
+        mine = sorted_.cell == cell
+        first, stop = int(sorted_.first[mine].min()), int(sorted_.stop[mine].max())
+        ours = (x.order[first:stop].long().sort().values for x in (sorted_, counted))
+        same &= torch.equal(*ours)
+    return not same
+
+
+def best_of_rows_differ(kind: str, used: int, best: int, seed: int) -> int:
+    """Rows whose best columns the kernel finds otherwise than a stable sort."""
+    from foveal.engines.tile.select_kernel import token_best
+
+    source = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, used, generator=source)
+    if kind == "ties":
+        x = (x * 4).round() / 4
+    if kind == "cluster":
+        x[:, 30:110] += 5
+    if kind == "forced":
+        x[:, :1], x[:, -2:] = torch.inf, torch.inf
+    bits = torch.full((3, used + 3), 2**31 - 1, dtype=torch.int32)
+    bits[:, :used] = x.view(torch.int32)
+    few = torch.empty(3, select._FEW, dtype=torch.int32)
+    found = torch.empty(3, best, dtype=torch.int32)
+    first = torch.full((3,), 7, dtype=torch.int32)
+    token_best[(3,)](
+        bits, few, found, first, first + used - 1, 3, 0, 3, used + 3,
+        BEST=best, BEST_PAD=1 << (best - 1).bit_length(), FEW=select._FEW, num_warps=1,
+    )  # fmt: skip
+    order = torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :best].sort(-1).values
+    wanted = torch.nn.functional.pad(order + 7, (0, best - order.shape[1]), value=-1)
+    return int((found != wanted).any(-1).sum())
 
 
 def rows_differ(width: int, seed: int) -> list[str]:
@@ -95,12 +146,19 @@ def rows_differ(width: int, seed: int) -> list[str]:
         "best": lambda: rows.best(scores, counts),
         "places": lambda: rows.places(mask),
         "walk": lambda: rows.walk_words(states, 3),
+        **{f"mass {m}": lambda m=m: rows.heaviest(shares(scores), m) for m in (0.0, 0.4, 1.0)},
     }
     ours = {name: call() for name, call in calls.items()}
     kept, rows._has_kernels = rows._has_kernels, lambda x: False
     differ = [name for name, call in calls.items() if not torch.equal(call(), ours[name])]
     rows._has_kernels = kept
     return differ
+
+
+def shares(scores: Tensor) -> Tensor:
+    """Small whole numbers, whose sums are exact, with what is always and what is never kept."""
+    whole = (4 * scores).round().clamp(min=0)
+    return whole.masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def key_errors(kind: str, block: int, heads: int, sizes: tuple[int, ...], seed: int) -> list[float]:

@@ -11,7 +11,13 @@ import torch
 import foveal as fv
 from foveal._problem import describe
 from foveal.engines.tile import hopper
-from foveal.engines.tile.hopper_plan import forward_walk, keys_walk, queries_walk, shared_heads
+from foveal.engines.tile.hopper_plan import (
+    forward_walk,
+    joint_walk,
+    keys_walk,
+    queries_walk,
+    shared_heads,
+)
 from foveal.engines.tile.lists import walk_lists
 from foveal.patterns.base import Extent
 from foveal.patterns.documents import Packed
@@ -108,6 +114,10 @@ def test_dense_and_strided_windows_need_no_mask() -> None:
     assert not forward_walk(fv.Dense(), line, 128).hides
     assert forward_walk(fv.Dense(), Extent((1024,), (1000,)), 128).hides
     assert forward_walk(fv.Causal(), line, 128).hides
+    ragged = Extent((1000,), (1000,))
+    assert joint_walk(fv.Dense(), ragged, 64).hides
+    assert not joint_walk(fv.Dense(), ragged, 64, biased=True).hides
+    assert joint_walk(fv.Causal(), ragged, 64, biased=True).hides
     assert not forward_walk(fv.Neighborhood((80, 80), stride=16), image, 128).hides
 
 

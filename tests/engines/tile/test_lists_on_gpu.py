@@ -18,7 +18,7 @@ from foveal.engines.tile.windows import windows
 from foveal.selectors import VerticalSlash
 from foveal.testing import check_attend
 from foveal.testing.bounds import Verdict, check, error
-from tests.engines.tile.interpreted_tokens import key_lists
+from tests.engines.tile.interpreted_tokens import key_lists, shares
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,12 +77,23 @@ def test_tokens_along_their_lists(sizes: Sizes, source: torch.Generator) -> None
     check_attend(q, k, v, pattern, implementation="triton")
 
 
+@pytest.mark.parametrize("by_key", [True, False])
 @pytest.mark.parametrize(
-    "sizes", [Sizes(777, 8, 2), Sizes(300, 4, 4, 64, 32, keys=400), Sizes(260, 6, 1, 80)], ids=str
+    "sizes",
+    [
+        Sizes(777, 8, 2),
+        Sizes(300, 4, 4, 64, 32, keys=400),
+        Sizes(260, 6, 1, 80),
+        Sizes(500, 32, 2),
+        Sizes(333, 12, 1, 64, dtype=torch.float16),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("near", [(1, 2), (0, 1), (2, 1)])
-def test_near_blocks(sizes: Sizes, near: tuple[int, int], source: torch.Generator) -> None:
-    """Blocks that all tokens beside each other list are computed where their parts are summed."""
+def test_near_blocks(
+    sizes: Sizes, near: tuple[int, int], by_key: bool, source: torch.Generator
+) -> None:
+    """Blocks that all tokens beside each other list are computed for them together."""
     q, k, v = sizes.draw(source)
     starts, stops = block_spans(k.shape[1], sizes.block, q.device)
     shift = k.shape[1] - sizes.length
@@ -92,7 +103,7 @@ def test_near_blocks(sizes: Sizes, near: tuple[int, int], source: torch.Generato
     mask = (mask | (block < near[0]) | (block > own - near[1])) & (block <= own)
     selection = fv.BlockSelection.from_block_mask(mask.cuda(), 1, sizes.block)
     lists = TokenLists(selection.indices, starts, stops, sizes.block, True, shift, near)
-    found = token_attend.forward(q, k, v, lists, sizes.dim**-0.5, True)
+    found = token_attend.forward(q, k, v, lists, sizes.dim**-0.5, by_key)
     pattern = fv.Blocks(selection) & fv.Causal()
     wide = (x.double() for x in (q, k, v))
     exact = fv.attend(*wide, pattern, return_lse=True, implementation="reference")
@@ -216,6 +227,9 @@ def test_rows_without_sorts(width: int, source: torch.Generator) -> None:
     mask = torch.rand(2, 3, 9, width, generator=source) < 0.2
     states = torch.randint(0, 3, (2, 3, 9, width), generator=source).to(torch.uint8)
     assert torch.equal(rows.best(scores.cuda(), counts.cuda()).cpu(), rows.best(scores, counts))
+    whole = shares(scores)
+    for mass in (0.0, 0.4, 1.0):
+        assert torch.equal(rows.heaviest(whole.cuda(), mass).cpu(), rows.heaviest(whole, mass))
     assert torch.equal(rows.places(mask.cuda()).cpu(), rows.places(mask))
     assert torch.equal(rows.walk_words(states.cuda(), 3).cpu(), rows.walk_words(states, 3))
 

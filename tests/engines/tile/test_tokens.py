@@ -165,6 +165,33 @@ def test_what_is_near_agrees_in_the_interpreter(
 
 
 @needs_triton
+@pytest.mark.parametrize("far", [False, True])
+def test_counted_segments_agree_in_the_interpreter(
+    far: bool, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    assert not interpreter.submit(interpreted_tokens.counted_differ, far, run_seed).result()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "used", "best"),
+    [
+        ("random", 5, 16),
+        ("random", 300, 16),
+        ("random", 150, 40),
+        ("ties", 200, 16),
+        ("cluster", 200, 3),
+        ("forced", 140, 16),
+    ],
+)
+def test_the_best_of_rows_agree_in_the_interpreter(
+    kind: str, used: int, best: int, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    call = interpreted_tokens.best_of_rows_differ
+    assert interpreter.submit(call, kind, used, best, run_seed).result() == 0
+
+
+@needs_triton
 @pytest.mark.parametrize("width", [1, 5, 16, 37])
 def test_rows_without_sorts_agree_in_the_interpreter(
     width: int, interpreter: ProcessPoolExecutor, run_seed: int

@@ -19,16 +19,30 @@ def gathered(problem: Convolution, x: Tensor) -> tuple[Convolution, Tensor]:
     plain = _plain(problem)
     sizes = zip(problem.grid, plain.grid, problem.dilation, strict=True)
     behind = [zeros for n, own, d in reversed(list(sizes)) for zeros in (0, own * d - n)]
-    x = F.pad(x, behind) if any(behind) else x
-    axes = range(len(problem.grid))
+    return plain, _divided(plain, problem.dilation, x, behind)
+
+
+def gathered_result(problem: Convolution, y: Tensor) -> Tensor:
+    """The inverse of `scattered`: y [B * classes, C, *grid] of y [B, C, *out_grid]."""
+    plain = _plain(problem)
+    axes = zip(problem.out_grid, plain.out_grid, problem.dilation, _skipped(problem), strict=True)
+    around = [zeros for n, own, d, e in reversed(list(axes)) for zeros in (e, own * d - e - n)]
+    return _divided(plain, problem.dilation, y, around)
+
+
+def _divided(plain: Convolution, dilation: tuple[int, ...], x: Tensor, zeros: list[int]) -> Tensor:
+    """[B * classes, C, ...] of x [B, C, ...] with zeros around, as F.pad takes them."""
+    x = F.pad(x, zeros) if any(zeros) else x
+    axes = range(len(dilation))
     for axis in axes:
-        x = x.unflatten(2 + 2 * axis, (-1, problem.dilation[axis]))
+        x = x.unflatten(2 + 2 * axis, (-1, dilation[axis]))
     residues, places = [3 + 2 * axis for axis in axes], [2 + 2 * axis for axis in axes]
-    if problem.channels_first:
+    sizes = [x.shape[place] for place in places]
+    if plain.channels_first:
         x = x.permute(0, *residues, 1, *places)
-        return plain, x.reshape(plain.batch, plain.channels, *plain.grid)
+        return x.reshape(plain.batch, plain.channels, *sizes)
     x = x.permute(0, *residues, *places, 1)
-    return plain, x.reshape(plain.batch, *plain.grid, plain.channels).movedim(-1, 1)
+    return x.reshape(plain.batch, *sizes, plain.channels).movedim(-1, 1)
 
 
 def scattered(problem: Convolution, y: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ to 15 with zeros.  Dilated filters meet each class of tokens as a batch of its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,13 +25,13 @@ from foveal.engines.convolution.problem import Convolution
 
 WIDE = 14
 """Taps of a row from which the second routine runs."""
-_SLOW = 11
+_SLOW = 10
 """Taps of a row from which the first routine is slow channels last."""
-_FEW = 3
-"""Taps of a row up to which PyTorch's gradients are as fast."""
+_FEW, _SOME, _LARGE = 3, 5, 512
+"""Taps of a row up to which PyTorch's gradients are as fast; channels last on more tokens than _LARGE."""
 
-_SOON = 2**19
-"""Products of an image or volume below which PyTorch's one call ends before the calls here (measured)."""
+_SOON, _SOON_FORWARD = 2**19, 2**22
+"""Products below which PyTorch's one call ends before those here, with gradients and without (measured)."""
 
 
 def refuses(problem: Convolution) -> str | None:
@@ -50,11 +52,15 @@ def caveat(problem: Convolution) -> str | None:
     if not problem.needs_grad:
         if row < _SLOW or problem.channels_first:
             return f"PyTorch's one call is the same routine for rows of {row} taps"
+        if problem.products < _SOON_FORWARD:
+            return f"PyTorch's one call ends sooner for {problem.products:,} products"
         return None
     if problem.products < _SOON:
         return f"PyTorch's one call ends sooner for {problem.products:,} products"
     plain = len(problem.grid) == 2 and problem.before == problem.after
-    if row <= _FEW and plain and max(problem.dilation) == 1:
+    large = math.prod(problem.grid) > _LARGE and max(problem.window) <= _SOME
+    few = _SOME if large and not problem.channels_first else _FEW
+    if row <= few and plain and max(problem.dilation) == 1:
         return f"PyTorch's own gradients are as fast for rows of {row} taps"
     return None
 
@@ -70,10 +76,17 @@ def planes(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None)
         return planes(as_image(problem), x.unsqueeze(2), weight.unsqueeze(-2), bias).squeeze(2)
     if problem.per_sample:
         return _own_filters(problem, x, weight, bias)
-    if max(problem.dilation) > 1 and (problem.needs_grad or problem.reach[-1] + 1 >= WIDE):
+    if max(problem.dilation) > 1 and problem.reach[-1] + 1 >= WIDE:
         parts, gathered = classes.gathered(problem, x)
         return classes.scattered(problem, planes(parts, gathered, weight, bias))
     return recorded(_Depthwise(problem), x, weight, *(() if bias is None else (bias,)))
+
+
+def direct(problem: Convolution) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The call alone, of x as the problem stores it."""
+    if problem.channels_first:
+        return functools.partial(planes, problem)
+    return functools.partial(depthwise, problem)
 
 
 def as_image(problem: Convolution) -> Convolution:
@@ -116,9 +129,9 @@ class _Depthwise:
         x, weight, *bias = tensors
         found: list[Tensor | None] = [None] * len(tensors)
         if needed[0]:
-            found[0] = gradients.of_input(self.problem, x, weight, above)
+            found[0] = gradients.of_input(self.problem, weight, above)
         if needed[1]:
-            found[1] = gradients.of_filter(self.problem, x, weight, above)
+            found[1] = gradients.of_filter(self.problem, x, above)
         if bias and needed[2]:
             found[2] = above.sum((0, *range(2, above.dim())))
         return found
@@ -144,7 +157,9 @@ def convolved(problem: Convolution, x: Tensor, weight: Tensor, bias: Tensor | No
 def _widened(problem: Convolution, weight: Tensor) -> tuple[Convolution, Tensor]:
     """The same convolution with zeros beside the rows of the filter."""
     more = WIDE + 1 - problem.window[-1]
-    left, right = more // 2, more - more // 2
+    # As many zeros before as behind the axis, if that can be: others are copies of x with zeros around.
+    left = min(max((more + problem.after[-1] - problem.before[-1]) // 2, 0), more)
+    right = more - left
     problem = replace(
         problem,
         window=(*problem.window[:-1], WIDE + 1),

@@ -68,6 +68,8 @@ def describe_spectral(
     if not 3 <= x.dim() <= 5:
         raise ShapeError("x", list(x.shape), "[B, *grid, C] with one to three axes is needed")
     grid, channels = tuple(x.shape[1:-1]), x.shape[-1]
+    if not isinstance(causal, bool):
+        raise ShapeError("causal", causal, "True or False, for all axes, is needed")
     spectrum = filter.is_complex()
     others = {"x": x, "pre_gate": pre_gate, "post_gate": post_gate, "skip": skip}
     if not spectrum:

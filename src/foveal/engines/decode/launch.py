@@ -32,26 +32,44 @@ class DecodeTiles:
     programs: int
 
 
-def tiles_of(
-    rows: int, heads: int, value_dim: int, row_bytes: int, paged: bool, device: torch.device
-) -> DecodeTiles:
-    """Tiles for `rows` rows of each of `heads` key heads of sequences; a key and its value have `row_bytes`.
+def tiles_of(view: View, rows: int, device: torch.device) -> DecodeTiles:
+    """Tiles for `rows` rows of every key head of a view.
 
     About 32 KB of keys and values in a tile, and two programs with two such in flight on every
     multiprocessor; where most programs begin a new head now and then, three with one hide that better
     (64 mixed lengths on an H100: 0.691 ms, else 0.721).  The places of rows in pages are found one step
-    before they are read: a stage more for each tile in flight.
+    before they are read: a stage more for each tile in flight.  Long sequences in small pages take one
+    program with two tiles of twice the keys (16 x 65,536 tokens: 1.393 ms, else 1.403).
     """
+    heads, paged = view.batch * view.kv_heads, view.page_table.shape[2] > 1
+    row_bytes, value_dim = view.row_bytes(), view.value_dim
     held = min(max(power(rows), 16), 128 if value_dim <= 128 else 64)
     keys = 128
     while keys > 16 and keys * row_bytes > 40960:
         keys //= 2
     warps = 8 if held * power(value_dim) > 8192 else 4
-    if paged and held == 16 and heads > 2 * processors(device):
-        return DecodeTiles(held, keys, warps, 4, 3 * processors(device))
+    if paged and held == 16:
+        if heads > 2 * processors(device):
+            return DecodeTiles(held, keys, warps, 4, 3 * processors(device))
+        if _takes_wide_tiles(view, keys, device):
+            return DecodeTiles(held, 2 * keys, warps, 5, processors(device))
     buffers = 2 if 5 * keys * row_bytes <= shared_memory(device) else 1
     stages = 2 * buffers + 1 if paged else buffers + 1
     return DecodeTiles(held, keys, warps, stages, 2 * processors(device))
+
+
+_BESIDE_TILES = 16 << 10
+"""Bytes of shared memory that a program needs beside its tiles, at most."""
+
+
+def _takes_wide_tiles(view: View, keys: int, device: torch.device) -> bool:
+    """Whether tiles of 64 keys may become 128: there is work for all, and room for two of them."""
+    if keys != 64 or view.page_size % 128 == 64:
+        return False
+    wide = 2 * keys
+    tiles = view.batch * view.kv_heads * (view.page_table.shape[2] * view.page_size // wide)
+    room = 2 * wide * view.row_bytes() + _BESIDE_TILES
+    return tiles >= 4 * processors(device) and room <= shared_memory(device)
 
 
 @functools.lru_cache(maxsize=8)
@@ -115,10 +133,7 @@ def _compute(
     keys, values = _columns(view.keys, pack), _columns(view.values or view.keys, pack)
     value_width = 0 if latent else values[0].shape[1]
     if tiles is None:
-        paged = view.page_table.shape[2] > 1
-        heads = batch * view.kv_heads
-        row_bytes = view.row_bytes()
-        tiles = tiles_of(Lq * groups, heads, view.value_dim, row_bytes, paged, q.device)
+        tiles = tiles_of(view, Lq * groups, q.device)
     o = torch.empty(batch, Lq, q_heads, view.value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, Lq, q_heads, dtype=torch.float32, device=q.device)
     parts = Parts.of(tiles.programs, tiles.rows, tiles.keys, view.value_dim, q.device)

@@ -21,7 +21,7 @@ def refuses(problem: DecodeProblem, terms: Terms) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if problem.device != "cuda" and not (problem.device == "cpu" and interpreted):
         return f"it runs on CUDA tensors; these are on {problem.device}"
-    if not _installed():
+    if not installed():
         return "the package triton is not installed"
     if problem.dtype == torch.float64:
         return "GPU matrix units have no float64 edition here; use float32 or less"
@@ -62,7 +62,8 @@ def _refuses_channels(problem: DecodeProblem, terms: Terms) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether there is a Triton to compile kernels with."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -53,10 +53,10 @@ def local_linear_advance(
 ):  # fmt: skip
     """One step of ROWS rows of one head with the image sum w k of their direction.
 
-    image, mean, x, residual, of_q float32 and direction [N, tokens, heads, D]; levels float32 [6, N, heads,
+    image, mean, x, residual, of_q float32 and direction [N, tokens, heads, D]; levels float32 [7, N, heads,
     tokens], `pitch` apart: the square of the residual that is allowed, the step along q, q.A q, noise so far,
-    sums of w and of w^2.  count: 1 at the first step.  The second mark is set where an x is longer than
-    `longest`.
+    sums of w and of w^2, and what the rounding of the mean took from x.mean.  count: 1 at the first step.
+    The second mark is set where an x is longer than `longest`.
     """
     blocks = tl.cdiv(tokens, ROWS)
     program = tl.program_id(0)
@@ -106,6 +106,8 @@ def local_linear_advance(
     new -= (tl.sum(residual * of_q, 1) / tl.where(share > 0.0, share, 1.0))[:, None] * q
     x += step[:, None] * d
     drift = step * step * noise * squares + tl.load(p_level + 3 * pitch, mask=held, other=0.0)
+    lost = tl.load(p_level + 6 * pitch, mask=held, other=0.0)
+    tl.store(p_level + 6 * pitch, lost + step * sums, mask=held)
     square = tl.sum(new * new, 1)
     short, last, end = _leave(size, before, limit, tl.sum(residual * new, 1), square, rate)
     if tl.min(tl.where(short | (row >= tokens), 1, 0), 0) > 0:

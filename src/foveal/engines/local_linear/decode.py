@@ -123,9 +123,11 @@ def local_linear_decode_merge(
     place = line[:, None].to(tl.int64) * WIDTH
     second = tl.zeros([LINES, PAD], tl.float32)
     cross = tl.zeros([LINES, VALUE_PAD], tl.float32)
-    for part in range(splits):
+    # Not a loop: the loads of all parts are under way at once.
+    for part in tl.static_range(SPLITS):
         own = tl.sum(tl.where(tl.arange(0, SPLITS) == part, share, 0.0), 0)
-        p_matrix = p_matrices + (row * splits + part).to(tl.int64) * PAD * WIDTH + place
+        at = row * splits + tl.minimum(part, splits - 1)
+        p_matrix = p_matrices + at.to(tl.int64) * PAD * WIDTH + place
         second += own * tl.load(p_matrix + column[None, :])
         cross += own * tl.load(p_matrix + PAD + value_column[None, :])
     at_line = tl.sum(tl.where(line[:, None] == column[None, :], mean[None, :], 0.0), 1)
@@ -154,6 +156,7 @@ def local_linear_decode_solve(
     ridge = tl.load(p_ridge + h)
     p_line = p_system + row.to(tl.int64) * PAD * WIDTH + column[:, None] * WIDTH
     system = tl.load(p_line + column[None, :])
+    cross = tl.load(p_line + PAD + value_column[None, :])
     residual = tl.where(lse - lse == 0.0, mean - q, 0.0)
     r = tl.zeros([PAD], tl.float32)
     d = residual
@@ -163,14 +166,15 @@ def local_linear_decode_solve(
     while (count < most) & (size > floor):
         image = tl.sum(system * d[:, None], 0) + ridge * d
         energy = tl.sum(d * image, 0)
-        step = size / energy
+        # Products of tiny numbers may be 0: r stays as it is.
+        good = energy > 0.0
+        step = tl.where(good, size / tl.where(good, energy, 1.0), 0.0)
         r += step * d
         residual -= step * image
         before = size
         size = tl.sum(residual * residual, 0)
         d = residual + size / before * d
-        count += 1
-    cross = tl.load(p_line + PAD + value_column[None, :])
+        count = tl.where(good, count + 1, most)
     o = value - tl.sum(cross * r[:, None], 0)
     o = tl.where(lse == lse, o, float("nan"))
     p_row = p_o + n * o_strides[0] + i_q * o_strides[1] + h * o_strides[2] + value_column

@@ -115,12 +115,13 @@ def _add_values(s, k, v, lse, r, shift, acc, SPEC: tl.constexpr, MASKED: tl.cons
 @triton.jit
 def local_linear_output(
     p_q, p_mean, p_lse, p_r, p_o, q_strides, mean_strides, r_strides, o_strides, q_lengths,
-    keys, values, heads, groups, unit, largest, p_mark, route, SPEC: tl.constexpr,
+    keys, values, heads, groups, unit, largest, p_mark, p_lost, route, SPEC: tl.constexpr,
 ):  # fmt: skip
     """o of one tile of queries; values: (v, its strides), the rest as of `local_linear_moments`.
 
     A tile in which some r is longer than `largest` is left to the launch that is SPEC.precise; a negative
-    `largest` leaves none.  With two marks nothing is done unless one is set; the first is for all tiles.
+    `largest` leaves none.  lost [N, heads, Lq], if given: what the rounding of the mean took from r.mean.
+    With two marks nothing is done unless one is set; the first is for all tiles.
     """
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
@@ -158,6 +159,9 @@ def local_linear_output(
     Lq = q_lengths[0] * q_lengths[1] * q_lengths[2]
     p_rows_lse = p_lse + tl.cast(program // tiles, tl.int64) * Lq
     lse = row_levels(p_rows_lse, i_q, in_grid)
+    if p_lost is not None:
+        p_rows_lost = p_lost + tl.cast(program // tiles, tl.int64) * Lq
+        shift += tl.load(p_rows_lost + i_q, mask=in_grid, other=0.0)
     state = SPEC.route.open(route, tile, n, h, q_lengths, keys[2], Q_TILE, K_TILE, RANK)
     limits = SPEC.route.rows(route, places, in_grid, RANK)
 

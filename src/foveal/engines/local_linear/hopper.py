@@ -91,7 +91,7 @@ class _Call:
         self.reached = Reached(
             torch.empty_like(self.lse), torch.empty_like(self.lse, dtype=torch.int32)
         )
-        self.levels = self.lse.new_empty(6, *self.lse.shape)
+        self.levels = self.lse.new_empty(7, *self.lse.shape)
         self.noise, self.marks = noise_and_marks(q)
         self.o = q.new_empty(*q.shape[:3], v.shape[3])
 
@@ -149,10 +149,10 @@ class _Call:
             layout = chosen.layout
             keys = k, layout.k_strides(k), layout.k_grid
             mean = self.mean
-            begun = (self.levels, self.marks, self.steps, LONG)
+            begun = (self.levels, self.marks, self.steps, LONG, self.levels[6])
             arguments = (
                 q, mean, mean, self.lse, self.solver.ridge, self.noise, self.x, self.residual,
-                self.direction, self.reached.ratio, self.reached.count, () if again else begun,
+                self.direction, self.reached.ratio, self.reached.count, (self.levels[6],) if again else begun,
                 layout.q_strides(q), layout.q_strides(mean), layout.q_strides(mean), layout.q_grid,
                 keys, heads, groups, unit(task), float(self.solver.tolerance),
                 self.solver.max_iterations, layout.arguments,
@@ -168,12 +168,13 @@ class _Call:
         walk = forward_walk(task.pattern, task.extent, 128)
         walk = dataclasses.replace(walk, stages=2 if max(q.shape[3], v.shape[3]) > 64 else 4)
         options = {"SOLVES": False, "D": q.shape[3], "DV": v.shape[3]}
-        middle = (self.lse, self.mean, (), o, o.stride()[:3], self.marks)
+        lost = (self.levels, self.levels.stride(0))
+        middle = (self.lse, self.mean, lost, o, o.stride()[:3], self.marks)
         fast = _prepared(
             task, local_linear_pass, walk, (q, self.direction), (k, v), middle, options
         )
         rows = Rows(self.x, self.mean, self.lse)
-        return [fast, _output_again(task, q, k, v, rows, o, self.marks, LONG)]
+        return [fast, _output_again(task, q, k, v, rows, o, self.marks, LONG, self.levels[6])]
 
 
 def noise_and_marks(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +259,15 @@ def _means_again(
 
 
 def _output_again(
-    task: Task, q: Tensor, k: Tensor, v: Tensor, rows: Rows, o: Tensor, mark: Tensor, longest: float
+    task: Task,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    o: Tensor,
+    mark: Tensor,
+    longest: float,
+    lost: Tensor | None = None,
 ) -> Launch:
     """The portable kernel of the output in pieces of r: of tiles with an r longer than that, or of all."""
     chosen = stage("output", task, q, v, True)
@@ -267,6 +276,6 @@ def _output_again(
         q, rows.mean, rows.lse, rows.r, o, layout.q_strides(q), layout.q_strides(rows.mean),
         layout.q_strides(rows.r), layout.q_strides(o), layout.q_grid,
         (k, layout.k_strides(k), layout.k_grid), (v, layout.k_strides(v)),
-        heads, heads // k.shape[2], unit(task), longest, mark, layout.arguments,
+        heads, heads // k.shape[2], unit(task), longest, mark, lost, layout.arguments,
     )  # fmt: skip
     return Launch(local_linear_output, chosen.queries(q), arguments, chosen.options)

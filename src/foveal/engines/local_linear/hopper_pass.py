@@ -142,7 +142,8 @@ def weigh_rows(
         mbarrier.wait(d_ready.index(WHICH), 0)
         shift = gl.convert_layout(gl.sum(d.load(E).to(gl.float32) * mean, 1), ROW)
         if not SOLVES:
-            shift += 1.0
+            lost = gl.load(state[0] + 6 * state[1] + plane + token, mask=inside, other=0.0)
+            shift += 1.0 + lost
         if SOLVES:
             g = skip_boxes(g, before, (k_ready,), (k_free,), STAGES)
         elif SKIPS:
@@ -234,7 +235,7 @@ def local_linear_pass(
     """A step of the solve for work items that are not solved, or the output of all.
 
     lse base 2, mean float32; d: the direction, or r; state: image, levels and their pitch, and reached as
-    of `advance`.
+    of `advance`; of the output, levels and their pitch.
     """
     if SOLVES:
         if not unsolved(state[3], gl.program_id(0), X, Y, Z, heads, shared, W, R):
@@ -315,6 +316,7 @@ def average_rows(
         l = gl.zeros([M], gl.float32, ROW)
         along = gl.zeros([M], gl.float32, ROW)
         squares = gl.zeros([M], gl.float32, ROW)
+        centre = gl.zeros([M], gl.float32, ROW)
         acc = gl.zeros([M, PAD], gl.float32, E)
         image = gl.zeros([M, PAD], gl.float32, E)
         for j in range(count):
@@ -330,12 +332,17 @@ def average_rows(
             m = gl.maximum(m, gl.max(s, 1) * unit)
             p = gl.exp2(s * unit - m[:, None])
             shrink = gl.exp2(m_old - m)
-            l = l * shrink + gl.sum(p, 1)
+            mass = gl.sum(p, 1)
+            l = l * shrink + mass
             wide = gl.convert_layout(shrink, E_ROW)[:, None]
             acc = acc * wide
             weights = gl.convert_layout(p.to(q_s.dtype), P)
             run = warpgroup_mma(weights, k, acc, is_async=True)
-            ps = gl.where(p > 0.0, p * s, 0.0)
+            s = gl.where(p > 0.0, s, 0.0)
+            # Scores keep their digits near 0: they are taken from their mean in the first box.
+            if j == 0:
+                centre = gl.sum(p * s, 1) / gl.where(mass > 0.0, mass, 1.0)
+            ps = p * (s - centre[:, None])
             along = along * shrink + gl.sum(ps, 1)
             squares = squares * shrink * shrink + gl.sum(ps * ps, 1)
             image = image * wide
@@ -359,8 +366,8 @@ def average_rows(
         rows = rows_at(token, inside, n, head, heads, X * Y * Z, D, E)
         store_at(p_mean, rows, acc)
         settle_start(
-            acc, image * inverse[:, None], along, squares, q, lse, rows, token, inside, plane, head,
-            state, p_bad,
+            acc, image * inverse[:, None], centre, along, squares, q, lse, rows, token, inside, plane,
+            head, state, p_bad,
         )  # fmt: skip
 
 

@@ -66,9 +66,9 @@ def leave(size, before, limit, at, new, rate, inside):
 
 @gluon.jit
 def settle_start(
-    mean, image, along, squares, q_s, lse, rows, token, inside, plane, head, state, p_marks
+    mean, image, centre, along, squares, q_s, lse, rows, token, inside, plane, head, state, p_marks
 ):
-    """The start of a solve from the mean, sum p (q.k) k, and the sums of p (q.k) and of its squares.
+    """The start of a solve from the mean and, with s = q.k - centre, the sums of p s k, p s and (p s)^2.
 
     state: x, residual, direction, image of q, reached, count, levels and their pitch as of `advance`, ridge,
     noise, tolerance, the longest x that the second mark is not set for.
@@ -84,7 +84,9 @@ def settle_start(
     b = mean - q
     before = gl.sum(b * b, 1)
     limit = gl.minimum(before, 4.0 * ridge) * tolerance * tolerance
-    image = image - gl.convert_layout(along, ROW)[:, None] * mean + ridge * q
+    along = gl.convert_layout(along, ROW)
+    lost = along + gl.convert_layout(centre, ROW) - gl.sum(q * mean, 1)
+    image = image - along[:, None] * mean + ridge * q
     image = gl.where(there[:, None], image, 0.0)
     energy = gl.sum(q * image, 1)
     good = energy > 0.0
@@ -101,6 +103,7 @@ def settle_start(
     gl.store(p_level + state[7], alpha, mask=held)
     gl.store(p_level + 2 * state[7], share, mask=held)
     gl.store(p_level + 3 * state[7], drift, mask=held)
+    gl.store(p_level + 6 * state[7], gl.where(there, alpha * lost, 0.0), mask=held)
     new = residual - turn[:, None] * q
     length = gl.sum(q * q, 1)
     rate = gl.where(good, energy / gl.where(length > 0.0, length, 1.0), 0.0)

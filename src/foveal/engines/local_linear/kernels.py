@@ -121,7 +121,7 @@ def output(task: Task, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
             q, rows.mean, rows.lse, rows.r, o, layout.q_strides(q), layout.q_strides(rows.mean),
             layout.q_strides(rows.r), layout.q_strides(o), layout.q_grid,
             (k, layout.k_strides(k), layout.k_grid), (v, layout.k_strides(v)),
-            heads, heads // k.shape[2], unit(task), LONG if rounds else -1.0, None,
+            heads, heads // k.shape[2], unit(task), LONG if rounds else -1.0, None, None,
             layout.arguments,
         )  # fmt: skip
         Launch(local_linear_output, chosen.queries(q), arguments, chosen.options)()

@@ -57,7 +57,7 @@ def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple
     options = {"KEYS": _KEYS, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
     Launch(local_linear_decode, rows * splits, arguments, {**sizes, **options})()
     several = {"SPLITS": 1 << (splits - 1).bit_length(), "PAD": pad, "VALUE_PAD": value_pad}
-    lines = 8
+    lines = 4
     merged = (sums, matrices, system, splits)
     options = {**several, "LINES": lines, "num_warps": 4}
     Launch(local_linear_decode_merge, rows * (pad // lines), merged, options)()

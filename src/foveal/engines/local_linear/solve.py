@@ -86,7 +86,8 @@ def local_linear_solve(
     count int32 [N, heads, Lq]: iterations of the tile of a row; in the end direction is x in the dtype of k.
     BEGUN goes on where `reached` is UNSOLVED, from x and residual; begun: (squares of the residuals that
     are allowed [N, heads, Lq], two marks, of which the first makes every tile start anew and the second is
-    set as by `advance`, iterations so far, longest).
+    set as by `advance`, iterations so far, longest, and what the rounding of the mean took from x.mean
+    [N, heads, Lq]), of which AGAIN takes the last alone.
     """
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
@@ -141,11 +142,13 @@ def local_linear_solve(
     allowed = size if ADJOINT else tl.minimum(size, 4.0 * ridge)
     allowed = allowed * tolerance * tolerance
     drift = tl.zeros([ROWS], tl.float32)
+    lost = tl.zeros([ROWS], tl.float32)
     if BEGUN:
         if not anew:
             b = load_rows(p_residual + place, in_grid, D, PAD, True)
             size = tl.sum(b * b, 1)
             allowed = tl.load(begun[0] + first_query + i_q, mask=in_grid, other=0.0)
+            lost = tl.load(begun[4] + first_query + i_q, mask=in_grid, other=0.0)
         else:
             store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
             store_rows(p_residual + place, b, in_grid, D, PAD)
@@ -192,6 +195,7 @@ def local_linear_solve(
         residual -= step[:, None] * image
         size = tl.sum(residual * residual, 1)
         drift += step * step * noise * squares
+        lost += step * total
         turn = -tl.sum(residual * image, 1) / energy
         tl.debug_barrier()
         store_rows(p_residual + place, residual, in_grid, D, PAD)
@@ -213,6 +217,13 @@ def local_linear_solve(
     if AGAIN:
         counts += tl.load(p_count + first_query + i_q, mask=in_grid, other=0)
     ratio = tl.sqrt(size / tl.where(allowed > 0.0, allowed, 1.0))
+    if len(begun) > 0:
+        # AGAIN finds a mean that is not rounded.
+        tl.store(
+            begun[-1] + first_query + i_q,
+            tl.zeros([ROWS], tl.float32) if AGAIN else lost,
+            mask=in_grid,
+        )
     if BEGUN:
         counts += tl.where(anew, 0, begun[2])
         longest = tl.max(tl.where(in_grid, tl.sum(x * x, 1), 0.0), 0)

@@ -1,7 +1,8 @@
 """The walk of the delta rule on Hopper: bulk copies run ahead of four warps that multiply.
 
 As `state_walk_forward`: the state goes over the chunks of a piece, for one value head and V value channels;
-its four warps do what waits for the state and nothing else.
+its four warps do what waits for the state and nothing else.  With READS they also read o = q S + P z on
+their way, as `state_output_forward` would from the states and z, which are then not stored.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from foveal.engines.state.task import Pairs, Task, run_kernel
 from foveal.engines.tile.hopper_compat import load_box, store_box, store_wait, thread_barrier
 from foveal.engines.tile.hopper_walk import barriers, specialised
-from foveal.tuning.state import CHUNK, WALK_STAGES
+from foveal.tuning.state import CHUNK, READ_STAGES, WALK_STAGES
 
 
 @gluon.jit
@@ -60,9 +61,10 @@ def gates_of(
 
 @gluon.jit
 def walk_chunks(
-    WHICH: gl.constexpr, k_s, w_s, u_s, z_s, state_s, ready, free, d_states, p_sums, p_u, p_before,
-    p_final, place, heads,
-    MAPS: gl.constexpr, DECAY: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, k_s, w_s, u_s, q_s, pairs_s, z_s, state_s, ready, free, d_states, p_sums, p_u,
+    p_before, p_final, p_o, place, heads, scale,
+    MAPS: gl.constexpr, READS: gl.constexpr, DECAY: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr, STATES: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = k_s.shape[1]
     D: gl.constexpr = k_s.shape[3]
@@ -107,52 +109,98 @@ def walk_chunks(
             s *= gl.exp2(whole)
         elif DECAY == 3:
             s *= gl.exp2(channels)[:, None]
+        now = sums
         ahead = gl.minimum(start + C, past_token - 1)
         sums, whole, channels = gates_of(
             p_sums, ahead, past_token, row, state_row, h, heads, D, DECAY
         )
-        before = state_s.index(n % 2)
-        if not MAPS:
+        before = state_s.index(n % STATES)
+        since = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, Z))
+        if READS:
+            if DECAY == 1:
+                since = gl.exp2(rate * (row + 1).to(gl.float32)) * scale
+            elif DECAY == 2:
+                since = gl.exp2(now) * scale
+            elif DECAY == 0:
+                since = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, Z)) * scale
+        if not MAPS and not READS:
             store_box(d_states, [((begin + n) * heads + h) * D, first], before)
         mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
         k = k_s.index(stage).reshape([C, D])
         w = w_s.index(stage).reshape([C, D])
         none = gl.zeros([C, V], gl.float32, Z)
         read = warpgroup_mma(w, before, none, use_acc=False, is_async=True)
+        if READS:
+            q = q_s.index(stage).reshape([C, D])
+            pairs = pairs_s.index(stage).reshape([C, C])
+            o = warpgroup_mma(q, before, none, use_acc=False, is_async=True)
         clear_tail(k, size)
-        u = u_s.index(stage).reshape([C, V]).load(Z).to(gl.float32)
-        read = warpgroup_mma_wait(0, deps=(read,))
+        u_box = u_s.index(stage).reshape([C, V])
+        u = u_box.load(Z).to(gl.float32)
+        if READS:
+            read = warpgroup_mma_wait(1, deps=(read,))
+        else:
+            read = warpgroup_mma_wait(0, deps=(read,))
         z = gl.where((row < size)[:, None], u - read, 0.0).to(dtype)
         z_s.store((z.to(gl.float32) * until[:, None]).to(dtype))
+        if READS and (DECAY == 1 or DECAY == 2):
+            # Every thread overwrites what it has read itself.
+            u_box.store(z)
+        if READS:
+            # Before the barrier, behind which the state is overwritten.
+            o = warpgroup_mma_wait(0, deps=(o,))
         fence_async_shared()
         thread_barrier()
         s = warpgroup_mma(k.permute((1, 0)), z_s, s, is_async=True)
-        if not MAPS:
+        if READS:
+            if DECAY < 3:
+                o *= since[:, None]
+            if DECAY == 1 or DECAY == 2:
+                o = warpgroup_mma(pairs, u_box, o, is_async=True)
+            else:
+                o = warpgroup_mma(pairs, z_s, o, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+        elif not MAPS:
             rows = gl.convert_layout(z, ROWS)
             p = p_u + (start.to(gl.int64) * heads + h) * DV + first
             p_rows = p + z_row[:, None] * (heads * DV) + z_column[None, :]
             seen = (z_row < size)[:, None] & (first + z_column < DV)[None, :]
             gl.store(p_rows, rows, mask=seen)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(free.index(stage), count=1)
-        store_wait(1)
-        state_s.index((n + 1) % 2).store(s.to(dtype))
-        fence_async_shared()
-        thread_barrier()
-    store_wait(0)
+        if READS:
+            state_s.index((n + 1) % STATES).store(s.to(dtype))
+            o = warpgroup_mma_wait(0, deps=(o,))
+            mbarrier.arrive(free.index(stage), count=1)
+            fence_async_shared()
+            thread_barrier()
+            rows = gl.convert_layout(o.to(dtype), ROWS)
+            p = p_o + (start.to(gl.int64) * heads + h) * DV + first
+            p_rows = p + z_row[:, None] * (heads * DV) + z_column[None, :]
+            seen = (z_row < size)[:, None] & (first + z_column < DV)[None, :]
+            gl.store(p_rows, rows, mask=seen)
+        else:
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(free.index(stage), count=1)
+            store_wait(1)
+            state_s.index((n + 1) % STATES).store(s.to(dtype))
+            fence_async_shared()
+            thread_barrier()
+    if not READS:
+        store_wait(0)
     if p_final is not None:
         gl.store(p_final + at, s, mask=inside)
 
 
 @gluon.jit
 def copy_chunks(
-    d_k, d_w, d_u, k_s, w_s, u_s, ready, free, place, groups,
-    DV: gl.constexpr, STAGES: gl.constexpr,
+    d_k, d_w, d_u, d_q, d_pairs, k_s, w_s, u_s, q_s, pairs_s, ready, free, place, groups,
+    READS: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer."""
     C: gl.constexpr = k_s.shape[1]
     _, h, first, _, first_token, past_token = place
-    size: gl.constexpr = d_k.block_type.nbytes + d_w.block_type.nbytes + d_u.block_type.nbytes
+    walked: gl.constexpr = d_k.block_type.nbytes + d_w.block_type.nbytes + d_u.block_type.nbytes
+    read: gl.constexpr = d_q.block_type.nbytes + d_pairs.block_type.nbytes if READS else 0
+    size: gl.constexpr = walked + read
     for n in range(0, (past_token - first_token + C - 1) // C):
         stage = n % STAGES
         bar = ready.index(stage)
@@ -162,14 +210,22 @@ def copy_chunks(
         load_box(d_w, [token, h, 0], bar, w_s.index(stage))
         load_box(d_u, [token, h, first], bar, u_s.index(stage))
         load_box(d_k, [token, h // groups, 0], bar, k_s.index(stage))
+        if READS:
+            load_box(d_q, [token, h // groups, 0], bar, q_s.index(stage))
+            load_box(d_pairs, [token, h, 0], bar, pairs_s.index(stage))
 
 
 @gluon.jit(do_not_specialize=["heads"])
 def state_walk_bulk(
-    d_k, d_w, d_u, d_states, p_sums, p_u, p_before, p_final, p_pieces, heads, groups,
-    MAPS: gl.constexpr, DECAY: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    d_k, d_w, d_u, d_q, d_pairs, d_states, p_sums, p_u, p_before, p_final, p_o, p_pieces, heads, groups,
+    scale,
+    MAPS: gl.constexpr, READS: gl.constexpr, DECAY: gl.constexpr, DV: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The arguments of `state_walk_forward` with DELTA; states, where stored, through d_states."""
+    """The arguments of `state_walk_forward` with DELTA; states, where stored, through d_states.
+
+    READS: o [T, heads, DV] in their place, from q and P [T, heads, C]; scale counts but with decay 3.
+    """
     dtype: gl.constexpr = d_k.dtype
     D: gl.constexpr = d_k.block_type.shape[2]
     V: gl.constexpr = d_u.block_type.shape[2]
@@ -187,27 +243,39 @@ def state_walk_bulk(
     k_s = gl.allocate_shared_memory(dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
     w_s = gl.allocate_shared_memory(dtype, [STAGES] + d_w.block_type.shape, d_w.layout)
     u_s = gl.allocate_shared_memory(dtype, [STAGES] + d_u.block_type.shape, d_u.layout)
+    STATES: gl.constexpr = 1 if READS else 2
+    if READS:
+        q_s = gl.allocate_shared_memory(dtype, [STAGES] + d_q.block_type.shape, d_q.layout)
+        pairs_s = gl.allocate_shared_memory(
+            dtype, [STAGES] + d_pairs.block_type.shape, d_pairs.layout
+        )
+    else:
+        q_s = k_s
+        pairs_s = k_s
     z_s = gl.allocate_shared_memory(dtype, [C, V], ROWS)
-    state_s = gl.allocate_shared_memory(dtype, [2, D, V], STATE)
+    state_s = gl.allocate_shared_memory(dtype, [STATES, D, V], STATE)
     ready = barriers(STAGES, 1)
     free = barriers(STAGES, 1)
     specialised(
         walk_chunks,
         (
-            k_s, w_s, u_s, z_s, state_s, ready, free, d_states, p_sums, p_u, p_before, p_final,
-            place, heads, MAPS, DECAY, DV, STAGES,
+            k_s, w_s, u_s, q_s, pairs_s, z_s, state_s, ready, free, d_states, p_sums, p_u, p_before,
+            p_final, p_o, place, heads, scale, MAPS, READS, DECAY, DV, STAGES, STATES,
         ),
         copy_chunks,
-        (d_k, d_w, d_u, k_s, w_s, u_s, ready, free, place, groups, DV, STAGES),
+        (
+            d_k, d_w, d_u, d_q, d_pairs, k_s, w_s, u_s, q_s, pairs_s, ready, free, place, groups,
+            READS, DV, STAGES,
+        ),
         1,
     )  # fmt: skip
 
 
 def launch_walk_bulk(
     job: Task, inside: Pairs, before: Tensor | None, states: Tensor | None, final: Tensor | None,
-    pieces: Tensor, v_tile: int, maps: bool,
+    pieces: Tensor, v_tile: int, maps: bool, o: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills the states before all chunks, with them z in place of u, and the final states or maps."""
+    """Fills the states before all chunks, with them z in place of u, or o; and the final states or maps."""
     assert inside.w is not None
     assert inside.u is not None
     dk, dv = job.dims
@@ -216,10 +284,15 @@ def launch_walk_bulk(
         rows, box = states.view(-1, dv), [dk, v_tile]
         d_states = TensorDescriptor.from_tensor(rows, box, _layout(box, rows))
     boxes = (_box(job.k, dk), _box(inside.w, dk), _box(inside.u, v_tile))
+    reads: tuple[TensorDescriptor | None, ...] = (None, None)
+    if o is not None:
+        reads = _box(job.q, dk), _box(inside.pairs, CHUNK)
     tiles = -(-(dv + dk if maps else dv) // v_tile)
     run_kernel(state_walk_bulk, (len(pieces) * job.heads * tiles,),
-        *boxes, d_states, job.sums, inside.u, before, final, pieces, job.heads, job.groups,
-        MAPS=maps, DECAY=job.decay, DV=dv, STAGES=WALK_STAGES, num_warps=4,
+        *boxes, *reads, d_states, job.sums, inside.u, before, final, o, pieces, job.heads, job.groups,
+        job.scale,
+        MAPS=maps, READS=o is not None, DECAY=job.decay, DV=dv,
+        STAGES=READ_STAGES if o is not None else WALK_STAGES, num_warps=4,
     )  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from foveal.engines.state.chunk_backward import (
     state_walk_backward,
 )
 from foveal.engines.state.chunk_forward import (
-    state_join_forward,
     state_output_forward,
     state_pairs_forward,
     state_walk_forward,
 )
+from foveal.engines.state.launch_join import launch_join
 from foveal.engines.state.step import state_step_forward
 from foveal.engines.state.task import Gradients, Pairs, Task, copies_in_bulk, padded, run_kernel
 from foveal.rules.base import Recurrence
@@ -45,7 +45,7 @@ def launch_pairs(job: Task, keep_inverse: bool) -> Pairs:
         *job.strides("q", "k", "v"), heads, job.groups, job.scale,
         DELTA=job.delta, LEVELS=LEVELS, REACH=job.reach, K_TILE=k_tile, V_TILE=v_tile,
         K_TILES=triton.cdiv(dk, k_tile), V_TILES=triton.cdiv(dv, v_tile),
-        INVERSE="ieee" if exact else "tf32", **job.constants(), **job.tuning.pairs,
+        INVERSE="ieee" if exact else "tf32", SHORT=not exact, **job.constants(), **job.tuning.pairs,
     )  # fmt: skip
     return Pairs(pairs, keys, inverse, w, u, since, until)
 
@@ -82,6 +82,26 @@ def launch_states(job: Task, inside: Pairs, initial: Tensor | None) -> States:
     return States(states, final, before, maps)
 
 
+def launch_delta(job: Task, inside: Pairs, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """o and the final states: of a sequence in pieces without the states of its chunks in between."""
+    dv = job.dims[1]
+    split = len(job.tables().pieces) > len(job.lengths)
+    tile = job.tuning.bulk_split_v_tile
+    walked = walked_task(job, inside)
+    if not (split and dv % tile == 0 and copies_in_bulk(walked)):
+        states = launch_states(job, inside, initial)
+        return launch_output(job, inside, states.chunks), states.final
+    from foveal.engines.state.bulk_walk import launch_walk_bulk
+
+    heads, dk = job.heads, job.dims[0]
+    maps = job.scratch(len(job.tables().pieces), heads, dk, dv + dk, dtype=torch.float32)
+    _launch_walk(job, inside, None, None, maps, maps=True)
+    before, final = launch_join(job, maps, None, initial)
+    o = job.scratch(*job.v.shape)
+    launch_walk_bulk(walked, inside, before, None, None, job.tables().pieces, tile, False, o)
+    return o, final
+
+
 def _launch_walk(
     job: Task, inside: Pairs, before: Tensor | None, states: Tensor | None, final: Tensor | None,
     maps: bool = False,
@@ -104,24 +124,6 @@ def _launch_walk(
         *job.strides("k", "v"), job.heads, job.groups,
         DELTA=job.delta, MAPS=maps, ROWS=padded(dk), V_TILE=v_tile, **job.constants(), **stages,
     )  # fmt: skip
-
-
-def launch_join(
-    job: Task, maps: Tensor, added: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The state before each piece and the final states; with `added`, the gradients of the states
-    behind each piece and of the initial ones."""
-    dk, dv = job.dims
-    found = job.scratch(*maps.shape[:2], dk, dv, dtype=torch.float32)
-    last = job.scratch(len(job.lengths), job.heads, dk, dv, dtype=torch.float32)
-    v_tile = min(padded(dv), 16)
-    exact = job.q.dtype == torch.float32
-    run_kernel(state_join_forward, (len(job.lengths) * job.heads * triton.cdiv(dv, v_tile),),
-        maps, added, initial, found, last, job.tables().pieces, job.heads,
-        BACKWARD=added is not None, DK=dk, DV=dv, ROWS=padded(dk), V_TILE=v_tile,
-        PRECISION="ieee" if exact else "tf32", num_warps=8, num_stages=1,
-    )  # fmt: skip
-    return found, last
 
 
 def launch_output(job: Task, inside: Pairs, states: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def _in_pieces(linear: Recurrence) -> bool:
 
 def _forward(linear: Recurrence, training: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """o, the final state, and what the backward of an additive rule needs."""
-    from foveal.engines.state.launch import launch_output, launch_pairs, launch_states
+    from foveal.engines.state.launch import launch_delta, launch_pairs
     from foveal.engines.state.launch_additive import launch_additive
     from foveal.engines.state.task import task
 
@@ -209,8 +209,7 @@ def _forward(linear: Recurrence, training: bool) -> tuple[Tensor, Tensor, tuple[
         return torch.zeros_like(linear.v), final, (None,) * 4
     if linear.delta:
         inside = launch_pairs(job, keep_inverse=False)
-        states = launch_states(job, inside, initial)
-        return launch_output(job, inside, states.chunks), states.final, ()
+        return (*launch_delta(job, inside, initial), ())
     pairs = launch_pairs(job, keep_inverse=False) if job.decay == 3 else None
     o, weight, after, final = launch_additive(job, pairs, initial, _divisor(linear))
     return o, final, (o, *(weight or (None, None)), after) if _in_pieces(linear) else ()

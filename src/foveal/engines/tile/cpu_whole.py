@@ -150,5 +150,8 @@ def attend_whole(hidden: Tensor, scale: float, q: Tensor, k: Tensor, v: Tensor) 
     # The fused kernel reads rows of D neighbouring elements only.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o: Tensor = WholeAttention.apply(scale, hidden, q, k, v)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        o: Tensor = WholeAttention.apply(scale, hidden, q, k, v)  # type: ignore[no-untyped-call]
+    else:
+        o = _FUSED(q, k, v, 0.0, False, attn_mask=hidden, scale=scale)[0]
     return o.transpose(1, 2)

@@ -149,7 +149,7 @@ def backward(
     task: Task,
     tensors: tuple[Tensor, ...],
     do: Tensor,
-    d_statistic: Tensor,
+    dlse: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and of the sink; tensors are q, k, v, o and lse.
@@ -172,8 +172,7 @@ def backward(
         if static is not None and own:
             pattern, lists = static, _backward_lists(task, q.shape[2], q.device)
     if not own:
-        unit = triton.LSE_UNIT
-        return triton.backward(task, (q, k, v, o, lse / unit), do, d_statistic * unit, needed)
+        return triton.backward(task, (q, k, v, o, lse / triton.LSE_UNIT), do, dlse, needed)
     if score.terms:
         from foveal.engines.tile.terms import local_terms
 
@@ -189,14 +188,14 @@ def backward(
         o,
         lse,
         do,
-        d_statistic,
+        dlse,
         lists=lists,
         biases=biases,
     )
     none = (None,) * len(score.terms)
     if score.sink is None:
         return *found, *none
-    sink = _sink_gradient(score.sink, o, lse, do, d_statistic) if needed[-1] else None
+    sink = _sink_gradient(score.sink, o, lse, do, dlse) if needed[-1] else None
     return *found, *none, sink
 
 

@@ -601,7 +601,7 @@ def _one_kernel(
     apart = head_dim <= 64
     of_keys: tuple[Any, ...] = ()
     if lists is None:
-        walk = joint_walk(pattern, extent, head_dim)
+        walk = joint_walk(pattern, extent, head_dim, biased=len(biases) > 0)
     else:
         # Heads of a group meet the same keys only where their lists are in the same order.
         same_order = lists.of_keys.heads_per_list % groups == 0

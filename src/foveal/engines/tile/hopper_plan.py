@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from foveal.engines.tile.lists import inverse
 from foveal.patterns.base import Bounds, Extent, Pattern
+from foveal.patterns.dense import Dense
 
 Box = tuple[int, int, int]
 
@@ -89,13 +90,16 @@ def keys_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
     return _best_walk(pattern, extent, 64, 64, 3, consumers=consumers, of_keys=True)
 
 
-def joint_walk(pattern: Pattern, extent: Extent, head_dim: int) -> Walk:
-    """For dQ, dK and dV at once; keys are the rows."""
+def joint_walk(pattern: Pattern, extent: Extent, head_dim: int, biased: bool = False) -> Walk:
+    """For dQ, dK and dV at once; keys are the rows.  biased: by -inf behind the last key."""
     rows, columns = JOINT_KEYS // 2, JOINT_QUERIES
     stages = _joint_stages(head_dim)
     walk = _best_walk(pattern, extent, rows, columns, stages, consumers=2, of_keys=True)
+    # Behind the last query are zeros, which add nothing, nor do keys of weight 0.
+    hides = walk.hides and not (biased and isinstance(pattern, Dense))
     # Measured: with 128 columns programs that start anew are faster.
-    return dataclasses.replace(walk, skips=False, persistent=walk.persistent and head_dim <= 64)
+    persistent = walk.persistent and head_dim <= 64
+    return dataclasses.replace(walk, hides=hides, skips=False, persistent=persistent)
 
 
 @functools.lru_cache(maxsize=256)

@@ -183,12 +183,12 @@ class Kernels(Protocol):
         task: Task,
         tensors: tuple[Tensor, ...],
         do: Tensor,
-        d_statistic: Tensor,
+        dlse: Tensor,
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the parameters of the score, where `needed`.
 
-        tensors: q, k, v, o and the statistic.
+        tensors: q, k, v, o and the statistic; dlse [N, Hq, Lq] is the gradient of the natural lse.
         """
 
 
@@ -228,12 +228,12 @@ def run_backward(
     keys_once: bool,
     tensors: tuple[Tensor, ...],
     do: Tensor,
-    d_statistic: Tensor,
+    dlse: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients as of `Kernels.backward`, of tensors on all tokens."""
     if tasks[0].whole:
-        return kernels.backward(tasks[0], tensors, do, d_statistic, needed)
+        return kernels.backward(tasks[0], tensors, do, dlse, needed)
     q, k, v, o, statistic = tensors
     found: list[Tensor | None] = [None] * len(needed)
     if needed[0]:
@@ -243,7 +243,7 @@ def run_backward(
             make = torch.empty_like if keys_once else torch.zeros_like
             found[index] = make(x, memory_format=torch.contiguous_format)
     for task in tasks:
-        q_own, do_own, o_own, own, d_own = take((q, do, o, statistic, d_statistic), task.q_tokens)
+        q_own, do_own, o_own, own, d_own = take((q, do, o, statistic, dlse), task.q_tokens)
         k_own, v_own = take((k, v), task.k_tokens)
         if local_bias(task.score, needed[3:]):
             task = with_local_bias(task, len(q))

@@ -106,11 +106,15 @@ class KernelRun:
         d_results: tuple[Tensor, Tensor],
         needed: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
-        every = (*tensors, *results, *d_results)
+        do, dlse = d_results
+        if self.with_lse and self.lse_unit != 1.0:
+            # Here, as what is repeated may launch only.
+            dlse = dlse / self.lse_unit
+        every = (*tensors, *results, do, dlse)
         # The second decides on launches too.
         kind = (tuple(needed), torch.are_deterministic_algorithms_enabled())
         return self._launched(
-            kind, every, needed, lambda: self._backward(tensors, results, d_results, needed)
+            kind, every, needed, lambda: self._backward(tensors, results, (do, dlse), needed)
         )
 
     def _launched(
@@ -201,15 +205,15 @@ class _Repeating:
         task: Task,
         tensors: tuple[Tensor, ...],
         do: Tensor,
-        d_statistic: Tensor,
+        dlse: Tensor,
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         deterministic = torch.are_deterministic_algorithms_enabled()
         return replayed(
             self.replays,
             (needed, deterministic, id(task.q_tokens)),
-            (*tensors, do, d_statistic, *task.score.parameters),
-            lambda: self.kernels.backward(task, tensors, do, d_statistic, needed),
+            (*tensors, do, dlse, *task.score.parameters),
+            lambda: self.kernels.backward(task, tensors, do, dlse, needed),
         )
 
 

@@ -41,6 +41,40 @@ def row_best(p_scores, p_counts, p_out, rows, width, ROWS: tl.constexpr, WIDTH: 
 
 
 @triton.jit
+def row_mass(p_scores, p_out, rows, width, mass, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Marks the shortest prefix of the falling scores of each row whose sum reaches `mass` of the whole.
+
+    At least one, ties to the left; -inf never, inf always and in no sum.  Numbers >= 0 are ordered as their
+    bits: the least that is kept is found bit by bit, by sums; of those that equal it as many are kept as
+    it takes.
+    """
+    row, inside = _rows(rows, ROWS)
+    column = tl.arange(0, WIDTH)
+    there = inside[:, None] & (column < width)[None, :]
+    at = row[:, None] * width + column[None, :]
+    x = tl.load(p_scores + at, mask=there, other=float("-inf"))
+    allowed = x > float("-inf")
+    forced = x == float("inf")
+    x = tl.where(allowed & (x > 0.0) & (forced == 0), x, 0.0)  # no -0
+    bits = tl.where(allowed, x.to(tl.int32, bitcast=True), -1)
+    goal = mass * tl.sum(x, 1)
+    least = tl.zeros([ROWS], tl.int32)
+    for i in range(31):
+        higher = least + (1 << (30 - i))
+        reached = tl.sum(tl.where(bits >= higher[:, None], x, 0.0), 1)
+        least = tl.where((reached >= goal) & (reached > 0.0), higher, least)
+    above = bits > least[:, None]
+    equal = bits == least[:, None]
+    before = tl.sum(tl.where(above, x, 0.0), 1)
+    number = tl.cumsum(equal.to(tl.int32), 1) - 1
+    value = least.to(tl.float32, bitcast=True)
+    wanted = before[:, None] + number.to(tl.float32) * value[:, None] < goal[:, None]
+    first = (number == 0) & (tl.sum(above.to(tl.int32), 1) == 0)[:, None]
+    kept = forced | (allowed & (above | (equal & (wanted | first))))
+    tl.store(p_out + at, kept.to(tl.int8), mask=there)
+
+
+@triton.jit
 def row_places(p_mask, p_out, rows, width, most, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Ascending places of the marks of each row, int32 [rows, most], -1 behind them."""
     row, inside = _rows(rows, ROWS)

@@ -37,6 +37,28 @@ def best(scores: Tensor, counts: Tensor) -> Tensor:
     return marks & (scores > -torch.inf)
 
 
+def heaviest(scores: Tensor, mass: float) -> Tensor:
+    """The shortest prefix of the falling scores >= 0 whose sum reaches `mass` of that of the row.  bool
+
+    At least one, ties to the lower place, -inf never; inf always, and in no sum.
+    """
+    if scores.dtype == torch.float32 and _has_kernels(scores):
+        from foveal.engines.tile.row_kernels import row_mass
+
+        scores = scores.contiguous()
+        found = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+        _launch(row_mass, scores, (scores, found.view(torch.int8)), float(mass))
+        return found
+    allowed, forced = scores > -torch.inf, scores == torch.inf
+    shares = scores.clamp(min=0).masked_fill(forced, 0.0).masked_fill(~allowed, -1.0)
+    ordered, order = shares.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.clamp(min=0)
+    kept = ordered.cumsum(-1) - ordered < mass * ordered.sum(-1, keepdim=True)
+    kept[..., 0] = True
+    marks = torch.zeros_like(allowed).scatter_(-1, order, kept)
+    return (marks | forced) & allowed
+
+
 def places(mask: Tensor) -> Tensor:
     """As `foveal.patterns.blocks.places`."""
     if not _has_kernels(mask):
@@ -75,7 +97,7 @@ def walk_words(states: Tensor, header: int) -> Tensor:
 
 
 def _launch(
-    kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], *sizes: int, **constants: int
+    kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], *sizes: float, **constants: int
 ) -> None:
     """One row of x [..., width] per row of a tile."""
     width = x.shape[-1]
@@ -89,9 +111,12 @@ def _launch(
 
 
 def _has_kernels(x: Tensor) -> bool:
-    if x.shape[-1] > _WIDEST or not x.numel() or not _available(x.device.type):
-        return False
-    return not torch.compiler.is_compiling()
+    return x.shape[-1] <= _WIDEST and x.numel() > 0 and has_kernels(x)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels can work on x here and now."""
+    return _available(x.device.type) and not torch.compiler.is_compiling()
 
 
 @functools.lru_cache(maxsize=8)

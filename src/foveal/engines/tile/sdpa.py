@@ -24,6 +24,9 @@ def refuses(problem: Problem, pattern: Pattern, score: NormalForm) -> str | None
         return f"it computes dense and causal attention only; the pattern {what}"
     if not score.plain:
         return "it has no soft cap, sink or additive term"
+    if score.scale <= 0:
+        # It hides pairs, and finds the largest score of a row, before it scales.
+        return f"it needs a positive scale; here it is {score.scale}"
     if problem.return_lse:
         return "it does not return lse"
     if problem.head_dim != problem.value_dim:

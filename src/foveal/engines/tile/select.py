@@ -18,6 +18,8 @@ _ROWS = 64
 _WINDOWS = 64
 _WARPS = 4
 _STAGES = 2
+# Scores that are ranked together.
+_FEW = 32
 # Scores of blocks that are in memory at once.
 _SCORES = 1 << 25
 # Probabilities that the CPU holds at once.
@@ -127,10 +129,11 @@ def _on_gpu(
             heads, groups, Lq, begin, end, tiles, last, scale, choice.sinks, choice.locals,
         )  # fmt: skip
         Launch(token_scores, B * heads * tiles, arguments, options)()
-        arguments = (bits, found, *table, Lq, begin, end, last)
-        pads = {"BEST": choice.best, "BEST_PAD": _power(choice.best), "WIDTH": _power(last)}
-        warps = 1 if last <= 2048 else 4 if last <= 8192 else 16
-        Launch(token_best, B * heads * (end - begin), arguments, pads | {"num_warps": warps})()
+        programs = B * heads * (end - begin)
+        few = torch.empty(programs, _FEW, dtype=torch.int32, device=q.device)
+        arguments = (bits, few, found, *table, Lq, begin, end, last)
+        sizes = {"BEST": choice.best, "BEST_PAD": _power(choice.best), "FEW": _FEW, "num_warps": 1}
+        Launch(token_best, programs, arguments, sizes)()
     return found
 
 

@@ -93,15 +93,25 @@ def token_scores(
 
 
 @triton.jit
-def _threshold(x, low, high, BEST: tl.constexpr):
-    """A number >= low that at least BEST of x reach, if so many reach low, and how many do.
+def _scores(p_row, at, used):
+    """Scores of 32 columns, -1 behind the last."""
+    column = at + tl.arange(0, 32)
+    return tl.load(p_row + column, mask=column < used, other=-1)
 
-    Halving ends when it is BEST of them, or when what is above it is one step away.
+
+@triton.jit
+def _bound(p_row, used, low, count, high, BEST: tl.constexpr, FEW: tl.constexpr):
+    """A bound >= low that at least BEST scores reach and, unless equal ones forbid it, at most FEW.
+
+    Returns it and how many reach it; `count` reach low, fewer than BEST are at or above high.
     """
-    count = tl.sum((x >= low).to(tl.int32), 0)
-    while (count > BEST) & (high - low > 1):
+    while (count > FEW) & (high - low > 1):
         middle = low + (high - low) // 2
-        found = tl.sum((x >= middle).to(tl.int32), 0)
+        own = tl.full([32], 0, tl.int32)
+        for at in range(0, used, 256):
+            for i in tl.static_range(8):
+                own += (_scores(p_row, at + 32 * i, used) >= middle).to(tl.int32)
+        found = tl.sum(own, 0)
         enough = found >= BEST
         low = tl.where(enough, middle, low)
         count = tl.where(enough, found, count)
@@ -110,64 +120,127 @@ def _threshold(x, low, high, BEST: tl.constexpr):
 
 
 @triton.jit
-def _marked(x, low, count, BEST: tl.constexpr):
-    """The BEST of those that reach `low`, ties to the left."""
+def _offer(p_few, slot, column, x, low, FEW: tl.constexpr):
+    """Writes the columns that reach `low` at their slots; returns the slots behind them."""
     chosen = x >= low
-    if count > BEST:  # what is left over equals `low`
-        above = x > low
-        equal = x == low
-        places = BEST - tl.sum(above.to(tl.int32), 0)
-        chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
-    return chosen
+    tl.store(p_few + slot, column, mask=chosen & (slot < FEW))
+    return slot + chosen.to(tl.int32)
 
 
 @triton.jit
-def _write(p_list, blocks, chosen, BEST: tl.constexpr, BEST_PAD: tl.constexpr):
-    number = tl.cumsum(chosen.to(tl.int32), 0)
-    tl.store(p_list + number - 1, blocks, mask=chosen)
+def _collect(p_row, p_few, used, low, FEW: tl.constexpr):
+    """Lays the columns that reach `low` side by side, in any order; returns how many do."""
+    count = tl.full([], 0, tl.int32)
+    lane = tl.arange(0, 32)
+    for at in range(0, used, 128):
+        a = _scores(p_row, at, used)
+        b = _scores(p_row, at + 32, used)
+        c = _scores(p_row, at + 64, used)
+        d = _scores(p_row, at + 96, used)
+        own = (a >= low).to(tl.int32) + (b >= low).to(tl.int32)
+        own += (c >= low).to(tl.int32) + (d >= low).to(tl.int32)
+        slot = count + tl.cumsum(own, 0) - own
+        slot = _offer(p_few, slot, at + lane, a, low, FEW)
+        slot = _offer(p_few, slot, at + 32 + lane, b, low, FEW)
+        slot = _offer(p_few, slot, at + 64 + lane, c, low, FEW)
+        _offer(p_few, slot, at + 96 + lane, d, low, FEW)
+        count += tl.sum(own, 0)
+    return count
+
+
+@triton.jit
+def _write_few(
+    p_row,
+    p_few,
+    p_list,
+    first,
+    count,
+    BEST: tl.constexpr,
+    BEST_PAD: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """The BEST of `count` <= FEW columns by their ranks, ties to the left, ascending."""
+    slot = tl.arange(0, FEW)
+    place = tl.load(p_few + slot, mask=slot < count, other=0)
+    x = tl.load(p_row + place, mask=slot < count, other=-1)
+    rank = tl.sum((x[:, None] > x[None, :]).to(tl.int32), 0)
+    chosen = (rank < BEST) & (slot < count)
+    total = tl.sum(chosen.to(tl.int32), 0)
+    if total > BEST:
+        left = (x[:, None] == x[None, :]) & (place[:, None] < place[None, :])
+        rank += tl.sum(left.to(tl.int32), 0)
+        chosen = (rank < BEST) & (slot < count)
+        total = tl.sum(chosen.to(tl.int32), 0)
+    place = tl.where(chosen, place, 2147483647)
+    number = tl.sum((place[:, None] < place[None, :]).to(tl.int32), 0)
+    tl.store(p_list + number, first + place, mask=chosen)
+    _write_none(p_list, total, BEST, BEST_PAD)
+
+
+@triton.jit
+def _write_none(p_list, total, BEST: tl.constexpr, BEST_PAD: tl.constexpr):
     slot = tl.arange(0, BEST_PAD)
-    behind = (slot >= tl.sum(chosen.to(tl.int32), 0)) & (slot < BEST)
-    tl.store(p_list + slot, tl.full([BEST_PAD], -1, tl.int32), mask=behind)
+    tl.store(p_list + slot, tl.full([BEST_PAD], -1, tl.int32), mask=(slot >= total) & (slot < BEST))
+
+
+@triton.jit
+def _write_tied(p_row, p_list, first, used, low, BEST: tl.constexpr, BEST_PAD: tl.constexpr):
+    """Those above `low`, and of those that equal it the left ones, up to BEST."""
+    above = tl.full([], 0, tl.int32)
+    for at in range(0, used, 32):
+        above += tl.sum((_scores(p_row, at, used) > low).to(tl.int32), 0)
+    room = BEST - above
+    total = tl.full([], 0, tl.int32)
+    for at in range(0, used, 32):
+        x = _scores(p_row, at, used)
+        equal = (x == low).to(tl.int32)
+        chosen = (x > low) | ((x == low) & (tl.cumsum(equal, 0) <= room))
+        one = chosen.to(tl.int32)
+        number = total + tl.cumsum(one, 0) - 1
+        column = at + tl.arange(0, 32)
+        tl.store(p_list + number, first + column, mask=chosen & (number < BEST))
+        total += tl.sum(one, 0)
+        room -= tl.sum(equal, 0)
+    _write_none(p_list, total, BEST, BEST_PAD)
 
 
 @triton.jit
 def token_best(
-    p_bits, p_out, p_first, p_own, Lq, begin, end, width,
-    BEST: tl.constexpr, BEST_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    p_bits, p_few, p_out, p_first, p_own, Lq, begin, end, width,
+    BEST: tl.constexpr, BEST_PAD: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """The BEST largest of the scores of one token, ties to the left: ascending blocks, -1 behind.
 
-    p_bits of `token_scores`, which is written to; p_out int32 [B heads, Lq, BEST].  The BEST-th of the
-    maxima of 32 groups is a bound that few scores reach: these are laid side by side and searched.
+    p_bits of `token_scores`; p_few int32 [programs, FEW], memory for a while; p_out int32 [B heads, Lq,
+    BEST].  The row is streamed twice: the BEST-th of the maxima of 32 groups is a bound that few scores
+    reach; these are laid side by side and ranked.
     """
-    FEW: tl.constexpr = 64
     tokens = end - begin
-    line = tl.program_id(0) // tokens
+    row = tl.program_id(0).to(tl.int64)
+    line = row // tokens
     token = begin + tl.program_id(0) % tokens
     first = tl.load(p_first + token)
     used = tl.load(p_own + token) - first + 1
-    column = tl.arange(0, WIDTH)
-    p_row = p_bits + (line.to(tl.int64) * tokens + (token - begin)) * width
-    p_list = p_out + (line.to(tl.int64) * Lq + token) * BEST
-    bits = tl.load(p_row + column, mask=column < used, other=-1)
-    high = tl.max(bits, 0) + 1
-    low = high * 0
-    count = tl.sum((bits >= 0).to(tl.int32), 0)
-    if WIDTH > 2 * FEW:
-        groups = tl.max(tl.max(tl.reshape(bits, (WIDTH // 128, 32, 4)), 2), 0)
-        low, _ = _threshold(groups, low, high, BEST)
-        count = tl.sum((bits >= low).to(tl.int32), 0)
-    if (count <= FEW) & (WIDTH > 2 * FEW):
-        chosen = bits >= low
-        number = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(p_row + number, bits, mask=chosen)
-        tl.store(p_row + FEW + number, column, mask=chosen)
-        tl.debug_barrier()
-        slot = tl.arange(0, FEW)
-        x = tl.load(p_row + slot, mask=slot < count, other=-1)
-        place = tl.load(p_row + FEW + slot, mask=slot < count, other=0)
-        low, count = _threshold(x, low, high, BEST)
-        _write(p_list, first + place, _marked(x, low, count, BEST), BEST, BEST_PAD)
+    p_row = p_bits + row * width
+    p_few += row * FEW
+    p_list = p_out + (line * Lq + token) * BEST
+    low = tl.full([], 0, tl.int32)
+    largest = tl.full([32], -1, tl.int32)
+    if used > FEW:
+        for at in range(0, used, 256):
+            for i in tl.static_range(8):
+                largest = tl.maximum(largest, _scores(p_row, at + 32 * i, used))
+        if BEST <= 32:
+            rank = tl.sum((largest[:, None] > largest[None, :]).to(tl.int32), 0)
+            low = tl.maximum(tl.min(tl.where(rank < BEST, largest, 2147483647), 0), 0)
+    count = _collect(p_row, p_few, used, low, FEW)
+    if count > FEW:
+        finite = tl.where(largest < 0x7F800000, largest, -1)
+        high = tl.maximum(tl.max(finite, 0), low) + 1
+        low, count = _bound(p_row, used, low, count, high, BEST, FEW)
+        count = _collect(p_row, p_few, used, low, FEW)
+    tl.debug_barrier()
+    if count <= FEW:
+        _write_few(p_row, p_few, p_list, first, count, BEST, BEST_PAD, FEW)
     else:
-        low, count = _threshold(bits, low, high, BEST)
-        _write(p_list, first + column, _marked(bits, low, count, BEST), BEST, BEST_PAD)
+        _write_tied(p_row, p_list, first, used, low, BEST, BEST_PAD)

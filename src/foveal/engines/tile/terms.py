@@ -100,8 +100,7 @@ def _local(term: Additive, task: Task, whole: bool) -> LocalTerm:
     if kind == FROM_TABLE:
         geometry, tokens = task.geometry, None if whole else (task.q_tokens, task.k_tokens)
         at = _Places(task.pattern, task.extent, geometry.pattern, geometry.extent, tokens)
-        static = whole and not task.pattern.depends_on_data
-        find = _kept_codes if static else _codes
+        find = _codes if geometry.pattern.depends_on_data else _kept_codes
         q_codes, k_codes = find(tuple(term.parameter.shape[1:]), at, term.parameter.device)
         return LocalTerm(kind, term.parameter.flatten(1), q_codes, k_codes)
     if whole:
@@ -118,7 +117,10 @@ def _local(term: Additive, task: Task, whole: bool) -> LocalTerm:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a task stands in the whole; tokens None: it is the whole."""
+    """Where a task stands in the whole; tokens None: it is the whole.
+
+    Two are the same if their tokens are the same tensors, as those of a division that is kept are.
+    """
 
     pattern: Pattern
     extent: Extent

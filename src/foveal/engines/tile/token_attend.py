@@ -11,14 +11,18 @@ from torch import Tensor
 
 from foveal.engines.tile.launches import Launch
 from foveal.engines.tile.spec import padded
-from foveal.engines.tile.token_lists import Segments, TokenLists, segments
+from foveal.engines.tile.token_lists import Segments, TokenLists, counted_segments, segments
 
 # Groups of at least so many query heads fill a tile with the heads of one token.
 _BY_TOKEN_GROUP = 16
-# Memory for the parts of listings; more of them are worked off in several rounds of heads.
-_PART_BYTES = 2 << 30
+# Memory for the parts of listings, forward and backward; more of them are worked off in several rounds
+# of heads.
+_PART_BYTES = 4 << 30
+_GRADIENT_BYTES = 2 << 30
 _SEGMENT = 1024
-_CHUNK_BYTES = 16 << 20
+# Queries of a chunk of tokens, forward and backward.
+_CHUNK_BYTES = 8 << 20
+_GRADIENT_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,11 @@ class Shape:
         return found if plain else {**found, "maxnreg": self.registers}
 
 
-_BY_KEY = Shape(64, 4, 2, 160)
+_BY_KEY = Shape(64, 4, 3, 160)
 _BY_TOKEN = Shape(16, 2, 2, 160)
 _BACKWARD = Shape(32, 4, 3)
 _SUM_NEAR = Shape(64, 4, 3)
+_NEAR = Shape(64, 4, 2)
 _FLOAT32_ROWS = 32
 
 
@@ -99,7 +104,7 @@ def forward(
     if not by_key:
         _forward_by_token(q, k, v, lists, scale, size, o, lse)
         return o, lse
-    for at in _rounds(q, lists, size, size.value_dim):
+    for at in _rounds(q, lists, size, size.value_dim, _PART_BYTES):
         q_own, k_own, v_own = at.cut(q, k, v)
         results = at.cut_results(o, lse)
         _forward_by_key(q_own, k_own, v_own, at.lists(lists), scale, size, *results)
@@ -128,10 +133,10 @@ class _Round:
         return slice(self.heads.start * self.groups, self.heads.stop * self.groups)
 
 
-def _rounds(q: Tensor, lists: TokenLists, size: Sizes, dim: int) -> Iterator[_Round]:
+def _rounds(q: Tensor, lists: TokenLists, size: Sizes, dim: int, most: int) -> Iterator[_Round]:
     batches, heads, tokens, slots = lists.indices.shape
     each = tokens * slots * size.groups * dim * q.element_size()
-    together = max(1, _PART_BYTES // max(each, 1))
+    together = max(1, most // max(each, 1))
     if together >= heads:
         step = max(1, together // heads)
         for n in range(0, batches, step):
@@ -150,17 +155,17 @@ def _places(lists: TokenLists, found: Segments) -> tuple[Tensor, Tensor, int, in
     return lists.starts, lists.stops, lists.blocks, found.chunks, found.cells
 
 
-def _chunk(q: Tensor, size: Sizes) -> int:
-    """Tokens whose queries of one key head fill a part of the second-level cache."""
-    return max(1, _CHUNK_BYTES // (size.groups * size.head_dim * q.element_size()))
+def _chunk(q: Tensor, size: Sizes, most: int) -> int:
+    """Tokens whose queries of one key head fill `most` bytes, a part of the second-level cache."""
+    return max(1, most // (size.groups * size.head_dim * q.element_size()))
 
 
 def _forward_by_key(
     q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, size: Sizes, o: Tensor, lse: Tensor
 ) -> None:  # fmt: skip
     B, heads, Lq, slots = lists.indices.shape
-    near = size.causal and lists.near is not None and size.block == lists.block
-    found = segments(lists, _SEGMENT, _chunk(q, size), near)
+    near = _has_near(lists, size)
+    found = counted_segments(lists, _SEGMENT, _chunk(q, size, _CHUNK_BYTES), near)
     listings = lists.indices.numel()
     part = q.new_empty(listings, size.groups, size.value_dim)
     level = q.new_empty(listings, size.groups, dtype=torch.float32)
@@ -178,7 +183,7 @@ def _forward_by_key(
 
     Launch(token_attend_by_key, len(found.cell), arguments, options)()
     if near:
-        _sum_near((q, k, v, part, level, lists.indices, o, lse), lists, scale, size)
+        _sum_near((q, k, v, part, level, lists.indices, o, lse), lists, scale, size, slots)
         return
     every = B * heads * Lq * size.groups
     arguments = (part, level, lists.indices, o, lse, o.stride()[:3], heads, size.groups, Lq, every)
@@ -189,15 +194,22 @@ def _forward_by_key(
     Launch(token_attend_sum, -(-every // 16), arguments, options)()
 
 
-def _sum_near(tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, size: Sizes) -> None:
-    """Sums the parts of every token and computes what is near to it."""
+def _has_near(lists: TokenLists, size: Sizes) -> bool:
+    """Whether what is near to a token is computed for tokens beside each other."""
+    return size.causal and lists.near is not None and size.block == lists.block
+
+
+def _sum_near(
+    tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, size: Sizes, slots: int
+) -> None:
+    """Sums the parts of every token, if it has slots for them, and computes what is near to it."""
     from foveal.engines.tile.token_kernels import token_attend_sum_near
 
     q, k, v = tensors[:3]
     o = tensors[6]
-    B, heads, Lq, slots = lists.indices.shape
+    B, heads, Lq, _ = lists.indices.shape
     assert lists.near is not None
-    options = _SUM_NEAR.options(size, q.dtype)
+    options = (_SUM_NEAR if slots else _NEAR).options(size, q.dtype)
     tokens = max(options.pop("ROWS") // size.group_pad, 1)
     tiles = -(-Lq // tokens)
     arguments: tuple[Any, ...] = (
@@ -218,13 +230,16 @@ def _forward_by_token(
     from foveal.engines.tile.token_kernels import token_attend_by_token
 
     B, heads, Lq, slots = lists.indices.shape
+    near = _has_near(lists, size)
+    if near:
+        _sum_near((q, k, v, o, lse, lists.indices, o, lse), lists, scale, size, 0)
     arguments: tuple[Any, ...] = (
         q, k, v, o, lse, lists.indices.contiguous(), (lists.starts, lists.stops),
         q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
-        heads, size.groups, Lq, lists.shift, scale,
+        heads, size.groups, Lq, lists.shift, scale, *(lists.near or (0, 0)),
     )  # fmt: skip
     options = {
-        **_common(size), "SLOTS": slots, "SLOTS_PAD": 1 << (slots - 1).bit_length(),
+        **_common(size), "NEAR": near, "SLOTS": slots, "SLOTS_PAD": 1 << (slots - 1).bit_length(),
         **_BY_TOKEN.options(size, q.dtype),
     }  # fmt: skip
     Launch(token_attend_by_token, B * heads * Lq, arguments, options)()
@@ -248,7 +263,7 @@ def backward(
     )  # fmt: skip
     options = {"ROWS": 32, "DV": size.value_dim, "DV_PAD": padded(size.value_dim), "num_warps": 4}
     Launch(token_attend_shift, -(-rows // 32), arguments, options)()
-    for at in _rounds(q, lists, size, size.head_dim):
+    for at in _rounds(q, lists, size, size.head_dim, _GRADIENT_BYTES):
         q_own, k_own, v_own = at.cut(q, k, v)
         do_own, lse_own = at.cut_results(do, lse)
         dq_own, dk_own, dv_own = at.cut(dq, dk, dv)
@@ -275,7 +290,7 @@ def _backward_round(
     q, k, v, do, lse, shift = tensors
     dq, dk, dv = out
     B, heads, Lq, slots = lists.indices.shape
-    found = segments(lists, _SEGMENT, _chunk(q, size))
+    found = segments(lists, _SEGMENT, _chunk(q, size, _GRADIENT_CHUNK_BYTES))
     programs = len(found.cell)
     part = q.new_empty(lists.indices.numel(), size.groups, size.head_dim)
     dk_part = q.new_empty(programs, size.block, size.head_dim, dtype=torch.float32)

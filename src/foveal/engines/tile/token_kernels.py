@@ -37,7 +37,8 @@ def _listings(
     g = row % G_PAD
     inside = (at < stop) & (g < groups)
     before = tl.cast(line, tl.int64) * Lq * SLOTS
-    listing = tl.load(p_order + at, mask=inside, other=before)
+    listing = tl.load(p_order + at, mask=inside, other=0).to(tl.int64)
+    listing = tl.where(inside, listing, before)
     token = (listing - before).to(tl.int32) // SLOTS
     return listing * groups + g, token.to(tl.int64), g, inside
 
@@ -223,12 +224,15 @@ def token_attend_sum_near(
 @triton.jit
 def token_attend_by_token(
     p_q, p_k, p_v, p_o, p_lse, p_indices, lists, q_strides, k_strides, v_strides, o_strides,
-    heads, groups, Lq, shift, scale,
+    heads, groups, Lq, shift, scale, sinks, locals_,
     SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
-    STAGES: tl.constexpr,
+    NEAR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o and base-2 lse of the query heads of one token and key head, along its list."""
+    """o and base-2 lse of the query heads of one token and key head, along its list.
+
+    NEAR: both hold the softmax over the first `sinks` and the last `locals_` blocks already.
+    """
     program = tl.program_id(0)
     token = program % Lq
     line = program // Lq
@@ -242,30 +246,43 @@ def token_attend_by_token(
     p_k = p_k + n * k_strides[0] + h * k_strides[2]
     p_v = p_v + n * v_strides[0] + h * v_strides[2]
     p_list = p_indices + program.to(tl.int64) * SLOTS
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    p_own = p_o + n * o_strides[0] + token.to(tl.int64) * o_strides[1] + head * o_strides[2]
+    p_level = p_lse + (n * heads * groups + head) * Lq + token
     slot = tl.arange(0, SLOTS_PAD)
-    count = tl.sum((tl.load(p_list + slot, mask=slot < SLOTS, other=-1) >= 0).to(tl.int32), 0)
-    for s in tl.range(0, count, num_stages=STAGES):
+    blocks = tl.load(p_list + slot, mask=slot < SLOTS, other=-1)
+    if NEAR:
+        largest = tl.load(p_level, mask=inside, other=float("-inf"))
+        total = tl.where(largest > float("-inf"), 1.0, 0.0)
+        acc = load_rows(p_own, inside, DV, DV_PAD, True).to(tl.float32)
+        left = (blocks >= 0) & (blocks <= (token + shift) // BLOCK - locals_)
+        first = tl.sum((left & (blocks < sinks)).to(tl.int32), 0)
+        count = tl.sum(left.to(tl.int32), 0)
+    else:
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+        first = 0
+        count = tl.sum((blocks >= 0).to(tl.int32), 0)
+    for s in tl.range(first, count, num_stages=STAGES):
         block = tl.load(p_list + s)
-        start = tl.load(lists[0] + block)
-        end = tl.load(lists[1] + block)
-        key = start + tl.arange(0, BLOCK)
-        seen = key < end
-        if CAUSAL:
-            seen = seen & (key <= token + shift)
-        k = load_rows(p_k + key.to(tl.int64) * k_strides[1], seen, D, D_PAD, True)
+        if NEAR:  # far blocks lie whole in the past, one behind the other
+            key = block * BLOCK + tl.arange(0, BLOCK)
+            seen = key >= 0
+        else:
+            key = tl.load(lists[0] + block) + tl.arange(0, BLOCK)
+            seen = key < tl.load(lists[1] + block)
+            if CAUSAL:
+                seen = seen & (key <= token + shift)
+        k = load_rows(p_k + key.to(tl.int64) * k_strides[1], seen, D, D_PAD, not NEAR)
         x = tl.dot(q, tl.trans(k), input_precision="ieee")
-        x = tl.where(seen[None, :], x, float("-inf"))
+        if not NEAR:
+            x = tl.where(seen[None, :], x, float("-inf"))
         p, factor, largest, total = running_softmax(x, scale * LOG2E, largest, total)
-        v = load_rows(p_v + key.to(tl.int64) * v_strides[1], seen, DV, DV_PAD, True)
+        v = load_rows(p_v + key.to(tl.int64) * v_strides[1], seen, DV, DV_PAD, not NEAR)
         acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    p_rows = p_o + n * o_strides[0] + token.to(tl.int64) * o_strides[1] + head * o_strides[2]
-    store_rows(p_rows, acc, inside, DV, DV_PAD)
-    p_row = p_lse + (n * heads * groups + head) * Lq + token
-    tl.store(p_row, row_lse(largest, total), mask=inside)
+    store_rows(p_own, acc, inside, DV, DV_PAD)
+    tl.store(p_level, row_lse(largest, total), mask=inside)
 
 
 @triton.jit

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from foveal._kept import kept
+from foveal.engines.tile.launches import Launch
 from foveal.patterns.base import Extent, Pattern
 from foveal.patterns.blocks import Blocks
 from foveal.patterns.combine import Intersection
 from foveal.patterns.dense import Causal
+
+# Listings that a program counts.
+_COUNTED = 1024
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Segments:
 
     Tokens come in `chunks` of equal size, one after the other, so that the queries of one chunk stay in
     the second-level cache; a cell is (batch, key head, chunk, block).
-    order: int64 [listings], the place of each in `indices`, those of a cell together and ascending.
+    order: int64 or int32 [listings], the place of each in `indices`, those of a cell together.
     cell: int32 [segments], the number of cells where the segment is not used; first and stop int32: its
     listings.  of_cell: int32 [cells + 1], its segments.
     """
@@ -85,7 +89,7 @@ class Segments:
 
 
 def segments(lists: TokenLists, longest: int, chunk: int, far: bool = False) -> Segments:
-    """Chunks of `chunk` tokens; with `far` without what is `near`.
+    """Chunks of `chunk` tokens; with `far` without what is `near`; listings of a cell ascend.
 
     At most listings / longest + cells segments, so that the host need not wait for the device.
     """
@@ -107,13 +111,40 @@ def segments(lists: TokenLists, longest: int, chunk: int, far: bool = False) -> 
     cell = torch.where(left_out, cells, cell)
     found, order = torch.sort(cell.flatten(), stable=True)
     every = torch.arange(cells + 1, device=device, dtype=torch.int32)
-    bounds = torch.searchsorted(found, every)
+    return _cut(order, torch.searchsorted(found, every), longest, chunks)
+
+
+def _cut(order: Tensor, bounds: Tensor, longest: int, chunks: int) -> Segments:
+    """Segments of listings in `order`, where those of each cell start at `bounds` [cells + 1]."""
+    cells, device = len(bounds) - 1, order.device
     pieces = (bounds.diff() + (longest - 1)) // longest
     of_cell = torch.nn.functional.pad(pieces.cumsum(0), (1, 0))
-    number = torch.arange(indices.numel() // longest + cells, device=device)
+    number = torch.arange(order.numel() // longest + cells, device=device)
     own = (torch.searchsorted(of_cell, number, right=True) - 1).clamp(max=cells - 1)
     first = bounds[own] + (number - of_cell[own]) * longest
     stop = (first + longest).minimum(bounds[own + 1])
     own = torch.where(number < of_cell[-1], own, cells)
     small = (x.to(torch.int32) for x in (own, first, stop, of_cell))
     return Segments(chunks, order, *small)
+
+
+def counted_segments(lists: TokenLists, longest: int, chunk: int, far: bool = False) -> Segments:
+    """As `segments` by kernels that count, on a GPU; the listings of a cell come in any order."""
+    from foveal.engines.tile.cell_kernels import token_cells, token_order
+
+    indices = lists.indices
+    lines, (Lq, slots) = indices.shape[0] * indices.shape[1], indices.shape[2:]
+    chunks = max(1, -(-Lq // chunk))
+    cells = lines * chunks * lists.blocks
+    far = far and lists.near is not None
+    near = (*(lists.near or (0, 0)), lists.shift, lists.block)
+    sizes = (Lq, lines, chunk, chunks, lists.blocks)
+    counts = torch.zeros(cells, dtype=torch.int32, device=indices.device)
+    rank = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
+    order = torch.empty_like(rank)
+    options = {"SLOTS": slots, "FAR": far, "ROWS": _COUNTED, "num_warps": 4}
+    programs = lines * -(-Lq * slots // _COUNTED)
+    Launch(token_cells, programs, (indices, counts, rank, sizes, near), options)()
+    bounds = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    Launch(token_order, programs, (indices, bounds, rank, order, sizes, near), options)()
+    return _cut(order, bounds, longest, chunks)

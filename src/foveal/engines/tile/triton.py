@@ -165,7 +165,7 @@ def backward(
     task: Task,
     tensors: tuple[Tensor, ...],
     do: Tensor,
-    d_statistic: Tensor,
+    dlse: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, of the parameter of each term, and of the sink."""
@@ -179,13 +179,13 @@ def backward(
         from foveal.engines.tile import token_attend
 
         read = (_rows(q), _rows(k), _rows(v), o, lse)
-        shift = d_statistic / LSE_UNIT if task.with_lse else None
+        shift = dlse if task.with_lse else None
         return token_attend.backward(read, lists, score.scale, do, shift)
     if listed_columns(task.pattern) is not None:
         from foveal.engines.tile import column_attend
 
         read = (_rows(q), _rows(k), _rows(v), o, lse)
-        shift = d_statistic / LSE_UNIT if task.with_lse else None
+        shift = dlse if task.with_lse else None
         return column_attend.backward(read, task.pattern, task.extent, score.scale, do, shift)
     with torch.enable_grad():
         leaves = [
@@ -203,7 +203,7 @@ def backward(
         (_rows(q), _rows(k), _rows(v), o, lse),
         score.sink,
         do,
-        d_statistic / LSE_UNIT if task.with_lse else d_statistic,
+        dlse,
         (*needed[:3], score.sink is not None and needed[-1], *differentiable),
     )
     d_leaves = _pull(leaves, [term.values for term in terms], d_values)

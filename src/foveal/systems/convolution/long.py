@@ -30,7 +30,8 @@ def long_convolution(
 
 def fourier_mixer(x: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
     """irfftn(W rfftn(x)): x [B, *grid, C], weight [C, *frequencies, 2] of real and imaginary parts."""
-    spectrum = torch.view_as_complex(weight.contiguous())
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    spectrum = torch.view_as_complex(weight.to(wide).contiguous())
     return fftconv(x, spectrum, causal=False, implementation=implementation)
 
 

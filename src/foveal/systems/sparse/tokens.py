@@ -9,10 +9,10 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import SelectionError
+from foveal.engines.tile.low_bit import rounded
 from foveal.layers.trainable_sparse_spans import SuperlinearAttention, superlinear
 from foveal.patterns import Causal, Chosen, Dense, Pattern, Sliding, TokenSelection
 from foveal.selectors import Clusters, LowRank, cluster, key_basis
-from foveal.selectors.low_bit import rounded
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.sparse.shapes import qkv_shapes
 
