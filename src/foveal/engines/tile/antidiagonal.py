@@ -43,10 +43,9 @@ def shape_for(hip: bool, shared: int) -> Shape:
 
 
 def serves(q: Tensor, k: Tensor, stride: int, kv_block: int) -> bool:
-    """What the kernels were compared with float64 for on a GPU."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
-        return False
-    if torch._C._are_functorch_transforms_active() or not has_kernels(q):
+    """Half types on a GPU, a power of two of folded keys in a block, head_dim 64, 128 or 256."""
+    half = q.dtype in (torch.bfloat16, torch.float16) and k.dtype == q.dtype
+    if not half or not q.is_cuda or not has_kernels(q):
         return False
     per = kv_block // stride
     fits = q.shape[3] in (64, 128, 256) and per & (per - 1) == 0 and per <= _SMALLER.columns

@@ -116,7 +116,9 @@ def _has_kernels(x: Tensor) -> bool:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether Triton's kernels can work on x here and now."""
-    return _available(x.device.type) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _available(x.device.type)
 
 
 @functools.lru_cache(maxsize=8)
