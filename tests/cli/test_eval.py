@@ -52,6 +52,13 @@ def test_measures_once_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(x["key"] for x in again) == sorted(x["key"] for x in first)
 
 
+def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "snapkv", "--model", str(Path("nowhere").absolute())]) == 2
+    said = capsys.readouterr().err
+    assert "model: got" in said
+    assert "cannot load" in said
+
+
 COVERED = (
     "louis_kv:pages=80,page=4,window=16",
     "retrieval_attention:keys=300,sinks=2,window=8",

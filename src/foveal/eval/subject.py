@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal._errors import MissingDependencyError
+from foveal._errors import MissingDependencyError, OptionError
 
 SMALL = "gemma3-270m"
 RANDOM = "random"
@@ -72,9 +72,12 @@ def documentation() -> str:
 def _pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(
-        name
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise OptionError("model", repr(name), f"transformers cannot load it: {said}") from error
 
 
 def _packaged(dtype: torch.dtype) -> tuple[Any, Any]:
