@@ -88,6 +88,7 @@ def main() -> int:
     results = _between(results, "fuzz", _fuzz())
     results = _between(results, "sparse", markdown(_lines(SPARSE)))
     results = _between(results, "policies", _policies())
+    results = _between(results, "host caches", _host_caches())
     results = _between(results, "conversions", _conversions())
     stale = []
     for path, content in ((README, text), (CHART, _chart(records)), (RESULTS, results)):
@@ -297,7 +298,7 @@ def _policies() -> str:
         if line["task"] == "loss":  # its bytes are those behind the tokens that were predicted
             values = {"divergence": values["divergence"]}
         found.setdefault((line["variant"], line["budget"]), {}).update(values)
-    taken = {(x["policy"], x["budget"]): x["share"] for x in _lines(POLICIES_GPU)}
+    taken = {(x["policy"], x["budget"]): x["share"] for x in _lines(POLICIES_GPU) if "policy" in x}
     exact = found.get(("dense", None), {}).get("full_layer_bytes", math.nan)
     names = list(dict.fromkeys(name for name, budget in found if budget is not None))
     shares = (0.5, 0.25, 0.125)
@@ -314,6 +315,28 @@ def _policies() -> str:
         memory = ", ".join(f"{taken[name, b]:.3f}" for b in shares if (name, b) in taken)
         same = f"{whole['same_tokens']} of {whole['new_tokens']} tokens"
         rows.append(f"| `{name}` | {same} | {' | '.join(cells)} | {memory} |")
+    return "\n".join(rows)
+
+
+def _host_caches() -> str:
+    """Caches with their old keys on the host: memory, bytes of a step, its time, by budget."""
+    rows = [
+        "| cache | budget | memory of the device | fetched in a step | append / decode, ms "
+        "| median error, rows with other keys |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in _lines(POLICIES_GPU):
+        if "cache" not in line:
+            continue
+        cells = (
+            f"`{line['cache']}`",
+            f"{line['budget']:g}",
+            f"{line['taken_bytes'] / line['whole_bytes']:.3f}",
+            f"{line['fetched_bytes'] / line['whole_bytes']:.3f}",
+            f"{line['append_seconds'] * 1e3:.1f} / {line['step_seconds'] * 1e3:.1f}",
+            f"{line['error']:.4f}, {line['rows_elsewhere']} of {line['rows']}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
