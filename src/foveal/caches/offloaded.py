@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from foveal.caches.base import Cache, KVShape, Part, check_append, check_shape
 from foveal.caches.checks import need_places, need_whole, sequence_numbers, whole_numbers
 from foveal.caches.codec import Codec
 from foveal.caches.paged import Paged
+from foveal.caches.slots import Slots
 from foveal.caches.view import Columns, View
 
 _PIECE = 256  # tokens of a prompt that come to the device at a time, at least
@@ -86,8 +86,9 @@ class Offloaded(Cache):
         self._table = torch.zeros(batch, heads, slots, dtype=torch.int32, device=device)
         self._far = torch.zeros(batch, heads, dtype=torch.int32, device=device)
         self._host_far = [[0] * heads for _ in range(batch)]
-        # For every sequence and head: page on the host -> slot, the one named last at the end.
-        self._there: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(batch * heads)]
+        self._there = Slots(batch * heads, slots, self._most)
+        # Pages that decodes read, of every sequence and head, -1 for none.
+        self._read = torch.zeros(batch * heads, 0, dtype=torch.int64, device="cpu")
 
     @property
     def host_keys(self) -> Tensor:
@@ -185,18 +186,18 @@ class Offloaded(Cache):
 
         Shapes: pages [batch, 1 or kv_heads, n] numbers of pages on the host, n <= slots, -1 for none.
         """
-        lists = self._wanted(pages)
-        self._fetch(lists)
+        wanted = self._wanted(pages)
+        self._fetch(wanted)
         if self._side is not None:
             torch.cuda.current_stream(self._table.device).wait_stream(self._side)
+        self._read, named = wanted, wanted >= 0
+        first = torch.arange(len(wanted), device="cpu")[:, None] * self.slots
         table = torch.zeros(self._table.shape, dtype=torch.int32, device="cpu")
-        for unit, wanted in enumerate(lists):
-            b, h = divmod(unit, self.shape.kv_heads)
-            there = self._there[unit]
-            slots = [unit * self.slots + there[page] for page in sorted(wanted)]
-            table[b, h, : len(slots)] = torch.tensor(slots, dtype=torch.int32, device="cpu")
-            self._host_far[b][h] = len(slots) * self.page_size
+        places = torch.where(named, first + self._there.slots_of(wanted), 0)
+        table.flatten(0, 1)[:, : wanted.shape[1]] = places
         self._table.copy_(table)
+        tokens = named.sum(1) * self.page_size
+        self._host_far = tokens.view(self.shape.batch, -1).tolist()
         self._upload_far()
 
     def _upload_far(self) -> None:
@@ -208,20 +209,20 @@ class Offloaded(Cache):
         Shapes: as for `select`.
         Limits: what is read now stays; there must be slots for both.
         """
-        lists = self._wanted(pages)
-        for unit, wanted in enumerate(lists):
-            b, h = divmod(unit, self.shape.kv_heads)
-            read = self._host_far[b][h] // self.page_size
-            newest = list(self._there[unit])[len(self._there[unit]) - read :]
-            together = len({*newest, *wanted})
-            if together > self.slots:
-                raise OutOfPagesError(
-                    together - read, self.slots - read, self.slots, self.page_size
-                )
-            lists[unit] = [*wanted, *(page for page in newest if page not in wanted)]
-        self._fetch(lists)
+        wanted = self._wanted(pages)
+        marks = torch.zeros(len(wanted), self._most + 1, dtype=torch.bool, device="cpu")
+        marks.scatter_(1, torch.where(wanted < 0, self._most, wanted), True)
+        stays = torch.where(marks.gather(1, self._read.clamp(min=0)), -1, self._read)
+        read = (self._read >= 0).sum(1)
+        together = (wanted >= 0).sum(1) + (stays >= 0).sum(1)
+        if (together > self.slots).any():
+            unit = int(together.argmax())
+            more, left = int(together[unit] - read[unit]), self.slots - int(read[unit])
+            raise OutOfPagesError(more, left, self.slots, self.page_size)
+        self._fetch(torch.cat((wanted, stays), dim=1))
 
-    def _wanted(self, pages: Tensor) -> list[list[int]]:
+    def _wanted(self, pages: Tensor) -> Tensor:
+        """int64 [batch kv_heads, n] on the host: ascending, -1 behind them."""
         heads = self.shape.kv_heads
         need_places(pages=pages)
         if (
@@ -232,57 +233,42 @@ class Offloaded(Cache):
             raise CacheError(
                 "pages", list(pages.shape), f"[{self.shape.batch}, 1 or {heads}, n] is needed"
             )
-        lists = [
-            [page for page in row if page >= 0]
-            for rows in pages.expand(-1, heads, -1).tolist()
-            for row in rows
-        ]
-        for unit, row in enumerate(lists):
-            most = self._pages[unit // heads]
-            if len(row) > self.slots or len(set(row)) < len(row) or any(p >= most for p in row):
-                raise CacheError(
-                    "pages",
-                    row,
-                    f"at most {self.slots} different pages below {most} are needed",
-                )
-        return lists
+        rows = pages.to("cpu", torch.int64).expand(-1, heads, -1).flatten(0, 1)
+        none = torch.iinfo(torch.int64).max
+        ordered = torch.where(rows < 0, none, rows).sort(dim=1).values
+        named = ordered < none
+        count = named.sum(1)
+        most = torch.tensor(self._pages, device="cpu").repeat_interleave(heads)[:, None]
+        wrong = (named & (ordered >= most)).any(1) | (count > self.slots)
+        wrong |= (named[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(1)
+        if wrong.any():
+            unit = int(wrong.nonzero()[0])
+            raise CacheError(
+                "pages",
+                [page for page in rows[unit].tolist() if page >= 0],
+                f"at most {self.slots} different pages below {int(most[unit])} are needed",
+            )
+        return torch.where(named, ordered, -1)[:, : int(count.max())]
 
-    def _fetch(self, lists: Sequence[Sequence[int]]) -> None:
-        """Brings pages to the device, each in a free slot or that of the page named longest ago."""
-        source: list[tuple[int, int, int]] = []
-        target: list[int] = []
-        for unit, wanted in enumerate(lists):
-            there = self._there[unit]
-            for page in wanted:
-                if page in there:
-                    there.move_to_end(page)
-            for page in wanted:
-                if page in there:
-                    continue
-                if len(there) < self.slots:
-                    slot = len(there)
-                else:
-                    _, slot = there.popitem(last=False)
-                there[page] = slot
-                source.append((*divmod(unit, self.shape.kv_heads), page))
-                target.append(unit * self.slots + slot)
-        self.fetched = len(source)
-        self.fetched_bytes += len(source) * self._page_bytes
-        if not source:
+    def _fetch(self, wanted: Tensor) -> None:
+        """Brings pages to the device, those that are not there."""
+        unit, page, slot = self._there.place(wanted)
+        self.fetched = len(unit)
+        self.fetched_bytes += self.fetched * self._page_bytes
+        if not self.fetched:
             return
         if self._side is None:
-            self._copy(source, target)
+            self._copy(unit, page, slot)
             return
         self._side.wait_stream(torch.cuda.current_stream(self._table.device))
         with torch.cuda.stream(self._side):
-            self._copy(source, target)
+            self._copy(unit, page, slot)
 
-    def _copy(self, source: Sequence[tuple[int, int, int]], target: Sequence[int]) -> None:
-        b, h, page = torch.tensor(source, device="cpu").T
-        slots = self._uploaded(torch.tensor(target, device="cpu"))
+    def _copy(self, unit: Tensor, page: Tensor, slot: Tensor) -> None:
+        slots = self._uploaded(unit * self.slots + slot)
         for held, column in zip(self._host, self._columns, strict=True):
             pages = column.view(-1, self.page_size, column.shape[1])
-            pages.index_copy_(0, slots, self._uploaded(held[b, h, page]))
+            pages.index_copy_(0, slots, self._uploaded(held.flatten(0, 1)[unit, page]))
         first = (page * self.page_size).to(torch.int32)[:, None]
         places = first + torch.arange(self.page_size, dtype=torch.int32, device="cpu")
         self._positions.view(-1, self.page_size).index_copy_(0, slots, self._uploaded(places))
@@ -307,14 +293,16 @@ class Offloaded(Cache):
         """A sequence has no page on the device any more."""
         heads = self.shape.kv_heads
         self._host_far[sequence] = [0] * heads
-        for there in self._there[sequence * heads : (sequence + 1) * heads]:
-            there.clear()
+        units = slice(sequence * heads, (sequence + 1) * heads)
+        self._there.clear(units)
+        self._read[units] = -1
 
     def grow(self, max_tokens: int) -> None:
         """Makes room on the host for sequences of `max_tokens` tokens; what is there is copied once."""
         need_whole(1, max_tokens=max_tokens)
         had, self._most = self._most, max(-(-max_tokens // self.page_size), self._most)
         if self._most > had:
+            self._there.grow(self._most)
             rows = self._host_rows()
             for new, old in zip(rows, self._host, strict=True):
                 new[:, :, :had] = old
