@@ -333,6 +333,10 @@ def test_settings_tell_how_things_are() -> None:
     ("arguments", "message"),
     [
         ({"kernel_size": 9}, "window"),
+        ({"kernel_size": 3.0}, "kernel_size: got 3.0"),
+        ({"kernel_size": None}, "kernel_size: got None"),
+        ({"kernel_size": 3, "stride": (1, 1, 1)}, "stride: got"),
+        ({"kernel_size": 3, "is_causal": (2, 0)}, "causal"),
         ({"kernel_size": 3, "stride": 4}, "stride"),
         ({"kernel_size": 3, "dilation": 3}, "dilation"),
         ({"kernel_size": (3, 3, 3)}, "2 axes"),
@@ -347,6 +351,20 @@ def test_wrong_arguments_are_named(
     q = torch.randn(1, 6, 6, 2, 4, generator=source)
     with pytest.raises(ValueError, match=message):
         natten.na2d(q, q, q, **arguments)
+
+
+def test_wrong_operands_of_the_unfused_pair_are_named() -> None:
+    q = torch.zeros(1, 2, 9, 4)
+    for given, options, message in (
+        ((q, q.double(), 3), {}, "key: got torch.float64"),
+        ((q, q, 3), {"rpb": torch.zeros(3, 5)}, "rpb: got"),
+        ((q, q, 3), {"rpb": torch.zeros(2, 5, 5)}, "rpb: got"),
+        ((q, q, 3), {"additional_keys": torch.zeros(1, 2, 2, 5)}, "additional_keys: got"),
+        (([1], q, 3), {}, "query: got a list"),
+    ):
+        with pytest.raises(fv.errors.FovealError) as raised:
+            natten.na1d_qk(*given, **options)
+        assert message in str(raised.value)
 
 
 def test_ranks_are_checked(source: torch.Generator) -> None:

@@ -121,6 +121,30 @@ def _estimates() -> Iterator[Step]:
         )
 
 
+def _tiles() -> Iterator[Step]:
+    """Lists of blocks per token for groups of 16 heads, in sizes that no suite has."""
+    from foveal.engines.tile.listed_tokens import attend_gated, attend_lists, takes_gates
+    from foveal.engines.tile.token_lists import TokenLists, block_spans
+
+    sizes = ((128, 128, 64, 16, BF16), (64, 64, 64, 32, torch.float16), (128, 64, 128, 9, BF16))
+    for dim, value_dim, block, slots, dtype in sizes:
+        shapes = (
+            (2, 555, 32, dim),
+            (2, 555, 2, dim),
+            (2, 555, 2, value_dim),
+            (2, 555, 32, value_dim),
+        )
+        q, k, v, far = (_empty(*shape, dtype=dtype) for shape in shapes)
+        indices = _empty(2, 2, 555, slots, dtype=torch.int32)
+        spans = block_spans(555, block, torch.device("cuda"))
+        lists = TokenLists(indices, *spans, block, True, 0, (1, 2))
+        call = (q, k, v, lists, 0.1)
+        yield f"{dim}, {value_dim}, {block}", lambda call=call: attend_lists(*call)  # type: ignore[misc]
+        if takes_gates(q, k, v, lists):
+            gates = _empty(2, 555, 32, 3, dtype=dtype)
+            yield f"{dim}, gates", lambda call=(*call, gates, (far, far)): attend_gated(*call)  # type: ignore[misc]
+
+
 def _masks(implementation: str) -> Iterator[Step]:
     from foveal.bench.masks import MASKS
 
@@ -173,6 +197,7 @@ GROUPS: dict[str, Callable[[], Iterator[Step]]] = {
     "estimates": _estimates,
     "prefill": lambda: _sparse("prefill"),
     "native": lambda: _sparse("nsa"),
+    "tiles": _tiles,
     "pages": lambda: _sparse("decode"),
     "quality": _quality,
     "masks, hopper": lambda: _masks("hopper"),

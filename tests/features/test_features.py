@@ -10,6 +10,8 @@ from torch import Tensor
 
 import foveal as fv
 from foveal import features
+from foveal.layers.factorised_axes import rotate
+from foveal.layers.vision_linear import grid_rotary
 
 
 def normal(source: torch.Generator, *shape: int) -> Tensor:
@@ -29,6 +31,46 @@ def test_taylor_is_the_series(order: int, source: torch.Generator) -> None:
     torch.testing.assert_close(found, series)
     with pytest.raises(fv.errors.RuleError, match="order"):
         features.taylor(q, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_keep_their_digits_in_low_precision(
+    dtype: torch.dtype, source: torch.Generator
+) -> None:
+    """bfloat16 has no number between 256 and 258: phases must not be formed in the dtype of x."""
+    places, x = torch.arange(3000, 3040), normal(source, 1, 40, 2, 4).to(dtype)
+    angles = torch.rand(2, 4, generator=source, dtype=torch.float64)
+    wide = x.double()
+    for found, exact in (
+        (
+            features.linear_relative(x, places, angles),
+            features.linear_relative(wide, places, angles),
+        ),
+        (
+            features.cosine_reweighted(x, places, 4096),
+            features.cosine_reweighted(wide, places, 4096),
+        ),
+    ):
+        # Two roundings of the dtype, and one of a phase of 3000 in float32.
+        bound = (
+            2 * torch.finfo(dtype).eps + 3040 * torch.finfo(torch.float32).eps
+        ) * wide.abs().max()
+        assert float((found.double() - exact).abs().max()) <= float(bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotations_keep_their_digits_in_low_precision(
+    dtype: torch.dtype, source: torch.Generator
+) -> None:
+    line, image = normal(source, 1, 50, 2, 8).to(dtype), normal(source, 1, 3, 300, 2, 8).to(dtype)
+    place = torch.arange(50, dtype=torch.float64) / 50
+    for found, exact in (
+        (rotate(line, place), rotate(line.double(), place)),
+        (grid_rotary(image, 10000.0), grid_rotary(image.double(), 10000.0)),
+    ):
+        # Two products and a sum, each rounded once, of cosines rounded before.
+        bound = 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert float((found.double() - exact).abs().max()) <= float(bound)
 
 
 def test_blocks_of_a_projection_are_orthogonal(source: torch.Generator) -> None:

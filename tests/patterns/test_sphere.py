@@ -50,6 +50,14 @@ def test_pi_is_dense() -> None:
     assert Sphere(1.0).simplify(extent) != fv.Dense()
 
 
+@pytest.mark.parametrize("latitudes", ["equiangular", "gauss-legendre"])
+@pytest.mark.parametrize("rows", [2, 4, 5, 7, 16])
+def test_the_far_side_is_within_pi(latitudes: str, rows: int) -> None:
+    """Opposite points lie pi apart, and c = -1 for them up to a rounding of either sign."""
+    for columns in (2, 6, 8):
+        assert Sphere(math.pi, latitudes).dense_mask((rows, columns), (rows, columns)).all()
+
+
 @pytest.mark.parametrize("radius", [0.2, 0.6, 1.4])
 def test_keeps_every_promise(radius: float, source: torch.Generator) -> None:
     extents = [(7, 9), (11, 16), fv.Extent((4, 5), (6, 10))]

@@ -69,7 +69,8 @@ def snapkv(source: torch.Generator) -> Example:
     def choose(P: Tensor, k: Tensor, v: Tensor) -> list[list[int]]:
         L, lists = k.shape[1], []
         for head in P:
-            votes = pooled(head[:, -4:].sum(1).mean(0), 5)
+            # The window is no neighbour: the released code pools the votes for the prefix alone.
+            votes = pooled(head[:, -4:, : L - 4].sum(1).mean(0), 5)
             window = list(range(L - 4, L))
             lists.append(best(votes, 11 - 4, list(range(L - 4))) + window)
         return lists

@@ -235,14 +235,15 @@ def cosformer(source: torch.Generator) -> Example:
     return Example((q, k, v), lambda *x: each_head(cell, *x), {"limit": 12})
 
 
-def cottention(norm_at: str) -> Callable[[torch.Generator], Example]:
+def cottention(norm_at: str, causal: bool = True) -> Callable[[torch.Generator], Example]:
     def cell(q: Tensor, k: Tensor, v: Tensor, power: Tensor) -> Tensor:
         outputs = []
         for t in range(len(q)):
             total = torch.zeros_like(v[0])
-            for j in range(t + 1):
+            seen = t + 1 if causal else len(k)
+            for j in range(seen):
                 cosine = q[t] @ k[j] / (q[t] @ q[t] * (k[j] @ k[j])).sqrt()
-                count = torch.tensor(t + 1 if norm_at == "query" else j + 1, dtype=q.dtype)
+                count = torch.tensor(seen if norm_at == "query" else j + 1, dtype=q.dtype)
                 total = total + cosine * v[j] / count ** power[t].sigmoid()
             outputs.append(total)
         return torch.stack(outputs)
@@ -251,7 +252,7 @@ def cottention(norm_at: str) -> Callable[[torch.Generator], Example]:
         return Example(
             (*qkv(source, (7,)), draw(source, 2)),
             lambda q, k, v, power: each_head(cell, q, k, v, power.expand(2, 7, 2)),
-            {"norm_at": norm_at},
+            {"norm_at": norm_at, "causal": causal},
         )
 
     return make
@@ -571,7 +572,12 @@ STATE_DEFINITIONS: dict[str, tuple[Callable[[torch.Generator], Example], ...]] =
     "based": (based,),
     "performer": (performer(False), performer(True)),
     "cosformer": (cosformer,),
-    "cottention": (cottention("query"), cottention("key")),
+    "cottention": (
+        cottention("query"),
+        cottention("key"),
+        cottention("query", causal=False),
+        cottention("key", causal=False),
+    ),
     "dijiang": (dijiang,),
     "fastmax": (fastmax,),
     "nala": (nala,),

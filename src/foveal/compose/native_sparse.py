@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from foveal._attend import attend
-from foveal._errors import SelectionError, ShapeError
+from foveal._errors import OptionError, SelectionError, ShapeError
+from foveal._judged import judged, need_dtype, need_shape
 from foveal._kept import kept
-from foveal.engines.tile.listed_tokens import attend_lists
+from foveal.engines.tile.listed_tokens import attend_gated, attend_lists, takes_gates
 from foveal.engines.tile.select import Choice, select
 from foveal.engines.tile.windows import Windows, windows
 from foveal.patterns.base import Pattern
@@ -24,6 +26,9 @@ from foveal.scores.softmax import Softmax
 
 Compression = Callable[[Tensor, Windows], Tensor]
 """compress(x [B, L, H, D], windows) -> [B, windows, H, D]."""
+
+
+_SIZES = ("length", "stride", "block", "best", "local_blocks", "sink_blocks", "window")
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,13 @@ class SparseBranches:
     granularity: Literal["token", "tile"] = "token"
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise SelectionError(name, value, "a whole number is needed")
         if self.window < 0:
             raise SelectionError("window", self.window, "at least 0 is needed")
-        for name in ("length", "stride", "block", "best", "local_blocks"):
+        for name in _SIZES[:5]:
             if getattr(self, name) < 1:
                 raise SelectionError(name, getattr(self, name), "at least 1 is needed")
         for name in ("length", "block"):
@@ -87,7 +96,8 @@ def compress_mean(x: Tensor, windows: Windows) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     pieces = _pieces(x, windows).sum(2, dtype=wide)
     total = pieces
-    for offset in range(1, windows.reach + 1):
+    # A window that is longer than the text has no tokens further on.
+    for offset in range(1, min(windows.reach, pieces.shape[1] - 1) + 1):
         total = total + torch.nn.functional.pad(pieces[:, offset:], (0, 0, 0, 0, 0, offset))
     return (total / windows.length).to(x.dtype)
 
@@ -96,7 +106,7 @@ def window_tokens(x: Tensor, windows: Windows) -> Tensor:
     """The tokens of every window.  [B, windows, length, H, D] of x [B, L, H, D]"""
     pieces = _pieces(x, windows)
     shifted = [
-        torch.nn.functional.pad(pieces[:, n:], (0, 0, 0, 0, 0, 0, 0, n))
+        torch.nn.functional.pad(pieces[:, n:], (0, 0, 0, 0, 0, 0, 0, min(n, pieces.shape[1])))
         for n in range(windows.reach + 1)
     ]
     return torch.cat(shifted, dim=2)
@@ -116,6 +126,7 @@ def _pieces(x: Tensor, windows: Windows) -> Tensor:
     return whole
 
 
+@judged
 def native_sparse(
     q: Tensor,
     k: Tensor,
@@ -136,7 +147,9 @@ def native_sparse(
 
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv], any Hq / Hkv; gates [B, Lq, Hq or 1,
     3] weigh compressed, chosen and window (None: 1 each); compressed are keys [B, windows, Hkv, D] and
-    values [B, windows, Hkv, Dv] (None: means of the windows).  The last query stands on the last key.
+    values [B, windows, Hkv, Dv] (None: means of the windows), block / stride windows for each of the
+    ceil(Lk / block) blocks: those that reach past the end are seen by no token.  The last query stands on
+    the last key.
     Options: branches, the sizes; scale (None: D ** -0.5); cu_seqlens int32 [N + 1], documents in which
     blocks, windows and positions start anew (Lq = Lk).
     Cost: of dense, about (stride / block + best block + window) / Lk plus 1 / (2 stride).
@@ -144,24 +157,37 @@ def native_sparse(
     Equals: with best blocks for all tokens and gates (0, 1, 0), causal attention.
     Paper: Native Sparse Attention (2502.11089); Flash Sparse Attention (2508.18224).
     """
+    if not isinstance(branches, SparseBranches):
+        raise OptionError("branches", repr(branches), "SparseBranches are needed")
     table = branches.windows(q, k, cu_seqlens)
     if compressed is None:
         compressed = compress_mean(k, table), compress_mean(v, table)
-    _check(q, gates, compressed, table)
+    _check(q, k, v, gates, compressed, table)
     score = Softmax(scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seen = _visible(q, k, branches, cu_seqlens, table)
     far, lse = attend(q, *compressed, seen, score, return_lse=True)
-    if branches.granularity == "token":
-        indices = select(q, compressed[0], lse, table, branches.choice, scale)
-        chosen, _ = attend_lists(q, k, v, table.lists(indices, branches.near), scale)
-    else:
+    others: tuple[Tensor, ...] = (far,)
+    if branches.window:
+        window = Sliding(branches.window - 1)
+        others = (far, attend(q, k, v, window, score, cu_seqlens=cu_seqlens))
+    if branches.granularity == "tile":
         pattern = Blocks(_per_tile(q, k, compressed, branches, scale, cu_seqlens)) & Causal()
         chosen = attend(q, k, v, pattern, score)
-    if not branches.window:
-        return gated_sum((far, chosen), gates)
-    near = attend(q, k, v, Sliding(branches.window - 1), score, cu_seqlens=cu_seqlens)
-    return gated_sum((far, chosen, near), gates)
+        return gated_sum((far, chosen, *others[1:]), gates)
+    indices = select(q, compressed[0], lse, table, branches.choice, scale)
+    lists = table.lists(indices, branches.near)
+    if gates is not None and _at_once(q, k, v, far, gates) and takes_gates(q, k, v, lists):
+        return attend_gated(q, k, v, lists, scale, gates, others)
+    chosen, _ = attend_lists(q, k, v, lists, scale)
+    return gated_sum((far, chosen, *others[1:]), gates)
+
+
+def _at_once(q: Tensor, k: Tensor, v: Tensor, far: Tensor, gates: Tensor) -> bool:
+    """Whether the pass along the lists may apply the gates: no gradient needs what it leaves out."""
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, far, gates))
+    tangents = forward_ad._current_level >= 0
+    return not (needed or tangents) and _fused((far, q))
 
 
 def gated_sum(outputs: tuple[Tensor, ...], gates: Tensor | None) -> Tensor:
@@ -211,15 +237,20 @@ def selected_blocks(
 
 
 def _check(
-    q: Tensor, gates: Tensor | None, compressed: tuple[Tensor, Tensor], table: Windows
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, compressed: tuple[Tensor, Tensor],
+    table: Windows,
+) -> None:  # fmt: skip
     if gates is not None and (
         gates.shape[:2] != q.shape[:2] or gates.shape[2:] not in ((1, 3), (q.shape[2], 3))
     ):
         raise ShapeError("gates", list(gates.shape), f"[{q.shape[0]}, {q.shape[1]}, heads, 3]")
-    for x in compressed:
-        if x.shape[1] != table.count:
+    if not isinstance(compressed, tuple | list) or len(compressed) != 2:
+        raise OptionError("compressed", type(compressed).__name__, "keys and values are needed")
+    for x, of in zip(compressed, (k, v), strict=True):
+        if x.shape[1:2] != (table.count,):
             raise ShapeError("compressed", list(x.shape), f"{table.count} windows are needed")
+        need_shape("compressed", x, (of.shape[0], table.count, *of.shape[2:]), like=of)
+        need_dtype(of, compressed=x)
 
 
 def _visible(

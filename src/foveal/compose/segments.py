@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import SelectionError
+from foveal._errors import OptionError, SelectionError
+from foveal._judged import judged
 from foveal.compose.merge import merge
 from foveal.engines.tile.rows import places
 from foveal.patterns.blocks import Blocks, BlockSelection
@@ -18,6 +19,7 @@ from foveal.selectors.last_queries import LastQueries
 from foveal.selectors.permute import by_importance, permuted
 
 
+@judged
 def attend_segments(
     q: Tensor,
     k: Tensor,
@@ -39,6 +41,8 @@ def attend_segments(
     Equals: mass = 1 is causal attention.
     Paper: PBS-Attn (2510.21270).
     """
+    if queries < 1:
+        raise OptionError("queries", queries, "at least 1 is needed")
     if segment % block:
         raise SelectionError("segment", segment, f"a multiple of the block, {block}, is needed")
     if q.shape[1] != k.shape[1]:

@@ -27,11 +27,12 @@ def contract(
     Cost: 4 (Lq + Lk) D Dv FLOPs per head, never Lq x Lk.
     Paper: Transformers are RNNs (2006.16236), without causality.
     """
-    if q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
-        raise ShapeError("k", list(k.shape), f"the D of q and a divisor of its {q.shape[2]} heads")
+    _need_rows(q, k, v)
     dtype = v.dtype
     q, k, v = (x.to(_wide(dtype)) for x in (q, k, v))
     if key_mask is not None:
+        if key_mask.shape != k.shape[:2]:
+            raise ShapeError("key_mask", list(key_mask.shape), f"{list(k.shape[:2])} is needed")
         k = k * key_mask[..., None, None]
     groups = q.shape[2] // k.shape[2]
     if groups > 1:
@@ -41,6 +42,19 @@ def contract(
     if normalised:
         o = o / torch.einsum("blhd,bhd->blh", q, k.sum(1)).clamp(min=floor)[..., None]
     return o.to(dtype)
+
+
+def _need_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4:
+        raise ShapeError("q", list(q.shape), "[B, L, H, D] is needed, as for k")
+    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        needed = f"the batch and D of q, {list(q.shape)}, are needed"
+        raise ShapeError("k", list(k.shape), needed)
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ShapeError("k", list(k.shape), f"its heads must divide the {q.shape[2]} of q")
+    if v.shape[:-1] != k.shape[:-1]:
+        needed = f"the batch, tokens and heads of k, {list(k.shape)}, are needed"
+        raise ShapeError("v", list(v.shape), needed)
 
 
 def toeplitz_contract(
@@ -63,13 +77,16 @@ def toeplitz_contract(
     Paper: Kernelized Attention with Relative Positional Encoding (2106.12566).
     """
     length, heads = q.shape[1:3]
-    if tuple(bias.shape) != (heads, 2 * length - 1):
-        raise ShapeError("bias", list(bias.shape), f"{[heads, 2 * length - 1]} is needed")
+    distances = max(2 * length - 1, 0)
+    if tuple(bias.shape) != (heads, distances):
+        raise ShapeError("bias", list(bias.shape), f"{[heads, distances]} is needed")
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ShapeError("k", list(k.shape), f"the tokens and heads of q, {list(q.shape)}")
     chosen = cheaper(length, q.shape[-1], v.shape[-1]) if implementation is None else implementation
     if chosen not in ("fft", "pairs"):
         raise RuleError("implementation", chosen, '"fft" or "pairs" is needed')
+    if not length:
+        return v
     dtype = v.dtype
     q, k, v, bias = (x.to(_wide(dtype)) for x in (q, k, v, bias))
     weights = bias.exp()
@@ -82,7 +99,7 @@ def toeplitz_contract(
 
 def cheaper(length: int, head_dim: int, value_dim: int) -> str:
     """The form of `toeplitz_contract` with fewer FLOPs."""
-    fft = 20 * head_dim * (value_dim + 1) * max(math.log2(2 * length), 1.0)
+    fft = 20 * head_dim * (value_dim + 1) * max(math.log2(max(2 * length, 1)), 1.0)
     return "fft" if fft < 2 * (head_dim + value_dim + 1) * length else "pairs"
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from foveal._errors import ShapeError
+
 
 def dct_matrix(dim: int) -> Tensor:
     """The orthonormal cosine transform C [dim, dim] in float64: row i holds coefficient i of a vector.
@@ -33,5 +35,7 @@ def dct_softmax(x: Tensor, weights: Tensor) -> Tensor:
     Shapes: x [..., D], weights [D]; returns [..., D].
     Paper: DiJiang (2403.19928), weighted quasi-Monte-Carlo features.
     """
+    if weights.shape != x.shape[-1:]:
+        raise ShapeError("weights", list(weights.shape), f"{list(x.shape[-1:])} is needed")
     matrix = dct_matrix(x.shape[-1]).to(x) * weights.to(x)[:, None]
     return torch.softmax(x @ matrix.mT, dim=-1)

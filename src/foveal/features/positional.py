@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from foveal._errors import RuleError, ShapeError
+
 
 def cosine_reweighted(x: Tensor, positions: Tensor, limit: int) -> Tensor:
     """phi(x_t) = [relu(x_t) sin(a_t), relu(x_t) cos(a_t)], a_t = pi t / (2 limit).
@@ -16,9 +18,12 @@ def cosine_reweighted(x: Tensor, positions: Tensor, limit: int) -> Tensor:
     Limits: positions must lie in 0, ..., limit, else weights turn negative; a model keeps one limit.
     Paper: cosFormer (2202.08791).
     """
-    angle = (positions.to(x.dtype) * (math.pi / (2 * limit)))[..., None, None]
+    if not limit > 0:
+        raise RuleError("limit", limit, "at least 1 token is needed")
+    angle = (_places(positions, x) * (math.pi / (2 * limit)))[..., None, None]
     positive = torch.relu(x)
-    return torch.cat([positive * angle.sin(), positive * angle.cos()], dim=-1)
+    sin, cos = (wave.to(x.dtype) for wave in (angle.sin(), angle.cos()))
+    return torch.cat([positive * sin, positive * cos], dim=-1)
 
 
 def linear_relative(x: Tensor, positions: Tensor, angles: Tensor) -> Tensor:
@@ -27,5 +32,14 @@ def linear_relative(x: Tensor, positions: Tensor, angles: Tensor) -> Tensor:
     Shapes: x [B, L, H, D], positions t [L] or [B, L], angles theta [H, D]; returns [B, L, H, 2 D].
     Paper: linearised relative positional encoding, as in TransNormerLLM (2307.14995).
     """
-    phase = positions.to(x.dtype)[..., None, None] * angles.to(x.dtype)
-    return torch.cat([x * phase.cos(), x * phase.sin()], dim=-1)
+    if angles.shape != x.shape[-2:]:
+        raise ShapeError("angles", list(angles.shape), f"{list(x.shape[-2:])} is needed")
+    places = _places(positions, x)
+    phase = places[..., None, None] * angles.to(places.dtype)
+    cos, sin = (wave.to(x.dtype) for wave in (phase.cos(), phase.sin()))
+    return torch.cat([x * cos, x * sin], dim=-1)
+
+
+def _places(positions: Tensor, x: Tensor) -> Tensor:
+    """Positions in float32 at least: bfloat16 counts to 256, and a phase needs the digits behind it."""
+    return positions.to(torch.promote_types(x.dtype, torch.float32))

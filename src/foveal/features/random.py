@@ -63,6 +63,7 @@ def positive_random(
     Limits: "none" overflows where an exponent exceeds 88 in float32.
     Paper: Performers (2009.14794), FAVOR+.
     """
+    _need_columns(projection, x)
     y = x * math.sqrt(x.shape[-1] ** -0.5 if scale is None else scale)
     exponent = y @ projection.to(y).mT - y.square().sum(-1, keepdim=True) / 2
     if shift == "token":
@@ -80,6 +81,7 @@ def relu_random(
 
     Shapes and options as for `positive_random`.  Paper: Performers (2009.14794), generalised attention.
     """
+    _need_columns(projection, x)
     y = x * math.sqrt(x.shape[-1] ** -0.5 if scale is None else scale)
     phi: Tensor = (torch.relu(y @ projection.to(y).mT) + epsilon) * len(projection) ** -0.5
     return phi
@@ -92,6 +94,13 @@ def fourier_random(x: Tensor, projection: Tensor) -> Tensor:
     Shapes: x [..., D], projection Omega [m, D]; returns [..., 2 m].
     Paper: On Learning the Transformer Kernel (2110.08323).
     """
+    _need_columns(projection, x)
     phase = x @ projection.to(x).mT
     phi: Tensor = torch.cat([phase.cos(), phase.sin()], dim=-1) * len(projection) ** -0.5
     return phi
+
+
+def _need_columns(projection: Tensor, x: Tensor) -> None:
+    if projection.dim() != 2 or projection.shape[1] != x.shape[-1] or not len(projection):
+        needed = f"[m, {x.shape[-1]}] is needed, m >= 1"
+        raise ShapeError("projection", list(projection.shape), needed)

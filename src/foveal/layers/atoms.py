@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
-from foveal._errors import ShapeError
+from foveal._errors import ScoreError, ShapeError
+from foveal._judged import need_shape
 from foveal.layers.heads import Projections
 from foveal.patterns import Dense
 from foveal.scores import Bias, KeyBias, Score, Softmax
@@ -44,12 +45,15 @@ def attend_neighbours(
     Limits: an atom without an edge inside the cut-off gives 0.  Second derivatives, as for training on
     forces, need implementation="reference", the plain PyTorch one.
     """
-    if distances.shape != q.shape[:2] or (angle_weight is None) != (directions is None):
-        raise ShapeError(
-            "distances", list(distances.shape), f"{list(q.shape[:2])}; angles need directions"
-        )
+    if not cutoff > 0:
+        raise ScoreError("cutoff", cutoff, "a distance above 0 is needed")
+    need_shape("distances", distances, tuple(q.shape[:2]), like=q)
+    if (angle_weight is None) != (directions is None):
+        raise ShapeError("directions", "one of two", "angle_weight and directions, or none of them")
     score: Score = Softmax() + KeyBias(envelope_bias(distances, cutoff)[:, None])
     if angle_weight is not None and directions is not None:
+        need_shape("angle_weight", angle_weight, (q.shape[2],), like=q)
+        need_shape("directions", directions, (*q.shape[:2], 3), like=q)
         cosines = directions @ directions.transpose(1, 2)
         score = score + Bias(angle_weight[None, :, None, None] * cosines[:, None])
     return attend(q, k, v, Dense(), score, implementation=implementation)

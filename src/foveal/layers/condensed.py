@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal._judged import judged
 from foveal.layers.units import GatedUnits
 from foveal.patterns import Causal
 
 
+@judged
 def tlinformer(
     q: Tensor,
     k: Tensor,
@@ -29,6 +31,8 @@ def tlinformer(
     Cost: 2 (D + Dv) (observed + window) L FLOPs per head: linear in L.
     Paper: TLinFormer (2508.20407).
     """
+    if k.shape[1] != q.shape[1]:
+        raise ShapeError("k", list(k.shape), f"the {q.shape[1]} tokens of q are needed")
     history = q.shape[1] - window
     if window < 1 or history < 0:
         raise ShapeError("window", window, f"1, ..., {q.shape[1]} tokens are needed")

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from foveal._convolve import convolve
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_dtype, need_shape
 from foveal.layers.convolution import PointwiseConvolution
 
 
+@judged_alone
 def attentive_convolution(
     x: Tensor,
     features: Tensor,
@@ -26,6 +28,10 @@ def attentive_convolution(
     A filter for each sample; pool takes means over K^2 pieces of the tokens in raster order.
     Shapes: x and features [B, H, W, C]; generator [K^2, K^2]; inhibition [C].
     """
+    if x.dim() != 4:
+        raise ShapeError("x", list(x.shape), "[B, H, W, C] is needed")
+    need_shape("features", features, tuple(x.shape), like=x)
+    need_shape("inhibition", inhibition, (x.shape[-1],), like=x)
     taps = len(generator)
     window = math.isqrt(taps)
     if generator.shape != (window**2, window**2):
@@ -62,6 +68,7 @@ class AttentiveConvolution(nn.Module):
         return y
 
 
+@judged_alone
 def hyper_product(x: Tensor, weight: Tensor) -> Tensor:
     """y_c = (weight_c * x_c) x_c, for every channel the matrix product of its maps.
 
@@ -71,6 +78,7 @@ def hyper_product(x: Tensor, weight: Tensor) -> Tensor:
         raise ShapeError(
             "x", list(x.shape), "[B, L, L, C] is needed: a map is multiplied with itself"
         )
+    need_shape("weight", weight, tuple(x.shape[1:]), like=x)
     return torch.einsum("bikc,bkjc->bijc", weight * x, x)
 
 
@@ -121,12 +129,14 @@ class HyperProduct(nn.Module):
         return y
 
 
+@judged_alone
 def refined_maps(logits: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
     """The maps of all slots through one low-pass filter, softmax(weight / |weight|).
 
     Shapes: logits [B, H, W, slots], weight [K, K].
     """
-    taps = torch.softmax((weight / torch.linalg.vector_norm(weight)).flatten(), dim=0)
+    need_shape("weight", weight, (*weight.shape[-1:] * 2,), like=logits)
+    taps = torch.softmax(F.normalize(weight.flatten(), dim=0), dim=0)
     return convolve(logits, taps.view(1, *weight.shape), implementation=implementation)
 
 
@@ -146,6 +156,7 @@ class AttentionRefiningKernel(nn.Module):
         return refined_maps(logits, self.weight)
 
 
+@judged_alone
 def deformable_convolution(
     x: Tensor, filter: Tensor, offsets: Tensor, modulation: Tensor
 ) -> Tensor:
@@ -154,8 +165,14 @@ def deformable_convolution(
     Shapes: x [B, H, W, C]; filter [out, C, K, K]; offsets [B, H, W, K^2, 2] in tokens, along H first;
     modulation [B, H, W, K^2]; returns [B, H, W, out].
     """
+    if x.dim() != 4:
+        raise ShapeError("x", list(x.shape), "[B, H, W, C] is needed")
     height, width = x.shape[1:3]
-    window = filter.shape[-1]
+    window = filter.shape[-1] if filter.dim() else 0
+    need_shape("filter", filter, (-1, x.shape[-1], window, window), like=x)
+    need_shape("offsets", offsets, (*x.shape[:3], window**2, 2), like=x)
+    need_shape("modulation", modulation, (*x.shape[:3], window**2), like=x)
+    need_dtype(x, filter=filter, offsets=offsets, modulation=modulation)
     steps = torch.arange(window, device=x.device) - window // 2
     taps = torch.cartesian_prod(steps, steps).view(-1, 2)
     rows = torch.arange(height, device=x.device).view(-1, 1, 1) + taps[:, 0]

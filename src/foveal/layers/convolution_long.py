@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal._convolve import convolve
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal._fftconv import fftconv
+from foveal._judged import judged_alone, need_shape
 
 
 class LongConvolution(nn.Module):
@@ -32,6 +33,7 @@ class LongConvolution(nn.Module):
         return fftconv(x, F.softshrink(self.filter, self.squash), skip=self.skip)
 
 
+@judged_alone
 def frequency_filter(
     x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor,
     *, shrink: float = 0.01,
@@ -42,6 +44,18 @@ def frequency_filter(
     their biases [2, blocks, C/blocks].  relu between them and a soft shrink by `shrink` behind, on
     both parts; in float32 at least.
     """
+    if not 3 <= x.dim() <= 5:
+        raise ShapeError("x", list(x.shape), "[B, *grid, C] with one to three axes is needed")
+    if shrink < 0:
+        raise OptionError("shrink", shrink, "a number of at least 0 is needed")
+    blocks = first.shape[1] if first.dim() > 1 else 0
+    size = x.shape[-1] // max(blocks, 1)
+    if not blocks or size * blocks != x.shape[-1]:
+        needed = f"[2, blocks, c, c] is needed, blocks c = {x.shape[-1]}"
+        raise ShapeError("first", list(first.shape), needed)
+    for name, weight, bias in (("first", first, first_bias), ("second", second, second_bias)):
+        need_shape(name, weight, (2, blocks, size, size), like=x)
+        need_shape(f"{name}_bias", bias, (2, blocks, size), like=x)
     if x.numel() == 0:
         return x
     axes = tuple(range(1, x.dim() - 1))

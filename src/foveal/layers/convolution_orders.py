@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from foveal._convolve import convolve
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_shape
 from foveal.layers.convolution import (
     ChannelNorm,
     DepthwiseConvolution,
@@ -21,6 +22,7 @@ def sharpen(x: Tensor, gamma: Tensor) -> Tensor:
     return x + gamma * (x - x.mean((1, 2), keepdim=True))
 
 
+@judged_alone
 def two_orders(
     x: Tensor,
     gamma: Tensor,
@@ -35,6 +37,9 @@ def two_orders(
     The first and the second filter are dilated by 2: together they see 9 x 9 tokens.
     Shapes: x [B, H, W, C], gamma [C], filters [C, 3, 3]; returns [B, H, W, 2 C].
     """
+    if x.dim() != 4:
+        raise ShapeError("x", list(x.shape), "[B, H, W, C] is needed")
+    need_shape("gamma", gamma, (x.shape[-1],), like=x)
     u = sharpen(x, gamma)
     low = convolve(u, first, dilation=2, implementation=implementation)
     low = convolve(low, second, dilation=2, implementation=implementation)

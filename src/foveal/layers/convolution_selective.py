@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from foveal._convolve import convolve
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_shape
 from foveal.engines.convolution.strips_problem import Strips
 from foveal.layers.convolution import ChannelNorm, DepthwiseConvolution, PointwiseConvolution
 
@@ -22,6 +23,13 @@ def select_kernels(
     s is the sum of the branches.
     Shapes: M branches a_m [B, H, W, C]; reduce [hidden, C]; expand [M, C, hidden]; spatial [M, 2, K, K].
     """
+    first = branches[0]
+    if first.dim() != 4:
+        raise ShapeError("branches", list(first.shape), "[B, H, W, C] is needed")
+    count, width = len(branches), first.shape[-1]
+    need_shape("reduce", reduce, (-1, width), like=first)
+    need_shape("expand", expand, (count, width, len(reduce)), like=first)
+    need_shape("spatial", spatial, (count, 2, *spatial.shape[-1:] * 2), like=first)
     total = torch.stack(list(branches)).sum(0)
     hidden = F.relu(F.linear(total.mean((1, 2)), reduce))
     channels = torch.sigmoid(torch.einsum("bh,mch->mbc", hidden, expand))
@@ -31,6 +39,7 @@ def select_kernels(
     return torch.stack([a * c[:, None, None] * p[..., None] for a, c, p in parts]).sum(0)
 
 
+@judged_alone
 def separable_kernel_attention(
     x: Tensor,
     square: Tensor,
@@ -49,6 +58,9 @@ def separable_kernel_attention(
     Shapes: x [B, H, W, C]; square [C, k, k], row [C, 1, K], column [C, K, 1]; mixing [C, C];
     the others as `select_kernels` with three branches has them.
     """
+    need_shape("row", row, (-1, 1, -1), like=x)
+    need_shape("column", column, (-1, -1, 1), like=x)
+    need_shape("mixing", mixing, (x.shape[-1], x.shape[-1]), like=x)
     near = convolve(x, square, implementation=implementation)
     strips = (
         convolve(near, each, dilation=dilation, implementation=implementation)
@@ -180,6 +192,7 @@ class LargeKernelPyramid(nn.Module):
         return y
 
 
+@judged_alone
 def select_sizes(
     x: Tensor,
     near: Tensor,
@@ -194,12 +207,16 @@ def select_sizes(
     Shapes: x [B, T, F, C], time and frequency; near and far [C, *window]; reduce [hidden, C];
     expand [2, C, hidden].  The weights are one for each frequency and channel.
     """
+    if x.dim() != 4:
+        raise ShapeError("x", list(x.shape), "[B, T, F, C] is needed")
     found = [convolve(x, each, implementation=implementation) for each in (near, far)]
     return weigh_sizes(torch.stack(found), reduce, expand)
 
 
 def weigh_sizes(found: Tensor, reduce: Tensor, expand: Tensor) -> Tensor:
     """sum_m a_m u_m of `select_sizes` for results u [M, B, T, F, C]."""
+    need_shape("reduce", reduce, (-1, found.shape[-1]), like=found)
+    need_shape("expand", expand, (len(found), found.shape[-1], len(reduce)), like=found)
     hidden = F.relu(F.linear(found.sum(0).mean(1), reduce))
     weights = torch.softmax(torch.einsum("bfh,mch->mbfc", hidden, expand), dim=0)
     return (weights[:, :, None] * found).sum(0)

@@ -23,6 +23,12 @@ def attend_lines(q: Tensor, k: Tensor, v: Tensor, axis: Literal[0, 1]) -> Tensor
 
     Shapes: q, k, v and o [B, H, W, heads, D].
     """
+    if not q.dim() == k.dim() == v.dim() == 5:
+        raise ShapeError("q", list(q.shape), "[B, H, W, heads, D] is needed, as for k and v")
+    if v.shape[-1] != q.shape[-1]:
+        raise ShapeError("v", list(v.shape), f"the D of q, {q.shape[-1]}, is needed")
+    if k.shape[:4] != q.shape[:4]:
+        raise ShapeError("k", list(k.shape), f"the shape of q, {list(q.shape)}, is needed")
     if axis == 1:
         turned = each(lambda x: x.transpose(1, 2), q, k, v)
         return attend_lines(*turned, 0).transpose(1, 2)

@@ -17,8 +17,9 @@ def diagonal(
     queries: int, keys: int, window: int, global_tokens: int = 0, triangular: bool = False
 ) -> Pattern:
     """The columns around the diagonal of a matrix [queries, keys], and the first ones."""
-    if min(window, global_tokens) < 0:
-        raise PatternError("window", (window, global_tokens), "at least 0 tokens are needed")
+    for name, count in (("window", window), ("global_tokens", global_tokens)):
+        if count < 0:
+            raise PatternError(name, count, "at least 0 tokens are needed")
     centre = torch.arange(queries, dtype=torch.float64) * (keys / max(queries, 1))
     last = max(keys - 1, 0)
     low, high = ((centre + o).trunc().clamp(0, last).to(torch.int64) for o in (-window, window))

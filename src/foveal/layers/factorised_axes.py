@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
+from foveal._judged import need_dtype, need_shape
 
 Form = Literal["parallel", "chained"]
 
@@ -30,6 +31,13 @@ def mix_axes(
     """
     if len(q) != v.dim() - 3 or len(k) != len(q):
         raise ShapeError("q", f"{len(q)} axes", f"one tensor per axis of {list(v.shape)} is needed")
+    if form not in ("parallel", "chained"):
+        raise OptionError("form", repr(form), "'parallel' or 'chained' is needed")
+    for axis, (own_q, own_k) in enumerate(zip(q, k, strict=True)):
+        sizes = (v.shape[0], v.shape[axis + 1], v.shape[-2])
+        for name, x in ((f"q[{axis}]", own_q), (f"k[{axis}]", own_k)):
+            need_shape(name, x, (*sizes, own_q.shape[-1]), like=v)
+        need_dtype(v, **{f"q[{axis}]": own_q, f"k[{axis}]": own_k})
     weights = [scale * torch.einsum("bihd,bjhd->bhij", *pair) for pair in zip(q, k, strict=True)]
     if form == "chained":
         return functools.reduce(_along, enumerate(weights), v)
@@ -50,10 +58,11 @@ def rotate(x: Tensor, place: Tensor, lowest: float = 1 / 64) -> Tensor:
     Shapes: x [B, n, H, D] with D even, the pair of channel c being c + D / 2; place [n].
     """
     half = x.shape[-1] // 2
-    speed = 10000 ** -(torch.arange(half, dtype=x.dtype, device=x.device) / half)
-    angle = (place.to(x.dtype)[:, None] / lowest * speed)[:, None]  # [n, 1, half]
+    wide = torch.promote_types(x.dtype, torch.float32)  # an angle of 64 has no digits in bfloat16
+    speed = 10000 ** -(torch.arange(half, dtype=wide, device=x.device) / half)
+    angle = (place.to(wide)[:, None] / lowest * speed)[:, None]  # [n, 1, half]
     first, second = x.split(half, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = (wave.to(x.dtype) for wave in (angle.cos(), angle.sin()))
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -100,8 +109,9 @@ class FactorisedAxesAttention(nn.Module):
 
     def forward(self, u: Tensor, coordinates: tuple[Tensor, ...] | None = None) -> Tensor:
         if coordinates is None:
+            wide = torch.promote_types(u.dtype, torch.float32)
             coordinates = tuple(
-                torch.arange(n, dtype=u.dtype, device=u.device) / n for n in u.shape[1:-1]
+                torch.arange(n, dtype=wide, device=u.device) / n for n in u.shape[1:-1]
             )
         for _ in range(self.iterations):
             u = u + self._step(u, coordinates) / self.iterations

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal._errors import RuleError
+from foveal._errors import RuleError, ShapeError
+from foveal._judged import judged, need_shape
 from foveal._scan import scan
 from foveal.features import (
     FeedForwardFeatures,
@@ -37,7 +38,17 @@ def weighted(
     """sum_j w_ij v_j / sum_j w_ij with w_ij = q_i . k_j of features, j <= i where causal."""
     if causal:
         return scan(q, k, v, _NORMALISED, scale=1.0, implementation=implementation)
-    return contract(q, k, v)
+    return over_all(q, k, v, implementation=implementation)
+
+
+def over_all(
+    q: Tensor, k: Tensor, v: Tensor, *, normalised: bool = True, implementation: str | None = None
+) -> Tensor:
+    """`contract`, of which there is one implementation: RuleError for the name of another."""
+    if implementation is not None:
+        needed = "None is needed: over all keys two products of matrices are all there is"
+        raise RuleError("implementation", repr(implementation), needed)
+    return contract(q, k, v, normalised=normalised)
 
 
 def default_projection(head_dim: int) -> Tensor:
@@ -46,6 +57,7 @@ def default_projection(head_dim: int) -> Tensor:
     return orthogonal_projection(features, head_dim, generator=torch.Generator().manual_seed(0))
 
 
+@judged
 def performer(
     q: Tensor,
     k: Tensor,
@@ -70,6 +82,7 @@ def performer(
     return weighted(phi_q, phi_k, v, causal, implementation)
 
 
+@judged
 def cosformer(
     q: Tensor,
     k: Tensor,
@@ -84,13 +97,14 @@ def cosformer(
     Shapes: q [B, L, H, D], k and v [B, L, H, .]; limit None is the longer of both lengths; the sum of
     weights is at least 1e-6.
     """
-    limit = max(q.shape[1], k.shape[1]) if limit is None else limit
+    limit = max(q.shape[1], k.shape[1], 1) if limit is None else limit
     phi_q, phi_k = (
         cosine_reweighted(x, torch.arange(x.shape[1], device=x.device), limit) for x in (q, k)
     )
     return weighted(phi_q, phi_k, v, causal, implementation)
 
 
+@judged
 def cottention(
     q: Tensor,
     k: Tensor,
@@ -109,19 +123,23 @@ def cottention(
     """
     if norm_at not in ("key", "query"):
         raise RuleError("norm_at", norm_at, '"key" or "query" is needed')
-    power = torch.full_like(v[0, 0, :, 0], 0.5) if power is None else power
-    counts = torch.arange(1, v.shape[1] + 1, device=v.device)
-    if not causal:
-        counts = torch.full_like(counts, v.shape[1])
-    factor = shrunk(counts, power)
+    power = v.new_full((q.shape[2],), 0.5) if power is None else power
+    if power.shape != q.shape[2:3]:
+        raise ShapeError("power", list(power.shape), f"{list(q.shape[2:3])} is needed")
+    if norm_at == "key" and k.shape[2] != q.shape[2]:
+        raise ShapeError("k", list(k.shape), f'the {q.shape[2]} heads of q, with norm_at "key"')
+    places = torch.arange(1, k.shape[1] + 1, device=v.device)
     if norm_at == "key":
-        v, factor = v * factor.to(v.dtype), torch.ones_like(factor)
+        v = v * shrunk(places, power).to(v.dtype)
     q, k = unit(q), unit(k)
     if causal:
         o = scan(q, k, v, Additive(), scale=1.0, implementation=implementation)
     else:
-        o = contract(q, k, v, normalised=False)
-    return o * factor.to(o.dtype)
+        o = over_all(q, k, v, normalised=False, implementation=implementation)
+    if norm_at == "key":
+        return o
+    counts = places if causal else places[-1:]
+    return o * shrunk(counts, power).to(o.dtype)
 
 
 def shrunk(counts: Tensor, power: Tensor) -> Tensor:
@@ -129,6 +147,7 @@ def shrunk(counts: Tensor, power: Tensor) -> Tensor:
     return (-torch.sigmoid(power) * counts.to(power.dtype).log()[..., None]).exp()[..., None]
 
 
+@judged
 def dijiang(
     q: Tensor,
     k: Tensor,
@@ -157,6 +176,7 @@ def dijiang_decays(heads: int) -> Tensor:
     return torch.log1p(-steps.exp())
 
 
+@judged
 def fastmax(
     q: Tensor,
     k: Tensor,
@@ -473,6 +493,7 @@ class AdvisorAttention(FeatureAttention):
         return self.out(o.flatten(-2)), LayerState(())
 
 
+@judged
 def advised(
     q: Tensor,
     k: Tensor,
@@ -487,7 +508,11 @@ def advised(
 
     Shapes: q, k, v [B, L, H, .], advisor_k [A, H, D], advisor_v [A, H, Dv], none by default; not causal.
     """
+    if (advisor_k is None) != (advisor_v is None):
+        raise ShapeError("advisor_k", "one of two", "both keys and values, or none of them")
     if advisor_k is not None and advisor_v is not None:
+        need_shape("advisor_k", advisor_k, (-1, *k.shape[2:]), like=k)
+        need_shape("advisor_v", advisor_v, (len(advisor_k), *v.shape[2:]), like=v)
         k, v = (
             torch.cat([x, extra.to(x.dtype).expand(len(x), *extra.shape)], dim=1)
             for x, extra in ((k, advisor_k), (v, advisor_v))

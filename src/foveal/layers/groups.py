@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
-from foveal._errors import PatternError, ShapeError
+from foveal._errors import DtypeError, PatternError, ShapeError
 from foveal.layers.heads import MultiHead, Projections, each
 from foveal.patterns import Documents, Tree
 from foveal.patterns.scales import Grid, Scales, Sees
@@ -108,13 +108,16 @@ def attend_boxes(
     grid.
     Options: box, the side in voxels, one for all axes or one per axis.
     """
-    axes = coordinates.shape[-1] - 1
+    if coordinates.is_floating_point() or coordinates.is_complex():
+        raise DtypeError("coordinates", coordinates.dtype, "an integer dtype is needed")
+    axes = coordinates.shape[-1] - 1 if coordinates.dim() else 0
     if coordinates.shape != (q.shape[1], axes + 1) or axes < 1 or q.shape[0] != 1:
         raise ShapeError(
             "coordinates", list(coordinates.shape), "[N, 1 + axes] and q [1, N, H, D] are needed"
         )
     sides = torch.tensor((1,) + ((box,) * axes if isinstance(box, int) else tuple(box)))
-    if sides.shape != (axes + 1,) or bool((sides < 1).any()):
+    whole = not (sides.is_floating_point() or isinstance(box, bool))
+    if not whole or sides.shape != (axes + 1,) or bool((sides < 1).any()):
         raise PatternError("box", box, f"a side of at least 1 for each of {axes} axes is needed")
     cells = coordinates.div(sides.to(coordinates.device), rounding_mode="floor")
     _, owner, counts = torch.unique(cells, dim=0, return_inverse=True, return_counts=True)

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal._judged import judged
 from foveal.patterns import Dense
 from foveal.scores import KeyBias, Score, Softmax
 
 
+@judged
 def set_attention(
     q: Tensor,
     k: Tensor,
@@ -27,6 +29,10 @@ def set_attention(
     Equals: in any order of the keys the same.
     Paper: Set Transformer (1810.00825).
     """
+    if v.shape[-1] != q.shape[-1]:
+        raise ShapeError("v", list(v.shape), f"the head_dim of q, {q.shape[-1]}, is needed")
+    if key_mask is not None and key_mask.shape != k.shape[:2]:
+        raise ShapeError("key_mask", list(key_mask.shape), f"{list(k.shape[:2])} is needed")
     scale = (q.shape[2] * q.shape[3]) ** -0.5 if scale is None else scale
     score: Score = Softmax(scale=scale)
     if key_mask is not None:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_shape
 
 
+@judged_alone
 def soft(
     x: Tensor,
     v: Tensor,
@@ -34,6 +36,13 @@ def soft(
     Equals: with all tokens as landmarks, no ridge and a converged inverse, K(x, x) v.
     Paper: SOFT (2110.11945); Softmax-free Linear Transformers (2207.03341).
     """
+    if not 4 <= x.dim() <= 6 or v.shape[:-1] != x.shape[:-1]:
+        needed = "[B, *grid, H, D] is needed for x, the same but for D for v"
+        raise ShapeError("x", f"{list(x.shape)} and v {list(v.shape)}", needed)
+    if landmarks is not None:
+        need_shape("landmarks", landmarks, (len(x), -1, *x.shape[-2:]), like=x)
+    elif ratio < 1:
+        raise ShapeError("ratio", ratio, "at least 1 token is needed")
     grid, dtype = x.shape[1:-2], v.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = box_means(x, ratio) if landmarks is None else landmarks

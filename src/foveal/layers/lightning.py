@@ -8,14 +8,17 @@ from torch.nn import functional as F
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone
 from foveal._scan import scan
-from foveal.features import alibi_slopes, contract, linear_relative
+from foveal.features import alibi_slopes, linear_relative
+from foveal.layers.feature_attention import over_all
 from foveal.layers.state import LayerState, StateLayer, one_by_one, positions, ragged
 from foveal.layers.units import GatedUnits
 from foveal.patterns import Causal, Partition
 from foveal.rules import Additive
 
 
+@judged_alone
 def norm_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, implementation: str | None = None
 ) -> Tensor:
@@ -30,7 +33,7 @@ def norm_attention(
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, causal: bool, implementation: str | None) -> Tensor:
     if not causal:
-        return contract(q, k, v, normalised=False)
+        return over_all(q, k, v, normalised=False, implementation=implementation)
     return scan(q, k, v, Additive(), scale=1.0, implementation=implementation)
 
 

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal._judged import judged, need_dtype, need_shape
 from foveal.compose import merge
 from foveal.patterns import Causal, Dense
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
+@judged
 def flash_svd(
     q_factor: Tensor,
     k_factor: Tensor,
@@ -36,7 +38,14 @@ def flash_svd(
     """
     if piece < 1:
         raise ShapeError("piece", piece, "at least 1 token is needed")
-    length, outputs = q_factor.shape[1], []
+    batch, length, heads = _sizes(q_factor)
+    given = (("q", q_factor, q_map), ("k", k_factor, k_map), ("v", v_factor, v_map))
+    for name, factor, back in given:
+        need_shape(f"{name}_factor", factor, (batch, length, heads, -1), like=q_factor)
+        width = q_map.shape[-1] if name == "k" and q_map.dim() else -1
+        need_shape(f"{name}_map", back, (heads, factor.shape[3], width), like=q_factor)
+        need_dtype(q_factor, **{f"{name}_factor": factor, f"{name}_map": back})
+    outputs = []
     for start in range(0, length, piece):
         q = _rebuilt(q_factor[:, start : start + piece], q_map)
         found = []
@@ -49,6 +58,11 @@ def flash_svd(
             found.append(attend(q, k, v, pattern, return_lse=True))
         outputs.append(merge([o for o, _ in found], [lse for _, lse in found])[0])
     return torch.cat(outputs, dim=1) if outputs else q_factor.new_zeros(0)
+
+
+def _sizes(factor: Tensor) -> tuple[int, int, int]:
+    need_shape("q_factor", factor, (-1, -1, -1, -1), like=factor)
+    return factor.shape[0], factor.shape[1], factor.shape[2]
 
 
 def _rebuilt(factor: Tensor, back: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_shape
 
 
+@judged_alone
 def ponet(
     q: Tensor,
     k: Tensor,
@@ -30,6 +32,8 @@ def ponet(
     Cost: linear in L, no products between tokens.
     Paper: PoNet (2110.02442).
     """
+    for name, x in (("q", q), ("k", k), ("o", o), ("segment", segment), ("local", local)):
+        need_shape(name, x, tuple(q.shape) if q.dim() == 4 else (-1, -1, -1, -1), like=q)
     batch, length = q.shape[:2]
     if segments is None:
         segments = torch.arange(length, device=q.device) // segment_length
@@ -38,6 +42,9 @@ def ponet(
         raise ShapeError("segments", list(segments.shape), f"[{length}] or [B, {length}] is needed")
     mask = torch.ones(batch, length, dtype=torch.bool, device=q.device)
     mask = mask if key_mask is None else key_mask
+    if mask.shape != (batch, length) or mask.dtype != torch.bool:
+        needed = f"bool {[batch, length]} is needed"
+        raise ShapeError("key_mask", f"{mask.dtype} {list(mask.shape)}", needed)
     inside = mask[..., None, None]
     mean = (q * inside).sum(1) / inside.sum(1).clamp(min=1)
     logits = torch.einsum("bhd,blhd->bhl", mean, k) * q.shape[-1] ** -0.5

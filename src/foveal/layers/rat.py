@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal._judged import judged
 from foveal.compose import merge
 from foveal.layers.causal import rotary
 from foveal.layers.state import LayerState, StateLayer, one_by_one
@@ -27,6 +28,7 @@ def chunk_recurrence(x: Tensor, gate: Tensor) -> Tensor:
     return y
 
 
+@judged
 def rat(
     q: Tensor,
     k: Tensor,

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from foveal._errors import ShapeError
+from foveal._judged import judged
 from foveal.features import positive_random, toeplitz_contract, unit
 from foveal.layers.feature_attention import default_projection
 from foveal.layers.heads import Projections
 
 
+@judged
 def kernelised_relative(
     q: Tensor,
     k: Tensor,
@@ -30,7 +32,7 @@ def kernelised_relative(
     """
     projection = default_projection(q.shape[-1]) if projection is None else projection
     if bias is None:
-        bias = v.new_zeros(q.shape[2], 2 * q.shape[1] - 1)
+        bias = v.new_zeros(q.shape[2], max(2 * q.shape[1] - 1, 0))
     phi_q, phi_k = (positive_random(unit(x), projection, scale=1.0) for x in (q, k))
     return toeplitz_contract(phi_q, phi_k, v, bias, causal=causal, implementation=implementation)
 

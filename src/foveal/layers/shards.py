@@ -65,10 +65,12 @@ def shards(
     device: torch.device,
 ) -> Pattern:
     """The pattern of `head_shards` on a sequence, blocks of `block` tokens."""
-    if min(block, local_blocks, vert_stride) < 1:
-        raise PatternError(
-            "block", (block, local_blocks, vert_stride), "sizes of at least 1 are needed"
-        )
+    sizes = {"block": block, "local_blocks": local_blocks, "vert_stride": vert_stride}
+    for name, size in sizes.items():
+        if size < 1:
+            raise PatternError(name, size, "at least 1 is needed")
+    if not 0 <= dense_heads <= kv_heads:
+        raise PatternError("dense_heads", dense_heads, f"0 to {kv_heads} key heads are needed")
     blocks = -(-length // block)
     mask = head_shards(blocks, kv_heads, local_blocks, vert_stride, offset, dense_heads, causal)
     indices = BlockSelection.from_block_mask(mask, block, block).indices.to(device)

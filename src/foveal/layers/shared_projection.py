@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import ShapeError
+from foveal._judged import judged, need_dtype, need_shape
 from foveal.patterns import Causal, Dense
 
 KINDS = ("optimised", "efficient", "super")
 
 
+@judged
 def head_embeddings(
     q: Tensor,
     k: Tensor,
@@ -31,6 +33,17 @@ def head_embeddings(
     Shapes: q, k, v [B, L, 1, D], the embeddings [H, D]; returns [B, L, H, D].
     Paper: Pit One Against Many (Xue and Aletras, 2023; 2310.07911).
     """
+    D, H = q.shape[3], q_embedding.shape[0] if q_embedding.dim() else 0
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        need_shape(name, x, (q.shape[0], -1, 1, D), like=q)
+    embeddings = {
+        "q_embedding": q_embedding,
+        "k_embedding": k_embedding,
+        "v_embedding": v_embedding,
+    }
+    for name, x in embeddings.items():
+        need_shape(name, x, (H, D), like=q)
+    need_dtype(q, **embeddings)
     pattern = Causal() if causal else Dense()
     if not multiply:
         # The embedding of a key falls out of the softmax; NaN in it would not.
@@ -71,6 +84,7 @@ class HeadEmbeddingAttention(nn.Module):
         return y
 
 
+@judged
 def super_attention(
     q: Tensor, x: Tensor, mixing: Tensor | None = None, *, causal: bool = True
 ) -> Tensor:
@@ -80,6 +94,8 @@ def super_attention(
     causal only its lower triangle counts.
     Paper: You Need to Pay Better Attention (2403.01643).
     """
+    need_shape("x", x, tuple(q.shape), like=q)
+    need_dtype(q, x=x, mixing=mixing)
     v = x
     if mixing is not None:
         if mixing.shape != (x.shape[1], x.shape[1]):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveal._arguments import need_tensors, tensors_or_none
 from foveal._errors import PackingError, ShapeError
 from foveal._scan import State
 
@@ -49,6 +50,7 @@ class StateLayer(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ShapeError("heads", heads, f"a divisor of dim, {dim}, is needed")
+        self.dim = dim
         self.heads = heads
 
     def forward(
@@ -59,8 +61,13 @@ class StateLayer(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
+        need_tensors(x=x)
+        tensors_or_none(cu_seqlens=cu_seqlens)
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ShapeError("x", list(x.shape), f"[B, L, {self.dim}] is needed")
         if cu_seqlens is not None and len(x) != 1:
             raise PackingError("x", f"batch {len(x)}", "with cu_seqlens, a batch of 1 is needed")
+        _need_sequences(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
         y, state = self.mix(x, state, cu_seqlens)
         return (y, state) if return_state else y
 
@@ -76,12 +83,25 @@ class StateLayer(nn.Module):
         return heads
 
 
+def _need_sequences(state: LayerState | None, count: int) -> None:
+    """Raises for the state of another number of sequences."""
+    for part in state.tensors() if isinstance(state, LayerState) else ():
+        if len(part) != count:
+            needed = f"the state of {count} sequences is needed"
+            raise ShapeError("state", f"one of {len(part)} sequences", needed)
+
+
 def sequence_lengths(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """Tokens of each sequence in x [B, L, ...]."""
     if cu_seqlens is None:
         return [x.shape[1]] * x.shape[0]
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
+        raise PackingError("cu_seqlens", list(cu_seqlens.shape), "integers [N + 1] are needed")
     offsets = cu_seqlens.tolist()
-    return [stop - start for start, stop in itertools.pairwise(offsets)]
+    lengths = [stop - start for start, stop in itertools.pairwise(offsets)]
+    if offsets[0] != 0 or offsets[-1] != x.shape[1] or min(lengths, default=0) < 0:
+        raise PackingError("cu_seqlens", offsets, f"ascending from 0 to {x.shape[1]} is needed")
+    return lengths
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[Tensor]:
@@ -156,7 +176,7 @@ def positions(x: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> tupl
 
 
 class ShortConvolution(nn.Module):
-    """y_t = silu(sum_i w_i x_{t-i}), i = 0, ..., size - 1, for each channel.
+    """y_t = silu(sum_i w_i x_{t-size+1+i}), i = 0, ..., size - 1, for each channel.
 
     Shapes: x and y [B, L, dim]; tail [N, size - 1, dim], the last tokens before x, zeros by default;
     cu_seqlens as for `StateLayer`.

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
-from foveal._errors import SelectionError, ShapeError
+from foveal._errors import OptionError, SelectionError, ShapeError
+from foveal._judged import judged, need_dtype, need_shape
+from foveal._shares import share_of
 from foveal.compose.merge import merge
 from foveal.layers.heads import MultiHead
 from foveal.patterns import Blocks, BlockSelection, Causal, Pattern
 from foveal.scores import KeyBias, Softmax
+from foveal.selectors.budgets import check_levels
 
 Rest = Literal["marginal", "complement", "all"]
 Feature = Literal["softmax", "elu", "relu"]
@@ -38,11 +41,6 @@ def ranks(scores: Tensor) -> Tensor:
     return torch.argsort(order, dim=-1)
 
 
-def share(fraction: float, blocks: int) -> int:
-    """Blocks in a share of them, rounded up."""
-    return math.ceil(round(fraction * blocks, 9))
-
-
 def spread_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, heads, D] of x [B, L, Hkv, D]"""
     if heads % x.shape[2]:
@@ -64,6 +62,7 @@ def _features(x: Tensor, feature: Feature) -> Tensor:
     return torch.nn.functional.elu(x) + 1 if feature == "elu" else torch.relu(x)
 
 
+@judged
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -94,10 +93,14 @@ def sparse_linear_attention(
     Paper: SLA (2509.24006).
     """
     heads = q.shape[2]
+    _fit_linear(q, v, weight, bias)
+    for name, value in (("critical", critical), ("negligible", negligible)):
+        if not 0 <= value <= 1:
+            raise OptionError(name, value, "a share from 0 to 1 is needed")
     scores = block_map(q, k, block)
     blocks = scores.shape[-1]
     place = ranks(scores)
-    kept = max(1, min(blocks, share(critical, blocks)))
+    kept = max(1, min(blocks, share_of(blocks, critical)))
     dropped = min(blocks - kept, math.floor(negligible * blocks + 1e-9))
     selection = BlockSelection.from_block_mask(place < kept, block, block)
     o = attend(q, k, v, Blocks(selection), implementation=implementation)
@@ -115,6 +118,15 @@ def sparse_linear_attention(
     if weight is not None:
         o = o + linear @ weight
     return o if bias is None else o + bias
+
+
+def _fit_linear(q: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    width = v.shape[-1]
+    if weight is not None:
+        need_shape("weight", weight, (width, width), like=q)
+    if bias is not None:
+        need_shape("bias", bias, (width,), like=q)
+    need_dtype(q, weight=weight, bias=bias)
 
 
 def _block_linear(
@@ -233,6 +245,7 @@ def _largest_of(x: Tensor, owner: Tensor, count: int, axis: int) -> Tensor:
     return x.new_full(shape, -torch.inf).scatter_reduce(axis, index.expand_as(x), x, "amax")
 
 
+@judged
 def pyramid_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -260,8 +273,11 @@ def pyramid_sparse_attention(
     Equals: block-sparse attention with one level 1; dense where keys are equal inside groups and all is kept.
     Paper: Pyramid Sparse Attention (2512.04025).
     """
-    if any(kv_block % h for h, _ in levels) or not levels:
+    check_levels(levels)
+    if any(kv_block % h for h, _ in levels):
         raise SelectionError("levels", levels, f"divisors of kv_block, {kv_block}, are needed")
+    if not 0 < sample <= 1:
+        raise OptionError("sample", sample, "a share above 0 and up to 1 is needed")
     importance = sampled_importance(q, k, q_block, kv_block, sample, causal, generator)
     blocks = importance.shape[-1]
     place = ranks(importance)
@@ -276,7 +292,7 @@ def pyramid_sparse_attention(
     count = blocks - near.sum(-1, keepdim=True)
     outputs, lses, begin = [], [], torch.zeros_like(count)
     for h, until in levels:
-        end = torch.ceil((until * count - 1e-9).clamp_min(0)).long().clamp(max=count)
+        end = share_of(count, until)
         mask = (place >= begin) & (place < end) & ~near
         mask = mask | (near & visible) if h == 1 else mask
         begin = torch.maximum(begin, end)

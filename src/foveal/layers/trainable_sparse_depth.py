@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
-from foveal.layers.trainable_sparse_blocks import pool_blocks, ranks, share
+from foveal._judged import judged, need_shape, need_square
+from foveal._shares import share_of
+from foveal.layers.trainable_sparse_blocks import pool_blocks, ranks
 from foveal.patterns import Causal, Dense, Pattern
 from foveal.scores import KeyBias, Score, Softmax
 
@@ -25,7 +27,7 @@ def kept_blocks(scores: Tensor, length: int, block: int, keep: float) -> tuple[T
         raise ShapeError("scores", list(scores.shape), f"one for each of {blocks} blocks is needed")
     if not 0 < keep <= 1:
         raise SelectionError("keep", keep, "a share in (0, 1] is needed")
-    kept = ranks(scores.detach()) < share(keep, blocks)
+    kept = ranks(scores.detach()) < share_of(blocks, keep)
     chosen = kept.nonzero()[:, 1].view(len(scores), -1)
     token = (chosen[..., None] * block + torch.arange(block, device=scores.device)).flatten(1)
     real = token < length
@@ -33,6 +35,7 @@ def kept_blocks(scores: Tensor, length: int, block: int, keep: float) -> tuple[T
     return token[:, :most].clamp(max=length - 1), real[:, :most]
 
 
+@judged
 def lemo_attention(
     q: Tensor,
     k: Tensor,
@@ -53,6 +56,8 @@ def lemo_attention(
     Equals: keep = 1 is dense or causal attention.
     Paper: LeMo (2501.09767).
     """
+    need_square(q, k)
+    need_shape("scores", scores, (q.shape[0], -1), like=q)
     token, real = kept_blocks(scores, q.shape[1], block, keep)
     own_q, own_k, own_v = (_rows(x, token) for x in (q, k, v))
     pattern: Pattern = Causal() if causal else Dense()
@@ -135,6 +140,7 @@ class LessTokens(nn.Module):
         return _placed(x, self.layer(rows, *more), token, real)
 
 
+@judged
 def representation_shift_tokens(before: Tensor, after: Tensor, *, keep: float = 0.5) -> Tensor:
     """The tokens that a layer moved most, in their order: |after_i - before_i| decides.  [B, n, dim]
 
@@ -145,4 +151,6 @@ def representation_shift_tokens(before: Tensor, after: Tensor, *, keep: float = 
     """
     from foveal.layers.trainable_sparse_tokens import drop_tokens, representation_shift
 
+    need_shape("before", before, (-1, -1, -1), like=after)
+    need_shape("after", after, tuple(before.shape), like=before)
     return drop_tokens(after, representation_shift(before, after), keep)[0]

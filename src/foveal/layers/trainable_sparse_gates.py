@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
-from foveal._errors import SelectionError, ShapeError
+from foveal._errors import OptionError, SelectionError, ShapeError
+from foveal._judged import judged, need_dtype, need_shape
 from foveal.layers.trainable_sparse_blocks import ranks, spread_heads
 from foveal.patterns import Blocks, BlockSelection, Causal
 from foveal.scores import KeyBias, Softmax
@@ -38,6 +39,7 @@ def _own_block(Lq: int, Lk: int, block: int, device: torch.device) -> Tensor:
     return (torch.arange(Lq, device=device) + Lk - Lq) // block
 
 
+@judged
 def seer_attention(
     q: Tensor,
     k: Tensor,
@@ -65,6 +67,9 @@ def seer_attention(
     """
     if budget < block:
         raise SelectionError("budget", budget, f"at least one block of {block} tokens is needed")
+    if threshold is not None and not 0 < threshold < 1:
+        raise OptionError("threshold", threshold, "a number above 0 and below 1 is needed")
+    _fit_gates(q, k, gate_q, gate_k, block)
     Lq, Lk = q.shape[1], k.shape[1]
     with torch.no_grad():
         gates = gate_blocks(gate_q, gate_k, Lk, block)
@@ -80,6 +85,14 @@ def seer_attention(
     # A single query is a block of its own, however large blocks of queries are.
     selection = BlockSelection.from_block_mask(mask, 64 if Lq == 1 else 1, block)
     return attend(q, k, v, Blocks(selection) & Causal(), implementation=implementation)
+
+
+def _fit_gates(q: Tensor, k: Tensor, gate_q: Tensor, gate_k: Tensor, block: int) -> None:
+    batch, kv_heads = q.shape[0], k.shape[2]
+    need_shape("gate_q", gate_q, (batch, q.shape[1], kv_heads, -1), like=q)
+    blocks = -(-k.shape[1] // block)
+    need_shape("gate_k", gate_k, (batch, blocks, kv_heads, gate_q.shape[-1]), like=q)
+    need_dtype(gate_q, gate_k=gate_k)
 
 
 def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
@@ -207,6 +220,7 @@ def distil_gate(
     return losses
 
 
+@judged
 def nosa(
     q: Tensor,
     k: Tensor,
@@ -234,14 +248,17 @@ def nosa(
     Equals: dense causal attention with a key bias where budget covers all blocks.
     Paper: NOSA (2510.13602).
     """
+    if local_blocks < 1:
+        raise SelectionError("local_blocks", local_blocks, "at least 1, the own block, is needed")
     if by_query > budget or by_query < local_blocks + 1:
         raise SelectionError(
             "by_query",
             by_query,
             f"{local_blocks + 1} (first and local blocks) to {budget} are needed",
         )
-    if window % stride or block % stride:
+    if window < 1 or window % stride or block % stride:
         raise SelectionError("stride", stride, f"a divisor of {window} and {block} is needed")
+    need_shape("importance", importance, (k.shape[0], k.shape[1], k.shape[2]), like=k)
     with torch.no_grad():
         mask = _nosa_blocks(q, k, importance, block, budget, by_query, window, stride, local_blocks)
     selection = BlockSelection.from_block_mask(mask, 64 if q.shape[1] == 1 else 1, block)
@@ -317,6 +334,7 @@ class NosaImportance(nn.Module):
         return c
 
 
+@judged
 def polar_heads(
     q: Tensor,
     k: Tensor,
@@ -339,6 +357,7 @@ def polar_heads(
     kv_heads = k.shape[2]
     if not 1 <= heads <= kv_heads:
         raise SelectionError("heads", heads, f"1 to {kv_heads} key heads are needed")
+    need_shape("scores", scores, (q.shape[0], kv_heads), like=q)
     groups = q.shape[2] // kv_heads
     kept = (ranks(scores.detach()) < heads).nonzero()[:, 1].view(len(scores), heads)
     own = (kept[..., None] * groups + torch.arange(groups, device=q.device)).flatten(1)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
+from foveal._judged import judged, need_shape
 from foveal._scan import scan
 from foveal.features import orthogonal_projection, positive_random
 from foveal.layers.heads import MultiHead
@@ -54,6 +55,7 @@ def cell_spans(kept: Tensor, causal: bool, Lk: int) -> SpanSelection:
     return SpanSelection(starts.to(torch.int32), stops.to(torch.int32))
 
 
+@judged
 def sea_attention(
     q: Tensor,
     k: Tensor,
@@ -77,11 +79,16 @@ def sea_attention(
     Equals: keys >= Lk without alpha and beta is dense or causal attention; beta = 0 is the running mean.
     Paper: SEA (2310.01777).
     """
-    if shares.shape[:3] != (q.shape[0], q.shape[2], q.shape[1]):
+    if shares.dim() != 4 or shares.shape[:3] != (q.shape[0], q.shape[2], q.shape[1]):
         needed = f"[{q.shape[0]}, {q.shape[2]}, {q.shape[1]}, cells] is needed"
         raise ShapeError("shares", list(shares.shape), needed)
+    if not shares.shape[3]:
+        raise ShapeError("shares", list(shares.shape), "at least one cell is needed")
     if keys < 1:
         raise SelectionError("keys", keys, "at least 1 is needed")
+    for name, gate in (("alpha", alpha), ("beta", beta)):
+        if gate is not None:
+            need_shape(name, gate, (q.shape[0], q.shape[1], q.shape[2]), like=q)
     Lk = k.shape[1]
     kept = kept_cells(shares.detach(), keys, causal, Lk)
     pattern: Pattern = Chosen(cell_spans(kept, causal, Lk))

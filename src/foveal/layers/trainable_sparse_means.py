@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
+from foveal._judged import judged
 from foveal.layers.causal import rotary
 from foveal.layers.state import LayerState, StateLayer, one_by_one, positions, ragged
 from foveal.patterns import Blocks, BlockSelection, Causal
@@ -48,6 +49,7 @@ def mean_blocks(
     return BlockSelection.from_block_mask(torch.cat(kept, dim=2), 64 if Lq == 1 else 1, block)
 
 
+@judged
 def infllm_v2(
     q: Tensor,
     k: Tensor,
@@ -63,8 +65,8 @@ def infllm_v2(
 ) -> Tensor:
     """Causal attention of every token to `blocks` blocks of keys: the first, local ones, and the best others.
 
-    The score of block j is the largest, over the windows of `length` keys that overlap it and those one
-    stride before, of the softmax over window means, summed over the query heads of a key head.
+    The score of block j is the largest, over the windows of `length` keys that overlap it and the one
+    before its first, of the softmax over window means, summed over the query heads of a key head.
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv]; the last query stands on the last key.
     Options: local blocks behind a token, its own included; up to dense_length keys attention is causal,
     so that short texts behave as before training; stride divides length and block.

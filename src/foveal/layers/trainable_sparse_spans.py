@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
-from foveal._errors import SelectionError
+from foveal._errors import OptionError, SelectionError
+from foveal._judged import judged, need_dtype, need_shape
 from foveal.compose.merge import merge
 from foveal.layers.heads import MultiHead
 from foveal.layers.trainable_sparse_blocks import ranks
@@ -21,6 +24,7 @@ from foveal.patterns import Chosen, Sliding, SpanSelection
 from foveal.selectors import Stripes
 
 
+@judged
 def superlinear(
     q: Tensor,
     k: Tensor,
@@ -36,15 +40,21 @@ def superlinear(
 
     Anchors are the best `anchors` of the keys at t + 1 - i^exponent, i > first, by unscaled products; the
     span of anchor a is [a - ceil(backward sqrt(t + 1)), a], cut before the window of (first + 1)^exponent
-    - 1 tokens.  Without an anchor the window alone counts.  The anchors' softmax carries the gradient
-    of the search.
+    - 1 tokens, at least the query's own.  Without an anchor the window alone counts.  The anchors' softmax
+    carries the gradient of the search.
     Shapes: q and search_q [B, L, Hq, D] (None: q), k [B, L, Hkv, D], v [B, L, Hkv, Dv].
     Paper: Superlinear Multi-Step Attention (2026).
     """
     search_q = q if search_q is None else search_q
+    need_shape("search_q", search_q, tuple(q.shape), like=q)
+    need_dtype(q, search_q=search_q)
+    if anchors < 1:
+        raise OptionError("anchors", anchors, "at least 1 is needed")
+    if not (backward >= 0 and math.isfinite(backward)):
+        raise OptionError("backward", backward, "a finite number of at least 0 is needed")
+    place, logits = Stripes(exponent, first).anchors(search_q, k)
     window = int((first + 1) ** exponent) - 1
     near = attend(q, k, v, Sliding(max(window - 1, 0)), return_lse=True)
-    place, logits = Stripes(exponent, first).anchors(search_q, k)
     count = min(anchors, place.shape[1])
     if count == 0:
         return near[0]
@@ -134,8 +144,9 @@ class SparseKAttention(MultiHead):
         self.slope = nn.Parameter(torch.full((heads,), slope))
 
     def forward(self, x: Tensor) -> Tensor:
-        place = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
-        scores = self.score(x) + place[:, None] * self.slope
+        wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 counts to 256
+        place = torch.arange(x.shape[1], device=x.device, dtype=wide)
+        scores = self.score(x).to(wide) + place[:, None] * self.slope
         o = sparsek_attention(
             *self.split(x), scores, keys=self.keys, window=self.window, gate_on=self.gate_on
         )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
+from foveal._judged import judged, need_shape, need_square
+from foveal._shares import share_of
 from foveal.compose.merge import merge
 from foveal.layers.trainable_sparse_blocks import ranks, spread_heads
 from foveal.patterns import Rows, Sliding
@@ -18,6 +20,7 @@ GateOn = Literal["k", "v", "both"]
 _QUERIES_AT_ONCE = 128
 
 
+@judged
 def core_context(
     q: Tensor,
     k: Tensor,
@@ -41,6 +44,7 @@ def core_context(
     length, heads = q.shape[1], q.shape[2]
     if group < 1 or window < 1:
         raise SelectionError("group", (group, window), "group and window of at least 1 are needed")
+    need_square(q, k)
     token = torch.arange(length)
     cores = ((token + 1 - window).clamp_min(0) // group).clamp(max=length // group)
     near = Rows(cores * group, token + 1)
@@ -110,6 +114,7 @@ def sparse_k(u: Tensor, k: int) -> Tensor:
     return p
 
 
+@judged
 def sparsek_attention(
     q: Tensor,
     k: Tensor,
@@ -134,9 +139,13 @@ def sparsek_attention(
     """
     if gate_on not in ("k", "v", "both"):
         raise SelectionError("gate_on", gate_on, '"k", "v" or "both" is needed')
+    need_square(q, k)
+    need_shape("scores", scores, (k.shape[0], k.shape[1], k.shape[2]), like=k)
     length, heads = q.shape[1], q.shape[2]
     k_all, v_all = spread_heads(k, heads), spread_heads(v, heads)
-    u = scores.transpose(1, 2).repeat_interleave(heads // scores.shape[2], dim=1)  # [B, Hq, L]
+    # Scores may come from a router in float32; tau is found in at least that.
+    u = scores.to(torch.promote_types(scores.dtype, torch.float32)).transpose(1, 2)
+    u = u.repeat_interleave(heads // scores.shape[2], dim=1)  # [B, Hq, L]
     token = torch.arange(length, device=q.device)
     parts = []
     for first in range(0, length, _QUERIES_AT_ONCE):
@@ -146,10 +155,12 @@ def sparsek_attention(
         near = seen & (token[:stop] > row - window)
         p = sparse_k(u[:, :, None, :stop].masked_fill(~seen, -torch.inf), keys)
         p = torch.where(near, 1.0, p)
+        hidden = ~((p > 0) & seen)
+        p = p.to(q.dtype)
         s = torch.einsum("bihd,bjhd->bhij", q[:, first:stop], k_all[:, :stop])
         s = s * q.shape[-1] ** -0.5
         s = s * p if gate_on != "v" else s
-        weights = torch.softmax(s.masked_fill(~((p > 0) & seen), -torch.inf), dim=-1)
+        weights = torch.softmax(s.masked_fill(hidden, -torch.inf), dim=-1)
         weights = weights * p if gate_on != "k" else weights
         parts.append(torch.einsum("bhij,bjhd->bihd", weights, v_all[:, :stop]))
     return torch.cat(parts, dim=1)
@@ -179,6 +190,7 @@ class _StraightThrough(torch.autograd.Function):
         return dv, (dv * v).sum(-1)
 
 
+@judged
 def learnable_token_eviction(
     q: Tensor,
     k: Tensor,
@@ -200,6 +212,8 @@ def learnable_token_eviction(
     """
     if window < 1:
         raise SelectionError("window", window, "at least 1 is needed")
+    need_square(q, k)
+    need_shape("scores", scores, (k.shape[0], k.shape[1], k.shape[2]), like=k)
     length = k.shape[1]
     v = _StraightThrough.apply(v, scores)  # type: ignore[no-untyped-call]
     near = Sliding(window - 1, 0)
@@ -291,6 +305,7 @@ class EvictionRouter(nn.Module):
         return torch.relu(z) if self.score == "relu" else torch.sigmoid(z) - 0.5
 
 
+@judged
 def monarch_attention(
     q: Tensor,
     k: Tensor,
@@ -347,6 +362,6 @@ def drop_tokens(x: Tensor, shift: Tensor, keep: float) -> tuple[Tensor, Tensor]:
     """
     if not 0 < keep <= 1:
         raise SelectionError("keep", keep, "a share in (0, 1] is needed")
-    count = max(1, -int(-keep * x.shape[1] // 1))
+    count = max(1, share_of(x.shape[1], keep))
     kept = (ranks(shift.detach()) < count).nonzero()[:, 1].view(len(x), count)
     return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), kept

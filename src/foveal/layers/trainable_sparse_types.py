@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
+from foveal._judged import judged, need_shape
 from foveal.engines.common.once import once_differentiable
 from foveal.layers.heads import MultiHead
 from foveal.patterns import Causal, Pattern
@@ -34,6 +35,7 @@ def type_ends(types: Tensor, window: int) -> Tensor:
     return torch.stack([always, coming, (place + window).expand_as(coming)], dim=2)
 
 
+@judged
 def nats_attention(
     q: Tensor,
     k: Tensor,
@@ -55,9 +57,10 @@ def nats_attention(
     Equals: all global is causal attention, all sliding a window of window + 1 keys.
     Paper: Neural Attention Search (2502.13251).
     """
-    if types.dim() != 4 or types.shape[1] != k.shape[1] or types.shape[2] not in (1, k.shape[2]):
-        needed = f"[B, {k.shape[1]}, 1 or {k.shape[2]}, 3] is needed"
+    if types.dim() != 4 or types.shape[2] not in (1, k.shape[2]):
+        needed = f"[{k.shape[0]}, {k.shape[1]}, 1 or {k.shape[2]}, 3] is needed"
         raise ShapeError("types", list(types.shape), needed)
+    need_shape("types", types, (k.shape[0], k.shape[1], types.shape[2], 3), like=k)
     if window < 0 or q.shape[1] != k.shape[1]:
         raise SelectionError("window", window, "at least 0, and as many queries as keys")
     ends = type_ends(types, window)

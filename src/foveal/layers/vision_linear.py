@@ -7,10 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_shape
+from foveal._problem import describe
 from foveal.features import contract, norm_aware_k, norm_aware_q
 from foveal.layers.heads import MultiHead
 
 
+@judged_alone
 def l2vit(
     q: Tensor,
     k: Tensor,
@@ -24,15 +27,18 @@ def l2vit(
     Shapes: q, k, v [B, *grid, H, .]; temperature t [H], by default D^-1/2.
     Options: the large floor of the paper keeps tokens of little weight small.
     """
+    need_grids(q, k, v)
     grid = q.shape[1:-2]
     if temperature is None:
-        temperature = torch.full_like(v.flatten(0, -3)[0, :, 0], q.shape[-1] ** -0.5)
+        temperature = v.new_full((q.shape[-2],), q.shape[-1] ** -0.5)
+    need_shape("temperature", temperature, (q.shape[-2],), like=q)
     q, k, v = (x.flatten(1, -3) for x in (q, k, v))
     o = contract(torch.relu(q), torch.relu(k), v, floor=floor) * temperature.to(v.dtype)[:, None]
     y: Tensor = o.unflatten(1, grid)
     return y
 
 
+@judged_alone
 def nala(q: Tensor, k: Tensor, v: Tensor, *, rotary_base: float | None = 10000.0) -> Tensor:
     """o_i = turned(a_i) . sum_j turned(b_j) v_j / a_i . sum_j b_j, a = norm_aware_q(q), b = norm_aware_k(k).
 
@@ -41,6 +47,9 @@ def nala(q: Tensor, k: Tensor, v: Tensor, *, rotary_base: float | None = 10000.0
     Shapes: q, k, v [B, *grid, H, .].
     Options: rotary_base None turns nothing.
     """
+    need_grids(q, k, v)
+    if k.shape[-2] != q.shape[-2]:
+        raise ShapeError("k", list(k.shape), f"the {q.shape[-2]} heads of q are needed")
     grid = q.shape[1:-2]
     a, b = norm_aware_q(q), norm_aware_k(k)
     total = torch.einsum("bihd,bhd->bih", a.flatten(1, -3), b.flatten(1, -3).sum(1))
@@ -59,16 +68,23 @@ def grid_rotary(x: Tensor, base: float) -> Tensor:
     grid, half = x.shape[1:-2], x.shape[-1] // 2
     number = torch.arange(half, device=x.device)
     step = (number // len(grid)).to(torch.float64) / max(half / len(grid), 1)
-    speeds = (base**-step).to(x.dtype)
-    angle = x.new_zeros(*grid, half)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    speeds = (base**-step).to(wide)
+    angle = x.new_zeros(*grid, half, dtype=wide)
     for axis, size in enumerate(grid):
-        place = torch.arange(size, device=x.device, dtype=x.dtype)
+        place = torch.arange(size, device=x.device, dtype=wide)
         place = place.view(*(-1 if other == axis else 1 for other in range(len(grid))), 1)
         angle = angle + place * speeds * (number % len(grid) == axis)
     angle = angle[..., None, :]
     u, w, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = (wave.to(x.dtype) for wave in (angle.cos(), angle.sin()))
     return torch.cat([u * cos - w * sin, u * sin + w * cos, rest], dim=-1)
+
+
+def need_grids(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises unless q, k and v [B, *grid, H, .] fit each other; under autocast dtypes may differ."""
+    if q.is_meta or not torch.is_autocast_enabled(q.device.type):
+        describe(q, k, v, False)
 
 
 def _depthwise(dim: int, size: int) -> nn.Conv2d:

@@ -118,7 +118,9 @@ def dilated_window(
     grid: tuple[int, ...], group: tuple[int, ...], scope: Literal["local", "global"]
 ) -> Partition | Neighborhood:
     """Contiguous groups of a grid, or the combs of as many tokens with equal gaps."""
-    if len(group) != len(grid):
+    if scope not in ("local", "global"):
+        raise PatternError("scope", repr(scope), "'local' or 'global' is needed")
+    if not isinstance(group, tuple | list) or len(group) != len(grid):
         raise PatternError("group", group, f"one length for each axis of the grid {grid} is needed")
     group = tuple(min(pair) for pair in zip(group, grid, strict=True))
     if scope == "local":

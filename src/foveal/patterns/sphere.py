@@ -128,7 +128,8 @@ def half_widths(pattern: Sphere, extent: Extent) -> Tensor:
     """
     rows, columns = extent.q_grid[0], extent.kv_grid[1]
     radius = math.pi / max(rows - 1, 1) if pattern.radius is None else pattern.radius
-    edge = math.cos(min(radius * _SLACK, math.pi))
+    # The far side of the sphere is reached whatever the rounding of the quotient below.
+    edge = math.cos(radius * _SLACK) if radius * _SLACK < math.pi else -math.inf
     a = colatitudes(rows, pattern.latitudes)[:, None]
     b = colatitudes(extent.kv_grid[0], pattern.latitudes)[None]
     sines, cosines = a.sin() * b.sin(), a.cos() * b.cos()

@@ -30,7 +30,7 @@ class Antidiagonal:
 
     def scores(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
         s = self.stride
-        if tiling.q_block % s or tiling.kv_block % s:
+        if s < 1 or tiling.q_block % s or tiling.kv_block % s:
             needed = f"a divisor of both blocks, {tiling.q_block} and {tiling.kv_block}, is needed"
             raise SelectionError("stride", s, needed)
         if antidiagonal.serves(q, k, s, tiling.kv_block):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite
 from foveal._errors import SelectionError
+from foveal._shares import share_of
 from foveal.engines.tile.rows import best, heaviest
 from foveal.selectors.base import Budget, Tiling
 
@@ -40,7 +42,7 @@ class TopRatio:
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         allowed = (scores > -torch.inf).sum(-1, keepdim=True)
-        return best(scores, torch.ceil(allowed * self.ratio))
+        return best(scores, share_of(allowed, self.ratio))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,9 @@ class Levels:
 
     shares: tuple[tuple[int, float], ...] = field(default=((1, 0.1), (2, 0.15), (8, 0.35)))
 
+    def __post_init__(self) -> None:
+        check_levels(self.shares)
+
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         return self.levels(scores) > 0
 
@@ -160,8 +165,25 @@ class Levels:
         count = allowed.sum(-1, keepdim=True)
         found = torch.zeros_like(scores, dtype=torch.uint8)
         for level, share in reversed(self.shares):
-            found = torch.where(rank < torch.ceil(count * share), level, found)
+            found = torch.where(rank < share_of(count, share), level, found)
         return found.masked_fill(~allowed, 0)
+
+
+def check_levels(levels: Sequence[tuple[int, float]]) -> None:
+    """Raises unless these are pairs (whole number from 1 up, share), of ascending shares from 0 to 1."""
+    needed = "pairs (level of at least 1, share) with ascending shares from 0 to 1 are needed"
+    if not isinstance(levels, Sequence) or not levels:
+        raise SelectionError("levels", levels, needed)
+    reached = 0.0
+    for pair in levels:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise SelectionError("levels", levels, needed)
+        level, share = pair
+        if not isinstance(level, int) or level < 1 or not finite(share):
+            raise SelectionError("levels", levels, needed)
+        if not reached <= share <= 1:
+            raise SelectionError("levels", levels, needed)
+        reached = share
 
 
 def load_plan(path: str | Path) -> Mapping[str, Any]:

@@ -50,8 +50,11 @@ class Compressed:
     def _binned(self, p: Tensor, step: int, reach: int) -> Tensor:
         """Windows step j - reach ... step j + step - 1 make block j."""
         if self.pool == "max":
-            edge = F.pad(p, (1, 0), value=0.0)[..., :-1].unflatten(-1, (-1, step))[..., 0]
-            return torch.maximum(p.unflatten(-1, (-1, step)).amax(-1), edge)
+            most: Tensor = p.unflatten(-1, (-1, step)).amax(-1)
+            for before in range(1, max(reach, 1) + 1):
+                edge = F.pad(p, (before, 0))[..., : p.shape[-1]]
+                most = torch.maximum(most, edge.unflatten(-1, (-1, step))[..., 0])
+            return most
         total = torch.zeros_like(p[..., ::step])
         for m in range(step):
             for n in range(reach + 1):
@@ -60,7 +63,9 @@ class Compressed:
         return total
 
     def _step(self, tiling: Tiling) -> int:
-        if self.length % self.stride or tiling.kv_block % self.stride:
+        if self.length < 1:
+            raise SelectionError("length", self.length, "at least 1 is needed")
+        if self.stride < 1 or self.length % self.stride or tiling.kv_block % self.stride:
             needed = f"a divisor of the length, {self.length}, and the block, {tiling.kv_block}"
             raise SelectionError("stride", self.stride, needed)
         return tiling.kv_block // self.stride

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,17 @@ class Stripes:
     first: int = 8
 
     def __post_init__(self) -> None:
-        if self.exponent < 1 or self.first < 0:
-            raise SelectionError("exponent", self.exponent, "at least 1, and first at least 0")
+        if not (self.exponent >= 1 and math.isfinite(self.exponent)):
+            raise SelectionError(
+                "exponent", self.exponent, "a finite number of at least 1 is needed"
+            )
+        if self.first < 0:
+            raise SelectionError("first", self.first, "at least 0 is needed")
 
     def distances(self, length: int, device: torch.device) -> Tensor:
         """i^n - 1 for i > first, rounded down, smaller than the length.  int64 [anchors]"""
-        most = int(length ** (1 / self.exponent)) + 2
+        # A sequence shorter than the window has no anchor.
+        most = max(int(length ** (1 / self.exponent)) + 2, self.first)
         steps = torch.arange(self.first + 1, most + 1, device=device, dtype=torch.float64)
         found = torch.floor(steps**self.exponent).to(torch.int64) - 1
         result: Tensor = found[found < length].unique()

@@ -20,9 +20,9 @@ class VerticalSlash:
     """The `vertical` heaviest key columns and the `slash` heaviest distances, per query head.
 
     Masses are those of the softmax of the last `queries` queries; the first `sinks` columns and the
-    `local` smallest distances are always among them.  For the tile of `tile` queries from m on, distance
-    o covers the keys m - o ... m - o + tile - 1; runs that touch are joined and rounded up to whole blocks
-    of `tile` keys; columns inside a block are dropped.
+    `local` smallest distances are always among them, as many as there is room for.  For the tile of
+    `tile` queries from m on, distance o covers the keys m - o ... m - o + tile - 1; runs that touch are
+    joined and rounded up to whole blocks of `tile` keys; columns inside a block are dropped.
     Limits: 30 <= vertical and 50 <= slash are what the paper searches; both are cut to the length.
     Paper: MInference (2407.02490).
     """
@@ -38,6 +38,9 @@ class VerticalSlash:
         for name in ("vertical", "slash", "queries", "tile"):
             if getattr(self, name) < 1:
                 raise SelectionError(name, getattr(self, name), "at least 1 is needed")
+        for name in ("sinks", "local"):
+            if getattr(self, name) < 0:
+                raise SelectionError(name, getattr(self, name), "at least 0 is needed")
 
     def select(self, q: Tensor, k: Tensor) -> ColumnSelection:
         """The lists of q [B, L, Hq, D] on k [B, L, Hkv, D], one per tile and query head."""
@@ -45,8 +48,8 @@ class VerticalSlash:
             raise SelectionError("q", list(q.shape), f"as many queries as keys, {k.shape[1]}")
         with torch.no_grad():
             columns, offsets = LastQueries(self.queries).columns_and_offsets(q.detach(), k.detach())
-            columns[..., : self.sinks] = torch.inf
-            offsets[..., : self.local] = torch.inf
+            columns[..., : min(self.sinks, self.vertical)] = torch.inf
+            offsets[..., : min(self.local, self.slash)] = torch.inf
             chosen = columns.topk(min(self.vertical, k.shape[1])).indices.sort(-1).values
             distances = offsets.topk(min(self.slash, k.shape[1])).indices.sort(-1, descending=True)
             heads = self._lists(chosen.flatten(0, 1), distances.values.flatten(0, 1), k.shape[1])

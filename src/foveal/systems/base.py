@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import random
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal._errors import PatternError, UnknownNameError
+from foveal._arguments import need_tensors
+from foveal._errors import FovealError, PatternError, UnknownNameError
 from foveal._options import check_values
 from foveal._problem import Problem
 from foveal.patterns.base import Extent, Pattern
@@ -176,7 +178,7 @@ class System:
             device=device,
             return_lse=False,
         )
-        pattern, score = self.compose(grid, **{**shape.get("options", {}), **options})
+        pattern, score = composed(self.compose, grid, {**shape.get("options", {}), **options})
         pattern.validate(problem.extent)
         geometry = Geometry(pattern, problem.extent, 1, heads, problem.kv_heads)
         form = normal_form(score, head_dim, geometry)
@@ -189,8 +191,7 @@ class System:
     def _composed(self, grid: tuple[int, ...], options: Mapping[str, Any]) -> tuple[Pattern, Score]:
         if self.compose is None:
             raise PatternError("pattern", self.name, "a system that selects pairs is needed")
-        check_options(self.compose, options)
-        return self.compose(tuple(grid), **options)
+        return composed(self.compose, tuple(grid), options)
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,33 @@ def check_options(compose: Compose, options: Mapping[str, Any]) -> None:
             raise UnknownNameError("option", name, names)
 
 
+def composed(
+    compose: Compose, grid: tuple[int, ...], options: Mapping[str, Any]
+) -> tuple[Pattern, Score]:
+    """The pattern and the score of a composition, which judge the options that they get.
+
+    OptionError where a value of the wrong kind stops it before a pattern could say so.
+    """
+    check_options(compose, options)
+    try:
+        return compose(grid, **options)
+    except FovealError:
+        raise
+    except Exception:
+        check_values(compose, options)
+        raise
+
+
+@contextlib.contextmanager
+def naming(**options: str) -> Iterator[None]:
+    """Errors inside name the option that a part was made from: naming(size="window")."""
+    try:
+        yield
+    except PatternError as error:
+        argument = options.get(error.argument, error.argument)
+        raise PatternError(argument, error.got, error.needed) from None
+
+
 def attending(compose: Compose) -> Callable[..., Any]:
     """The operator of a composition: `attend` with its pattern and score, and its options."""
 
@@ -248,8 +276,8 @@ def attending(compose: Compose) -> Callable[..., Any]:
     ) -> Tensor | tuple[Tensor, Tensor]:
         from foveal._attend import attend
 
-        check_options(compose, options)
-        pattern, score = compose(tuple(k.shape[1:-2]), **options)
+        need_tensors(q=q, k=k, v=v)
+        pattern, score = composed(compose, tuple(k.shape[1:-2]), options)
         if return_lse:
             return attend(q, k, v, pattern, score, return_lse=True, implementation=implementation)
         return attend(q, k, v, pattern, score, implementation=implementation)

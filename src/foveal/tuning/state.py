@@ -32,6 +32,10 @@ READ_STAGES = 3
 LEAST_BULK_PIECE = 8
 """Chunks of the shortest piece of a scan by bulk copies without gradients."""
 
+LEFT_CHUNKS = 4
+"""Chunks of a program that looks for those that a kernel of `bulk_channels` left: few programs go fast
+over what is done, many share what is left."""
+
 STEP_TILE = 32
 """Value channels of a program of the decode step."""
 
@@ -41,7 +45,9 @@ class Tuning:
     """v_tile, backward_v_tile: value channels of a walk, forward and backward; split_v_tile: of the walks
     of a sequence that is cut in pieces; bulk_v_tile, bulk_split_v_tile: the same with bulk copies;
     pairs_k_tile: key channels of a product inside a chunk; gradient_v_tile, gradient_k_tile:
-    channels of the tiles of the gradients; the rest: warps and stages of each kernel."""
+    channels of the tiles of the gradients; channels, tokens: warps and registers of the kernels in
+    `bulk_channels`, two and three programs on a multiprocessor; the rest: warps and stages of each
+    kernel."""
 
     v_tile: int
     piece: int = 32
@@ -55,6 +61,8 @@ class Tuning:
     gradient_v_tile: int = 64
     gradient_k_tile: int = 64
     pairs: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
+    channels: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
+    tokens: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "maxnreg": 168})
     walk: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 2})
     split_v_tile: int = 64
     bulk_v_tile: int = 32
@@ -109,6 +117,11 @@ def forced(found: Tuning) -> Iterator[None]:
         yield
     finally:
         _FORCED.pop()
+
+
+def measuring() -> bool:
+    """Whether tuning is forced: what is kept of earlier calls does not know of it."""
+    return bool(_FORCED)
 
 
 def piece_of(

@@ -44,6 +44,61 @@ class Shared:
         self.memory.copy_(value)
 
 
+class Order:
+    """What an early launch may touch: until it waits, nothing that the launch in front of it wrote."""
+
+    def __init__(self) -> None:
+        self.front, self.written = set[int](), set[int]()
+        self.lets = self.waits = self.front_lets = self.follows = False
+
+    def begin(self, follows: bool) -> None:
+        """A launch, or one that started early behind another, which has to be an ordinary one."""
+        self.front, self.written = self.written, set()
+        self.front_lets, self.lets = self.lets, False
+        assert not follows or (self.front_lets and not self.follows)
+        self.follows = follows
+
+    def reads(self, memory: Tensor) -> None:
+        assert not self.waits or _place(memory) not in self.front, "read before it was written"
+
+    def writes(self, memory: Tensor) -> None:
+        assert not self.waits, "written while the launch in front may read"
+        self.written.add(_place(memory))
+
+    def wait(self) -> None:
+        self.waits = False
+
+    def let(self) -> None:
+        self.lets = True
+
+
+def _place(memory: Tensor) -> int:
+    return memory.untyped_storage().data_ptr()
+
+
+class Copies:
+    """Copies to shared memory that arrive where they are waited for, and what is masked never."""
+
+    def __init__(self, order: Order) -> None:
+        self.order, self.begun = order, list[tuple[Shared, Tensor]]()
+
+    def async_copy_global_to_shared(self, shared: Shared, pointer: Pointer, mask: Tensor) -> None:
+        offset, mask = pointer.places(mask)
+        assert offset.shape == shared.memory.shape
+        self.order.reads(pointer.memory)
+        value = torch.where(mask, pointer.memory.view(-1)[offset], torch.nan)
+        self.begun.append((shared, value))
+
+    def commit_group(self) -> None:
+        pass
+
+    def wait_group(self, outstanding: int) -> None:
+        assert outstanding == 0
+        for shared, value in self.begun:
+            shared.store(value)
+        self.begun.clear()
+
+
 class Language:
     """What a kernel asks of `gl`."""
 
@@ -51,8 +106,8 @@ class Language:
     constexpr = object
     where = staticmethod(torch.where)
 
-    def __init__(self) -> None:
-        self.program = 0
+    def __init__(self, order: Order) -> None:
+        self.program, self.order = 0, order
 
     def program_id(self, axis: int) -> Tensor:
         return torch.tensor(self.program)
@@ -68,11 +123,13 @@ class Language:
 
     def load(self, pointer: Pointer, mask: Any = True, other: float = 0.0) -> Tensor:
         offset, mask = pointer.places(mask)
+        self.order.reads(pointer.memory)
         return torch.where(mask, pointer.memory.view(-1)[offset], other)
 
     def store(self, pointer: Pointer, value: Tensor, mask: Any = True) -> None:
         offset, mask, value = torch.broadcast_tensors(*pointer.places(mask), value)
         assert len(offset[mask].unique()) == len(offset[mask])
+        self.order.writes(pointer.memory)
         pointer.memory.view(-1)[offset[mask]] = value[mask]
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
@@ -103,7 +160,8 @@ class Emulated:
     """Stands in for a kernel in the module that launches it."""
 
     def __init__(self, kernel: Any) -> None:
-        self.language = Language()
+        self.order = Order()
+        self.language, self.copies = Language(self.order), Copies(self.order)
         self.kernel, self.arguments = self._plain(kernel), kernel.arg_names
 
     def _plain(self, kernel: Any) -> Callable[..., Any]:
@@ -113,7 +171,12 @@ class Emulated:
         for name in kernel.fn.__code__.co_names:
             if type(names.get(name)).__name__ == "GluonJITFunction":
                 names[name] = self._plain(names[name])
-        names["gl"] = self.language
+        names |= {
+            "gl": self.language,
+            "async_copy": self.copies,
+            "gdc_wait": self.order.wait,
+            "gdc_launch_dependents": self.order.let,
+        }
         return plain
 
     def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
@@ -125,7 +188,14 @@ class Emulated:
                     assert value.is_contiguous()
                     values[name] = Pointer(value)
             (count,) = programs
+            follows = options.get("launch_pdl", False)
+            self.order.begin(follows)
             for self.language.program in range(count):
+                self.order.waits = follows
                 self.kernel(**values)
+                assert not self.order.waits, (
+                    "the launch behind would not be behind the one in front"
+                )
+                assert not self.copies.begun
 
         return launch

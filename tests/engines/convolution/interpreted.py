@@ -55,13 +55,18 @@ def failures_of_mix(name: str, seed: int) -> list[str]:
     return failures(mixed(case, "triton"), mix_definition(case), tensors, source)
 
 
-def failures_of_long(name: str, seed: int) -> list[str]:
-    """The kernel is in Gluon, which the interpreter does not know: it is emulated."""
+def failures_of_long(name: str, room: int, early: bool, seed: int) -> list[str]:
+    """The kernel is in Gluon, which the interpreter does not know: it is emulated.
+
+    room: bytes of shared memory of a GPU that copies to it; early: whether its kernels start early.
+    """
     from foveal.engines.convolution import launch_spectral
 
     kernel = launch_spectral.convolution_fourier_forward
     if not isinstance(kernel, Emulated):
         launch_spectral.convolution_fourier_forward = Emulated(kernel)
+    launch_spectral._copy_room = lambda device: room
+    launch_spectral.starts_early = lambda device: early
     problem, source = LONG[name], torch.Generator().manual_seed(seed)
     tensors = problem.draw(source)
     return failures(problem.call("triton"), problem.definition, tensors, source)

@@ -321,4 +321,6 @@ LONG: dict[str, Long] = {
     "longer than the sequence": Long((2, 20, 3), (3, 33), post=False),
     "a thousand": Long((1, 1000, 2), (2, 1000), skip=False),
     "in three launches": Long((1, 1300, 1), (1, 1300)),
+    "channels of four": Long((2, 300, 20), (20, 300)),
+    "channels of four, a filter for each sample": Long((2, 9, 36), (2, 36, 9), skip=False),
 }

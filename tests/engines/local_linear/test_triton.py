@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import foveal as fv
-from tests.engines.local_linear import interpreted
+from tests.engines import suites
+from tests.engines.local_linear import decoding, interpreted
 from tests.engines.local_linear.cases import CASES
 from tests.engines.tile.compiled import Launch
 
@@ -127,6 +128,26 @@ def launches(dim: int, pattern: fv.Pattern) -> list[Launch]:
         if dim <= 128:
             launch_decode.decode(task_of(q[:, :1], k), solver, q[:, :1], k, k)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_decode_compiles_for(device: str) -> None:
+    from triton.backends import backends
+
+    if ("amd" if device == "gfx942" else "nvidia") not in backends:
+        pytest.skip(f"this Triton has no backend for {device}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=suites.start) as pool:
+        names, wrong = pool.submit(decoding.outcome, device).result()
+    assert wrong == []
+    assert names == {
+        "decode.local_linear_decode",
+        "decode.local_linear_decode_merge",
+        "decode.local_linear_decode_solve",
+        "decode_given.local_linear_decode_given",
+        "decode_given.local_linear_decode_given_merge",
+    }
 
 
 @pytest.mark.slow

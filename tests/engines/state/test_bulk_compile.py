@@ -119,3 +119,24 @@ def test_joins_in_groups() -> None:
         options = {"num_warps": 8, "num_stages": 1}
         found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert found.metadata.shared <= LARGEST_SHARED
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(128, 128), (64, 64)])
+@pytest.mark.parametrize("channels", [True, False])
+def test_inside_chunks(head_dim: int, value_dim: int, channels: bool) -> None:
+    from foveal.engines.state.bulk_channels import state_channels_bulk, state_tokens_bulk
+    from foveal.tuning.state import CHUNK, LEVELS, REACH
+
+    kernel = state_channels_bulk if channels else state_tokens_bulk
+    halves = ("p_q", "p_k", "p_v", "p_pairs", "p_w", "p_u", "p_since", "p_until")
+    types = dict.fromkeys(halves, "*bf16") | {"scale": "fp32"}
+    types |= dict.fromkeys(("p_decay", "p_sums", "p_gate"), "*fp32")
+    types |= dict.fromkeys(("p_left", "p_chunks"), "*i32")
+    types |= dict.fromkeys(("heads", "groups"), "i32")
+    types |= {f"{x}_stride_{y}": "i32" for x in "qkv" for y in "th"}
+    constants = {"CHUNK": CHUNK, "LEVELS": LEVELS, "DK": head_dim, "DV": value_dim}
+    constants |= {"REACH": REACH} if channels else {}
+    found = compiled(kernel, types, constants)
+    programs = 2 if channels else 3  # on a multiprocessor
+    assert found.metadata.shared <= LARGEST_SHARED // programs
+    assert "wgmma" in found.asm["ptx"]

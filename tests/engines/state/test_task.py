@@ -16,6 +16,6 @@ def test_chunks_of_bulk_copies_end_with_their_sequence(
     lengths: tuple[int, ...], bulk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that reached into the next sequence would take over what is not finite there."""
-    monkeypatch.setattr(task, "_has_bulk_copies", lambda: True)
+    monkeypatch.setattr(task, "has_bulk_copies", lambda: True)
     sizes = torch.bfloat16, 64, 128, 1, False
     assert task.adds_in_bulk(*sizes, lengths) is bulk

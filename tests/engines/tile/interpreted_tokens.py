@@ -57,6 +57,36 @@ def errors(sizes: Sizes, seed: int, small: bool) -> list[float]:
     return found
 
 
+def tile_errors(sizes: Sizes, seed: int) -> list[float]:
+    """Largest differences from float64 of o, lse and o under gates along the unions of lists, and of o
+    where keys and values are not finite; inf where a row is finite that should not be, or the other way."""
+    (q, k, v, *_), lists = problem(sizes, seed)
+    scale = sizes[5] ** -0.5
+    assert token_attend.has_tiles(q, k, v, lists)
+    exact = cpu_tokens.forward(q.double(), k.double(), v.double(), lists, scale)
+    o, lse = token_attend.forward(q, k, v, lists, scale, False)
+    source = torch.Generator().manual_seed(seed)
+    others = (torch.randn(o.shape, generator=source), torch.randn(o.shape, generator=source))
+    pairs = [(o, exact[0]), (lse * LN2, exact[1])]
+    for heads in (1, q.shape[2]):
+        gates = torch.rand(*q.shape[:2], heads, 3, generator=source)
+        for some in (others, others[:1]):
+            wanted = gates[..., 1:2] * exact[0]
+            for n, other in enumerate(some):
+                wanted = wanted + gates[..., 2 * n, None] * other
+            gated = token_attend.Gated(gates, some)
+            pairs.append((token_attend.forward_gated(q, k, v, lists, scale, gated), wanted))
+    k[0, 5, 0, 3], v[0, 3, 0, 1], v[-1, 6, 0, 2] = torch.inf, torch.nan, -torch.inf
+    wanted, _ = cpu_tokens.forward(q.double(), k.double(), v.double(), lists, scale)
+    pairs.append((token_attend.forward(q, k, v, lists, scale, False)[0], wanted))
+    return [_furthest(*pair) for pair in pairs]
+
+
+def _furthest(found: Tensor, exact: Tensor) -> float:
+    same = (found == exact) | (found.isnan() & exact.isnan())
+    return float(torch.where(same, 0.0, (found - exact).abs()).nan_to_num(torch.inf).max())
+
+
 def _make_small() -> None:
     token_attend._PART_BYTES = token_attend._GRADIENT_BYTES = 400
     token_attend._CHUNK_BYTES = token_attend._GRADIENT_CHUNK_BYTES = 640

@@ -64,6 +64,12 @@ TOKENS = (
     Sizes(200, 4, 2, 64, dtype=torch.float16, causal=False),
     Sizes(150, 16, 1, 64, dtype=torch.float16),
     Sizes(150, 4, 2, 80, dtype=torch.bfloat16, value_dim=48),
+    Sizes(333, 32, 2, 64),
+    Sizes(301, 32, 2, dtype=torch.float16, keys=450),
+    Sizes(301, 16, 1, block=128, keys=450, causal=False),
+    Sizes(222, 16, 1, 32, block=16, value_dim=128),
+    Sizes(222, 16, 1, 80),
+    Sizes(3, 16, 1, keys=5000),
 )
 
 
@@ -111,6 +117,64 @@ def test_near_blocks(
     lse = found[1].transpose(1, 2) * math.log(2)
     judged = zip(("o", "lse"), (found[0], lse), plain, exact, strict=True)
     raise_bad([check(*each) for each in judged])
+
+
+def drawn_lists(sizes: Sizes, source: torch.Generator) -> tuple[TokenLists, fv.Pattern]:
+    """Lists in which every fifth token lists nothing, and their pattern."""
+    keys = sizes.length if sizes.keys is None else sizes.keys
+    starts, stops = block_spans(keys, sizes.block, torch.device("cuda"))
+    mask = torch.rand(2, sizes.kv_heads, sizes.length, len(starts), generator=source) < 0.4
+    mask[:, :, ::5] = False
+    selection = fv.BlockSelection.from_block_mask(mask.cuda(), 1, sizes.block)
+    causal, shift = sizes.causal, keys - sizes.length
+    lists = TokenLists(selection.indices.int(), starts, stops, sizes.block, causal, shift)
+    return lists, fv.Blocks(selection) & fv.Causal() if causal else fv.Blocks(selection)
+
+
+BESIDE = (
+    Sizes(301, 32, 2, keys=450),
+    Sizes(222, 16, 1, 64, dtype=torch.float16),
+    Sizes(97, 32, 2, 64, block=32, value_dim=128, causal=False),
+)
+
+
+@pytest.mark.parametrize("sizes", BESIDE, ids=str)
+def test_rows_beside_what_is_not_finite(sizes: Sizes, source: torch.Generator) -> None:
+    q, k, v = sizes.draw(source)
+    lists, pattern = drawn_lists(sizes, source)
+    k[0, 5, 0, 3], v[0, 70, -1, 1], v[1, 20, 0, 7] = torch.inf, torch.nan, -torch.inf
+    o, _ = token_attend.forward(q, k, v, lists, sizes.dim**-0.5)
+    wide = [x.double() for x in (q, k, v)]
+    exact = fv.attend(*wide, pattern, implementation="reference")
+    plain = fv.attend(q, k, v, pattern, implementation="reference")
+    finite = exact.isfinite()
+    assert torch.equal(o.isfinite(), finite)
+    assert not finite.all()
+    kept = (torch.where(finite, x, 0.0) for x in (o, plain, exact))
+    raise_bad([check("o", *kept)])
+
+
+@pytest.mark.parametrize("sizes", BESIDE, ids=str)
+def test_repeats_are_alike(sizes: Sizes, source: torch.Generator) -> None:
+    q, k, v = sizes.draw(source)
+    lists, _ = drawn_lists(sizes, source)
+    first, *others = (token_attend.forward(q, k, v, lists, 0.1) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("sizes", BESIDE[:2], ids=str)
+def test_keys_that_lie_between_others(sizes: Sizes, source: torch.Generator) -> None:
+    """Keys and values as parts of one projection, and with heads in front of tokens."""
+    q, k, v = sizes.draw(source)
+    lists, _ = drawn_lists(sizes, source)
+    wanted = token_attend.forward(q, k, v, lists, 0.1)
+    joined = torch.cat([k, v], 2)
+    between = joined[:, :, : k.shape[2]], joined[:, :, k.shape[2] :]
+    ahead = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    for keys in (between, ahead):
+        found = token_attend.forward(q, *keys, lists, 0.1)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -282,3 +346,33 @@ def test_native_sparse_where_all_blocks_are_listed(
     plain = run(sizes.dtype, "cpu")
     judged = zip(("o", "dq", "dk", "dv", "dgates"), found, plain, exact, strict=True)
     raise_bad([check(n, a, error(b, c), c) for n, a, b, c in judged])
+
+
+BESIDE_NATIVE = (
+    (Sizes(701, 32, 2), SparseBranches(best=16, window=100), None),
+    (Sizes(450, 16, 1, 64), SparseBranches(64, 64, 64, 16, window=0), None),
+    (Sizes(500, 32, 2), SparseBranches(best=16, window=80), (0, 100, 101, 333, 500)),
+    (Sizes(333, 16, 1, 64, dtype=torch.float16), SparseBranches(best=16), None),
+)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("case", BESIDE_NATIVE, ids=str)
+def test_native_sparse_without_gradients(
+    case: tuple[Sizes, SparseBranches, tuple[int, ...] | None],
+    shared: bool,
+    source: torch.Generator,
+) -> None:
+    """The gates are applied by the pass along the lists, where it has them."""
+    sizes, branches, cuts = case
+    q, k, v = (x[:1] for x in sizes.draw(source))
+    heads = 1 if shared else sizes.heads
+    gates = torch.rand(1, sizes.length, heads, 3, generator=source).to(q)
+
+    def run(dtype: torch.dtype, device: str) -> Tensor:
+        own = (x.to(device, dtype) for x in (q, k, v, gates))
+        cu = None if cuts is None else torch.tensor(cuts, device=device)
+        return native_sparse(*own, branches=branches, cu_seqlens=cu).cpu()
+
+    found, exact = run(sizes.dtype, "cuda"), run(torch.float64, "cpu")
+    raise_bad([check("o", found, error(run(sizes.dtype, "cpu"), exact), exact)])

@@ -134,6 +134,39 @@ def test_kernels_agree_in_the_interpreter(
     assert max(found) < 2e-5, found
 
 
+TILES = [
+    (2, 9, 9, 16, 1, 32, 32, 4, True),
+    (1, 11, 17, 32, 2, 32, 64, 5, True),
+    (1, 7, 70, 16, 1, 64, 32, 32, False),
+    (2, 70, 70, 16, 1, 32, 32, 32, True),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", TILES, ids=str)
+def test_tokens_beside_each_other_agree_in_the_interpreter(
+    sizes: interpreted_tokens.Sizes, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    found = interpreter.submit(interpreted_tokens.tile_errors, sizes, run_seed).result()
+    assert max(found) < 2e-5, found
+
+
+def test_what_tokens_beside_each_other_do_not_take() -> None:
+    def takes(heads: int, dim: int, value_dim: int, slots: int) -> bool:
+        q, k = torch.empty(1, 8, heads, dim), torch.empty(1, 8, 2, dim)
+        v = torch.empty(1, 8, 2, value_dim)
+        starts, stops = block_spans(8, 4, torch.device("cpu"))
+        indices = torch.zeros(1, 2, 8, slots, dtype=torch.int32)
+        return token_attend.has_tiles(q, k, v, TokenLists(indices, starts, stops, 4, True, 0))
+
+    assert takes(32, 64, 128, 32)
+    assert not takes(16, 64, 128, 16)
+    assert not takes(80, 64, 128, 16)
+    assert not takes(32, 80, 64, 16)
+    assert not takes(32, 64, 48, 16)
+    assert not takes(32, 64, 64, 33)
+
+
 @needs_triton
 @pytest.mark.parametrize(
     "case",

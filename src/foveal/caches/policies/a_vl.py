@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from foveal._errors import SelectionError
+from foveal._shares import share_of
 from foveal.caches.policies.base import Counts, Decision, Policy, Reading, Vote, largest
 from foveal.caches.policies.statistics import attention_sums, per_kv_head, window_weights
 
@@ -66,15 +66,11 @@ def _classes(vote: Vote, core_share: float, secondary: float, text_share: float)
     ranked = vote.scores.masked_fill(~of_image, -torch.inf)
     count = of_image.sum(-1)
     if not bool(behind.any()):
-        core = largest(ranked, _share(count, core_share / (core_share + secondary)))
+        core = largest(ranked, share_of(count, core_share / (core_share + secondary)))
         return Decision(vote.real, idle=of_image & ~core)
-    stored = largest(ranked, _share(count, core_share + secondary))
-    core = largest(ranked, _share(count, core_share))
-    newest = of_text & (vote.age < _share(of_text.sum(-1), text_share / 2)[..., None])
+    stored = largest(ranked, share_of(count, core_share + secondary))
+    core = largest(ranked, share_of(count, core_share))
+    newest = of_text & (vote.age < share_of(of_text.sum(-1), text_share / 2)[..., None])
     heavy = used.masked_fill(~of_text, -torch.inf).masked_fill(newest, torch.inf)
-    text = largest(heavy, _share(of_text.sum(-1), text_share))
+    text = largest(heavy, share_of(of_text.sum(-1), text_share))
     return Decision(stored | text | (of_text & (vote.age == 0)), idle=stored & ~core)
-
-
-def _share(count: Tensor, share: float) -> Tensor:
-    return torch.ceil(count * share).long()

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite
+from foveal._errors import SelectionError
 from foveal.caches.policies.base import Counts, Decision, Policy, Reading, Vote, largest, protect
 from foveal.caches.policies.statistics import per_kv_head, smooth, window_weights
 
@@ -33,6 +35,16 @@ class ARKV(Policy):
     variance_weight: float = 0.0
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0)
     retain: float = 0.75
+
+    def __post_init__(self) -> None:
+        Policy.__post_init__(self)
+        t = self.temperatures
+        if (
+            not isinstance(t, tuple | list)
+            or len(t) != 3
+            or not all(finite(x) and x > 0 for x in t)
+        ):
+            raise SelectionError("temperatures", t, "three numbers above 0 are needed")
 
     def due(self, counts: Counts) -> bool:
         return counts.stored > self.tokens(counts.seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -12,8 +11,11 @@ from torch import Tensor
 
 from foveal._arguments import finite
 from foveal._errors import SelectionError
+from foveal._shares import share_of
 
 _FROM_ZERO = {"image", "least", "recent", "seed", "sink_tokens", "top"}
+_SHARES = {"core", "heavy", "recent", "secondary", "share", "text"}
+_SHARES_ABOVE_ZERO = {"recovery", "retain"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Policy:
         """Tokens that may stay of `seen`."""
         if isinstance(self.budget, int):
             return self.budget
-        return max(1, math.ceil(self.budget * seen))
+        return max(1, share_of(seen, self.budget))
 
     def due(self, counts: Counts) -> bool:
         """Whether to act now: behind a prompt (or a piece of it) that does not fit."""
@@ -158,6 +160,30 @@ def _check_option(name: str, kind: str, value: object) -> None:
     number = kind == "float" or (kind == "float | None" and value is not None)
     if number and (isinstance(value, bool) or not finite(value)):
         raise SelectionError(name, value, "a number is needed")
+    if number:
+        assert isinstance(value, int | float)
+        _check_range(name, value)
+    if kind == "bool" and not isinstance(value, bool):
+        raise SelectionError(name, value, "True or False is needed")
+    if kind == "tuple[int, ...]" and not _whole_numbers(value):
+        raise SelectionError(name, value, "a tuple of whole numbers of at least 0 is needed")
+
+
+def _check_range(name: str, value: float) -> None:
+    if name in _SHARES and not 0 <= value <= 1:
+        raise SelectionError(name, value, "a share from 0 to 1 is needed")
+    if name in _SHARES_ABOVE_ZERO and not 0 < value <= 1:
+        raise SelectionError(name, value, "a share above 0 and up to 1 is needed")
+    if name == "sigma" and not value > 0:
+        raise SelectionError(name, value, "a distance above 0 is needed")
+    if name == "ratio" and not value >= 1:
+        raise SelectionError(name, value, "at least 1 is needed")
+
+
+def _whole_numbers(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(
+        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
+    )
 
 
 def largest(scores: Tensor, count: int | Tensor) -> Tensor:

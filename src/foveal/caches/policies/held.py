@@ -222,7 +222,8 @@ def _smaller(codec: Codec, sparsity: float) -> Codec:
     """How the rows of reduced tokens are kept: in 8 bits, or without a share of their elements."""
     if sparsity == 0:
         return ScaledCodec(codec.dim, codec.dtype, "fp8")
-    kept = codec.dim - math.floor(sparsity * codec.dim)
+    # 0.29 x 100 is 28.999999999999996 in float64, and 29 is meant.
+    kept = codec.dim - math.floor(round(sparsity * codec.dim, 9))
     return BitmapCodec(codec.dim, codec.dtype, kept)
 
 

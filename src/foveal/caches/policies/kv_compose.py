@@ -19,8 +19,8 @@ class KVCompose(Policy):
     Per token: the largest weight that one of the last `window` queries gives it, mean over the group,
     plus the mean of that over the heads.  Sorted per head, rank j scores the mean over the heads; the
     layers x budget best ranks of the whole network set how many tokens each layer keeps, and the first
-    layer keeps as many as the largest.
-    Options: window, the queries that stand for the task; by_norm multiplies scores by |v_j|.
+    layer keeps as many as the largest.  The newest token always stays.
+    Options: window, the queries that stand for the task; by_norm multiplies these sums by |v_j|.
     Paper: KVCompose: Efficient Structured KV Cache Compression with Composite Tokens (2509.05165).
     There the context is read once more for the scores; here the end of the prompt stands for it.
     """
@@ -38,7 +38,9 @@ class KVCompose(Policy):
         return Vote(scores.masked_fill(~reading.real, -torch.inf), reading.real, reading.age)
 
     def settle(self, votes: Sequence[Vote], seen: int) -> list[Decision]:
-        finite = [vote.scores.clamp(max=4.0) for vote in votes]
+        # The newest token is +inf; a sum over the heads must not become NaN beside a head without it.
+        most = torch.finfo(votes[0].scores.dtype).max / max(votes[0].scores.shape[1], 1)
+        finite = [vote.scores.clamp(max=most) for vote in votes]
         ranks = torch.nn.utils.rnn.pad_sequence(
             [x.sort(-1, descending=True).values.mean(1).T for x in finite], padding_value=-torch.inf
         ).permute(2, 1, 0)  # [B, layers, L]

@@ -54,7 +54,7 @@ class KVMerger(Policy):
         owner = pivot.gather(-1, run)
         distance = (k - k.gather(-2, owner[..., None].expand_as(k))).norm(dim=-1)
         spread = self._spread(distance, run)
-        g = torch.exp(-distance.square() / (2 * spread.square())).masked_fill(~real, 0.0)
+        g = torch.exp(-(distance / spread).square() / 2).masked_fill(~real, 0.0)
         weights = g / torch.zeros_like(g).scatter_add_(-1, run, g).gather(-1, run).clamp(min=1e-30)
         places = torch.arange(run.shape[-1], device=run.device)
         keep = (owner == places) & real

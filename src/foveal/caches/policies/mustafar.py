@@ -17,8 +17,8 @@ class Mustafar(Policy):
     """Drops the elements of smallest magnitude of every key and value, token by token.
 
     Of D elements D - floor(sparsity D) stay, as packed values and a bitmap of D bits.  The last
-    `recent` tokens stay dense; tokens are pruned in groups of `group`, behind the prompt and while
-    tokens are generated.
+    `recent` tokens stay dense: behind the prompt all others are pruned, while tokens are generated a
+    `group` of them at a time.
     Options: budget, the tokens that would take as much memory: no token is dropped, and sparsity follows
     from what `recent` dense tokens, at most half of the budget, and bitmaps leave, in steps of 8
     elements; what a step is too large for goes to more dense tokens.  Or sparsity itself, 0 <= s < 1.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveal._errors import SelectionError
 from foveal.caches.policies.base import Policy, Reading, Vote, protect
 from foveal.caches.policies.statistics import smooth, wide, widen
 
@@ -32,6 +33,11 @@ class S3Attention(Policy):
     sink_tokens: int = 4
     recent: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        Policy.__post_init__(self)
+        if self.span % 2 == 0:
+            raise SelectionError("span", self.span, "an odd integer is needed")
 
     def directions(self, head_dim: int) -> Tensor:
         """W [features x head_dim, head_dim]"""

@@ -17,8 +17,9 @@ class ScaleKV(Policy):
     """Behind every image scale, keeps what 16 queries of its map attend to, and those 16 tokens.
 
     The queries of the call are the map of one scale, side x side in raster order; the observers are the
-    centres of its 4 x 4 cells (all queries of a smaller map).  Score: sum over the observers of P, the
-    largest of `pool` neighbours, mean over the group; attention has no direction.
+    centres of its 4 x 4 cells (all queries of a smaller map, 16 evenly spaced ones of a call that is no
+    square).  Score: sum over the observers of P, mean over the group, the largest of `pool` neighbours;
+    attention has no direction.
     Options: drafters, numbers of the layers that keep `ratio` times as many tokens as the others; the
     mean over the layers is the budget.  pool is odd, ratio >= 1.
     Paper: Memory-Efficient Visual Autoregressive Modeling with Scale-Aware KV Cache Compression

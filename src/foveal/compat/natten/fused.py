@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._attend import attend
 from foveal._errors import PackingError, ShapeError, UnknownNameError
 from foveal.compat.natten.ignored import ignore, implementation_of
@@ -97,16 +98,17 @@ def neighborhood(
     axes: int, kernel_size: Sizes, stride: Sizes, dilation: Sizes, is_causal: Flags
 ) -> Neighborhood:
     """The pattern that NATTEN's arguments describe on a grid of `axes` axes."""
-    window, step, gap = (_per_axis(axes, sizes) for sizes in (kernel_size, stride, dilation))
-    causal = _per_axis(axes, False if is_causal is None else is_causal)
-    return Neighborhood(window, step, gap, tuple(bool(flag) for flag in causal))
+    given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    window, step, gap = (_per_axis(axes, name, sizes) for name, sizes in given.items())
+    causal = _per_axis(axes, "is_causal", False if is_causal is None else is_causal)
+    return Neighborhood(window, step, gap, causal)
 
 
-def _per_axis(axes: int, value: int | Sequence[int]) -> tuple[int, ...]:
+def _per_axis(axes: int, name: str, value: int | Sequence[int]) -> tuple[Any, ...]:
     if isinstance(value, int):
         return (value,) * axes
-    if len(value) != axes:
-        raise ShapeError("kernel_size", tuple(value), f"one number, or one for each of {axes} axes")
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != axes:
+        raise ShapeError(name, repr(value), f"one number, or one for each of {axes} axes is needed")
     return tuple(value)
 
 
@@ -115,6 +117,7 @@ def _ranked(axes: int) -> Operator:
     grid = ("X", "X, Y", "X, Y, Z")[axes - 1]
 
     def operator(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        need_tensors(query=query, key=key, value=value)
         if query.dim() != axes + 3:
             raise ShapeError(
                 "query", list(query.shape), f"[batch, {grid}, heads, head_dim] is needed"
@@ -188,6 +191,7 @@ def attention(
             "torch_compile": torch_compile,
         }
     )
+    need_tensors(query=query, key=key, value=value)
     if query.dim() != 4:
         raise ShapeError("query", list(query.shape), "[batch, L, heads, head_dim] is needed")
     if is_causal and query.shape[1] != key.shape[1]:

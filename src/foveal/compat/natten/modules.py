@@ -30,7 +30,7 @@ class _NeighborhoodAttention(nn.Module):
         rel_pos_bias: bool = False,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ShapeError("num_heads", num_heads, f"a divisor of embed_dim, {embed_dim}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads

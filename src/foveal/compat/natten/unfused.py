@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal._arguments import need_tensors
 from foveal._errors import ShapeError
+from foveal._judged import need_dtype, need_shape
 from foveal._kept import kept
 from foveal.compat.natten.fused import Flags, Sizes, neighborhood
 from foveal.engines.common.once import once_differentiable
 from foveal.patterns import Neighborhood
 from foveal.patterns.base import Extent
+
+_LAYOUT = "[batch, heads, *grid, head_dim] with one to three axes is needed"
 
 # Elements of gathered keys that are held at once.
 _CHUNK = 1 << 24
@@ -42,6 +46,12 @@ def na_qk(
     Cost: memory of the result, and of one chunk of gathered keys; gradients of all four tensors.
     """
     grid = _grid(query, key)
+    if rpb is not None and (rpb.dim() != 1 + len(grid) or len(rpb) != query.shape[1]):
+        needed = f"[{query.shape[1]} heads, one size for each of {len(grid)} axes] is needed"
+        raise ShapeError("rpb", list(rpb.shape), needed)
+    if additional_keys is not None:
+        sizes = (*query.shape[:2], -1, query.shape[-1])
+        need_shape("additional_keys", additional_keys, sizes, like=query)
     window = neighborhood(len(grid), kernel_size, stride, dilation, is_causal)
     index, exists = _window(window, grid, query.device)
     q = query.flatten(2, -2)
@@ -70,7 +80,13 @@ def na_av(
     Shapes: attn as `na_qk` returns it, after a softmax; value [batch, heads, *grid, D];
     additional_values [batch, heads, n, D]; returns [batch, heads, *grid, D].
     """
+    need_tensors(attn=attn, value=value)
+    if not 4 <= value.dim() <= 6:
+        raise ShapeError("value", list(value.shape), _LAYOUT)
     grid = tuple(value.shape[2:-1])
+    if additional_values is not None:
+        sizes = (*value.shape[:2], -1, value.shape[-1])
+        need_shape("additional_values", additional_values, sizes, like=value)
     window = neighborhood(len(grid), kernel_size, stride, dilation, is_causal)
     index, exists = _window(window, grid, value.device)
     slots = index.shape[1]
@@ -89,12 +105,11 @@ def na_av(
 
 
 def _grid(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    need_tensors(query=query, key=key)
     if not 4 <= query.dim() <= 6 or query.shape != key.shape:
-        raise ShapeError(
-            "query",
-            f"{list(query.shape)} and key {list(key.shape)}",
-            "[batch, heads, *grid, head_dim] with one to three axes is needed for both",
-        )
+        got = f"{list(query.shape)} and key {list(key.shape)}"
+        raise ShapeError("query", got, f"{_LAYOUT} for both")
+    need_dtype(query, key=key)
     return tuple(query.shape[2:-1])
 
 
@@ -191,6 +206,7 @@ def _ranked(
     """The operator for grids of `axes` axes, under the name that NATTEN gave it."""
 
     def ranked(first: Tensor, second: Tensor, *args: Any, **options: Any) -> Tensor:
+        need_tensors(value=second)
         if second.dim() != axes + 3:
             raise ShapeError("value", list(second.shape), f"a grid of {axes} axes, heads first")
         return operator(first, second, *args, **options)

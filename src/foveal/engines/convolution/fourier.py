@@ -21,6 +21,9 @@ import math
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from foveal.engines.common.early import gdc_launch_dependents, gdc_wait
 
 
 @gluon.constexpr_function
@@ -57,6 +60,33 @@ def _shared(first: int, second: int, lanes: int) -> gl.SharedLinearLayout:
     turned = min(max(32 // lanes, 1), second)
     bases += [[1 << bit, (1 << bit) % turned, 0] for bit in range(_steps(first))]
     return gl.SharedLinearLayout(bases)
+
+
+@gluon.constexpr_function
+def _copied(second: int, lanes: int, warps: int, warp: int) -> gl.BlockedLayout:
+    """For tiles that are copied to shared memory: 16 bytes of float32 for each thread."""
+    near = lanes // 4
+    rows = warp // near
+    far = max(min(second // rows, warps), 1)
+    return gl.BlockedLayout([1, 1, 4], [1, rows, near], [warps // far, far, 1], [2, 1, 0])
+
+
+@gluon.jit
+def _start_copy(
+    shared, p_x, first_c, length, WIDTH: gl.constexpr, FIRST: gl.constexpr,
+    SECOND: gl.constexpr, LANES: gl.constexpr, WARP: gl.constexpr,
+):  # fmt: skip
+    """Begins to copy FIRST x SECOND tokens of LANES channels to shared memory; there is no waiting."""
+    LAYOUT: gl.constexpr = _copied(SECOND, LANES, gl.num_warps(), WARP)
+    far = gl.arange(0, FIRST, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    row = gl.arange(0, SECOND, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    lane = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    token = far * SECOND + row
+    c = first_c + lane
+    async_copy.async_copy_global_to_shared(
+        shared, p_x + (token * WIDTH + c), mask=(token < length) & (c < WIDTH)
+    )
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -180,7 +210,7 @@ def convolution_fourier_forward(
     POINTS: gl.constexpr, SIZE: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr,
     NEAR: gl.constexpr, CHANNELS: gl.constexpr, WARP: gl.constexpr,
     FORWARD: gl.constexpr, INVERSE: gl.constexpr, CONJUGATE: gl.constexpr,
-    FROM_GRID: gl.constexpr, TO_GRID: gl.constexpr,
+    FROM_GRID: gl.constexpr, TO_GRID: gl.constexpr, COPIED: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Transforms of x or z, along pieces of SIZE of POINTS tokens, times the spectrum of a filter, and back.
 
@@ -188,6 +218,8 @@ def convolution_fourier_forward(
     filter, EACH elements per sample apart, [B, 2, POINTS, WIDTH], real parts first.
     turn and near_turn: cosines, then sines of what stands behind a transform of FIRST and of SECOND
     points, as `_turned` reads them.  A program holds NEAR neighbouring tokens and CHANNELS.
+    COPIED: the gate of y comes to shared memory while the inner transforms are computed; y waits for it.
+    EARLY: the launch that makes a filter's spectrum lets the next one start, which waits where it reads it.
     """
     STEP: gl.constexpr = SIZE // (FIRST * SECOND)
     PART: gl.constexpr = SIZE // FIRST
@@ -198,6 +230,8 @@ def convolution_fourier_forward(
     SHARED: gl.constexpr = _shared(FIRST, SECOND, LANES)
     ALONG: gl.constexpr = _held(OUTER, 0, FIRST)
     ACROSS: gl.constexpr = _held(INNER, 1, SECOND)
+    if EARLY and p_filter is None:
+        gdc_launch_dependents()
     item = gl.program_id(0)
     first_c = (item % BLOCKS) * CHANNELS
     rest = item // BLOCKS
@@ -252,6 +286,16 @@ def convolution_fourier_forward(
             shared_im.store(gl.convert_layout(_joined(im, FIRST, 0), ALONG, assert_trivial=True))
             re = _parted(shared_re.load(ACROSS), SECOND, 1, INNER)
             im = _parted(shared_im.load(ACROSS), SECOND, 1, INNER)
+            if COPIED:
+                PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+                gate = gl.allocate_shared_memory(
+                    p_post.dtype.element_ty, [FIRST, SECOND, LANES], PLAIN
+                )
+                # not before the exchange: x and its gate would come later
+                _start_copy(
+                    gate, p_post + b * length * WIDTH, first_c, length,
+                    WIDTH, FIRST, SECOND, LANES, WARP,
+                )  # fmt: skip
             re, im = _transformed(re, im, SECOND, 1)
         else:
             re = ()
@@ -261,6 +305,8 @@ def convolution_fourier_forward(
                 re += (gl.load(p_own + place2, mask=real2, other=0.0),)
                 im += (gl.load(p_own + POINTS * WIDTH + place2, mask=real2, other=0.0),)
         if p_filter is not None:
+            if EARLY:
+                gdc_wait()
             new_re = ()
             new_im = ()
             for r in gl.static_range(SECOND):
@@ -296,6 +342,8 @@ def convolution_fourier_forward(
     if INVERSE:
         re, im = _turned(re, im, p_turn, outer, FIRST, PART, -1)
         re, im = _transformed(re, im, FIRST, -1)
+        if COPIED:
+            async_copy.wait_group(0)
         for r in gl.static_range(FIRST):
             if TO_GRID:
                 y = re[r] * (_cosine(r, 4 * FIRST) / POINTS) - im[r] * (
@@ -305,7 +353,9 @@ def convolution_fourier_forward(
                 there = left > r * PART
                 if p_plain is not None:
                     gl.store(p_plain + own + place, y.to(p_plain.dtype.element_ty), mask=there)
-                if p_post is not None:
+                if COPIED:
+                    y *= gate.slice(r, 1, 0).load(OUTER)
+                elif p_post is not None:
                     y *= gl.load(p_post + own + place, mask=there, other=0.0).to(gl.float32)
                 if p_skip is not None:
                     x = gl.load(p_x + own + place, mask=there, other=0.0).to(gl.float32)

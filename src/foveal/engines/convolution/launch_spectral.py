@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from foveal.engines.common.early import starts_early
 from foveal.engines.convolution.fourier import convolution_fourier_forward
 from foveal.engines.convolution.launch_layout import swapped
 from foveal.engines.convolution.spectra import convolution_spectra_backward
@@ -44,6 +45,11 @@ class Cut:
     @property
     def step(self) -> int:
         return self.size // (self.first * self.second)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one program holds all points of its channels."""
+        return self.points == self.first * self.second
 
     def tile(self, width: int, threads: int) -> tuple[int, int, int]:
         """Neighbouring tokens, channels and warps of a program: one value of a tuple for each thread."""
@@ -92,27 +98,41 @@ class Ends:
     skip: Tensor | None = None
 
 
-def spectrum_of(x: Tensor, pre: Tensor | None, points: int) -> Tensor:
-    """[B, 2, points, C], the transform of pre x [B, length, C] in digit-reversed order."""
+def spectrum_of(x: Tensor, pre: Tensor | None, points: int, early: bool = False) -> Tensor:
+    """[B, 2, points, C], the transform of pre x [B, length, C] in digit-reversed order.
+
+    `early`: the next launch starts before it is there, and waits for it.
+    """
     z = x.new_empty(len(x), 2, points, x.shape[-1], dtype=torch.float32)
     for cut in cuts(points):
         ends = Ends(x, pre) if cut.size == points else Ends()
-        _launch(cut, z, ends, forward=True)
+        _launch(cut, z, ends, forward=True, early=early)
     return z
 
 
-def filter_spectrum(filter: Tensor, points: int) -> Tensor:
-    """[S, 2, points, C] of a filter [S, C, taps]."""
-    return spectrum_of(swapped(filter), None, points)
+def launch_convolution(ends: Ends, filter: Tensor) -> Tensor:
+    """`launch_filtered` by a filter [S, C, taps]; returns its spectrum [S, 2, points, C]."""
+    assert ends.x is not None
+    points = points_of(ends.x.shape[1])
+    # a launch waits for the one in front of it alone, which has to make the whole spectrum
+    early = points <= _WHOLE and starts_early(filter.device)
+    spectrum = spectrum_of(swapped(filter), None, points, early)
+    launch_filtered(ends, spectrum, early=early)
+    return spectrum
 
 
-def launch_filtered(ends: Ends, spectrum: Tensor, conjugate: bool = False) -> None:
-    """Writes y = post (filter * (pre x)) + skip x, and without gate and skip to plain where it is given."""
+def launch_filtered(
+    ends: Ends, spectrum: Tensor, conjugate: bool = False, early: bool = False
+) -> None:
+    """Writes y = post (filter * (pre x)) + skip x, and without gate and skip to plain where it is given.
+
+    `early`: the launch in front makes the spectrum and nothing else that is read here.
+    """
     x = ends.x
     assert x is not None
     outer, *inner = cuts(spectrum.shape[2])
     if not inner:
-        _launch(outer, None, ends, spectrum, conjugate, forward=True, inverse=True)
+        _launch(outer, None, ends, spectrum, conjugate, forward=True, inverse=True, early=early)
         return
     z = x.new_empty(len(x), *spectrum.shape[1:], dtype=torch.float32)
     _launch(outer, z, Ends(x, ends.pre), forward=True)
@@ -156,13 +176,18 @@ def filter_gradient(
 
 def _launch(
     cut: Cut, z: Tensor | None, ends: Ends, spectrum: Tensor | None = None,
-    conjugate: bool = False, *, forward: bool = False, inverse: bool = False,
+    conjugate: bool = False, *, forward: bool = False, inverse: bool = False, early: bool = False,
 ) -> None:  # fmt: skip
     grid = ends.x if ends.y is None else ends.y
     like = z if grid is None else grid
     assert like is not None
     batch, width = len(like), like.shape[-1]
-    threads = _MANY if cut.first == _REGISTERS and cut.second > 1 and forward else _THREADS
+    waits = early and spectrum is not None
+    # one filter is few programs, and the launch behind waits for the last: smaller ones are more
+    few = early and not waits and batch == 1
+    wide = cut.first == _REGISTERS and cut.second > 1 and forward and not few
+    fits = _exchanged(cut, width, _MANY) <= _room(like.device)
+    threads = _MANY if wide and fits else _THREADS
     near, channels, warps = cut.tile(width, threads)
     programs = triton.cdiv(width, channels) * (cut.step // near) * (cut.points // cut.size) * batch
     each = 0 if spectrum is None or len(spectrum) == 1 else spectrum.stride(0)
@@ -175,8 +200,47 @@ def _launch(
         SECOND=cut.second, NEAR=near, CHANNELS=channels, WARP=_warp(like.device),
         FORWARD=forward, INVERSE=inverse, CONJUGATE=conjugate,
         FROM_GRID=forward and ends.x is not None, TO_GRID=ends.y is not None,
+        COPIED=forward and _copies(cut, channels, ends.post), EARLY=early,
         num_warps=warps, enable_fp_fusion=True,
+        # the launch that makes the spectrum is an ordinary one: when it runs, all that this one reads before
+        # it waits has been written, also where `swapped` launches nothing in front of it
+        **({"launch_pdl": True} if waits else {}),
     )  # fmt: skip
+
+
+def _exchanged(cut: Cut, width: int, threads: int) -> int:
+    """Bytes of shared memory through which a program exchanges both halves of its values."""
+    near, channels, _ = cut.tile(width, threads)
+    return 2 * 4 * cut.first * cut.second * near * channels
+
+
+def _copies(cut: Cut, channels: int, gate: Tensor | None) -> bool:
+    """Whether a gate is copied to shared memory: by 16 bytes, and beside both halves of an exchange.
+
+    1,024 points need 192 KB: an H100 and a B200 have them, an A100 does not.
+    """
+    if gate is None or not cut.whole or gate.dtype != torch.float32 or gate.shape[-1] % 4:
+        return False
+    return 3 * 4 * cut.points * channels <= _copy_room(gate.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _copy_room(device: torch.device) -> int:
+    """Bytes of shared memory of a program that copies to it (compute capability 8.0), none elsewhere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    return _room(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory of a program; the interpreter has any number."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) or 64 << 10
 
 
 def _warp(device: torch.device) -> int:

@@ -75,9 +75,7 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:
         from foveal.engines.convolution.launch_spectral import (
             Ends,
-            filter_spectrum,
-            launch_filtered,
-            points_of,
+            launch_convolution,
         )
 
         x = x.contiguous()
@@ -88,8 +86,7 @@ class _Gated(torch.autograd.Function):
         if post is not None and ctx.needs_input_grad[3]:
             plain = torch.empty_like(x, dtype=torch.float32)
         with on(x.device):
-            spectrum = filter_spectrum(each, points_of(x.shape[1]))
-            launch_filtered(Ends(x, pre, y, post, plain, skip), spectrum)
+            spectrum = launch_convolution(Ends(x, pre, y, post, plain, skip), each)
         ctx.save_for_backward(x, spectrum, pre, post, skip, plain)
         ctx.filter_shape, ctx.filter_dtype = filter.shape, filter.dtype
         return y

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foveal.engines.common.early import gdc_launch_dependents
 from foveal.engines.common.softmax import LOG2E, contained_product
-from foveal.engines.decode.early import gdc_launch_dependents
 from foveal.engines.decode.split import all_ends, share_start, tile_range
 
 LN2 = tl.constexpr(0.6931471805599453)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foveal.engines.common.early import gdc_wait
 from foveal.engines.common.softmax import LOG2E
 from foveal.engines.decode.attend import LN2
-from foveal.engines.decode.early import gdc_wait
 from foveal.engines.decode.split import all_ends, share_of, unit_tiles
 
 

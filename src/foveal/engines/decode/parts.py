@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.caches.view import View
+from foveal.engines.common.early import starts_early
 from foveal.engines.decode.merge import decode_merge_forward
 from foveal.engines.decode.problem import Terms
 from foveal.engines.tile.replay import launch
@@ -72,14 +72,6 @@ def merge_parts(
         **shared,
         **({"launch_pdl": True} if shared["EARLY"] else {}),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel can start before the one in front of it has ended (compute capability 9.0)."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def power(n: int) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from foveal.caches.view import Columns, View
 from foveal.engines.common import nvrtc
-from foveal.engines.decode.parts import Parts, merge_parts, starts_early
+from foveal.engines.common.early import starts_early
+from foveal.engines.decode.parts import Parts, merge_parts
 from foveal.engines.decode.problem import Terms
 from foveal.engines.decode.row_kinds import KINDS
 

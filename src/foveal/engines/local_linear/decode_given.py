@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from foveal.engines.common.tiles import load_rows
+from foveal.engines.local_linear.decode import LN2
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def local_linear_decode_given_merge(
     p_sums, p_o, p_lse, o_strides, heads, groups, splits,
     DV: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """o and base-2 lse [N, heads] of one head."""
+    """o and lse [N, heads] of one head."""
     program = tl.program_id(0)
     h = program % heads
     n = program // heads
@@ -115,4 +116,4 @@ def local_linear_decode_given_merge(
     o = tl.where(o - o == 0.0, o, float("nan"))
     p_row = p_o + n.to(tl.int64) * o_strides[0] + h.to(tl.int64) * o_strides[2]
     tl.store(p_row + column, o.to(p_o.dtype.element_ty), mask=column < DV)
-    tl.store(p_lse + program, lse)
+    tl.store(p_lse + program, lse * LN2)

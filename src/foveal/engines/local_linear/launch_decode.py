@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,14 @@ from foveal.engines.tile.spec import padded
 _MOST_QUERIES = 4
 _LEAST_KEYS = 256
 _LARGEST_DIM = 128
-_KEYS = 64
+_KEYS = 32
+# Bytes of a column of a box of keys where r is given.
+_GIVEN_BYTES = 128
+_WARPS = 8
+# Lines of a matrix that a program merges.
+_LINES = 4
+# Keys of a part are at least so many.
+_LEAST_SHARE = 256
 _MOST_SPLITS = 64
 
 
@@ -37,7 +46,7 @@ def decodes(task: Task, q: Tensor, v: Tensor) -> bool:
 
 
 def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o [N, Lq, H, Dv] and base-2 lse [N, H, Lq] of a task that `decodes`."""
+    """o [N, Lq, H, Dv] and lse [N, H, Lq] of a task that `decodes`."""
     on_device = boxes(task.pattern, task.extent, q.device)
     assert on_device is not None
     N, Lq, heads, D = q.shape
@@ -46,6 +55,7 @@ def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple
     splits = _splits(rows, task.extent.Lk, q.device)
     sums = torch.empty(rows, splits, 2 + pad + value_pad, device=q.device)
     matrices = torch.empty(rows, splits, pad, pad + value_pad, device=q.device)
+    means = torch.empty(rows, 1 + pad + value_pad, device=q.device)
     system = torch.empty(rows, pad, pad + value_pad, device=q.device)
     o, lse = q.new_empty(N, Lq, heads, DV), torch.empty(N, heads, Lq, device=q.device)
     sizes = {"D": D, "PAD": pad, "DV": DV, "VALUE_PAD": value_pad}
@@ -54,19 +64,30 @@ def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple
         q.stride()[:3], k.stride()[:3], v.stride()[:3], heads, heads // k.shape[2], Lq, splits,
         float(task.score.scale * LOG2E),
     )  # fmt: skip
-    options = {"KEYS": _KEYS, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
-    Launch(local_linear_decode, rows * splits, arguments, {**sizes, **options})()
-    several = {"SPLITS": 1 << (splits - 1).bit_length(), "PAD": pad, "VALUE_PAD": value_pad}
-    lines = 4
-    merged = (sums, matrices, system, splits)
-    options = {**several, "LINES": lines, "num_warps": 4}
-    Launch(local_linear_decode_merge, rows * (pad // lines), merged, options)()
+    options = {**_boxed(q, max(pad, value_pad)), **sizes}
+    Launch(local_linear_decode, rows * splits, arguments, options)()
+    merged = (sums, matrices, means, system, splits)
+    options = {"PAD": pad, "VALUE_PAD": value_pad, "LINES": _LINES, "num_warps": 4}
+    options |= {"SPLITS": 1 << (splits - 1).bit_length()}
+    Launch(local_linear_decode_merge, rows * (pad // _LINES), merged, options)()
     solved = (
-        q, solver.ridge, sums, system, o, lse, q.stride()[:3], o.stride()[:3], heads, Lq, splits,
+        q, solver.ridge, means, system, o, lse, q.stride()[:3], o.stride()[:3], heads, Lq,
         solver.max_iterations, float(solver.tolerance),
     )  # fmt: skip
-    Launch(local_linear_decode_solve, rows, solved, {**several, **sizes, "num_warps": 8})()
+    Launch(local_linear_decode_solve, rows, solved, {**sizes, "num_warps": 8})()
     return o, lse
+
+
+def _boxed(q: Tensor, pad: int) -> dict[str, Any]:
+    """Options of the sums: more boxes on their way where they fit into shared memory."""
+    roomy = q.is_cuda and torch.version.hip is None and q.element_size() == 2
+    roomy = roomy and torch.cuda.get_device_capability(q.device)[0] >= 9
+    # A program's threads hold so many keys beside each other, eight columns each.
+    apart = max(1, min(_KEYS, 8 * 32 * _WARPS // pad))
+    return {
+        "KEYS": _KEYS, "APART": apart, "PRECISION": "ieee",
+        "num_warps": _WARPS, "num_stages": 3 if roomy else 2,
+    }  # fmt: skip
 
 
 def decode_given(task: Task, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +106,8 @@ def decode_given(task: Task, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tupl
         q.stride()[:3], r.stride()[:3], k.stride()[:3], v.stride()[:3], heads, groups, splits,
         float(task.score.scale * LOG2E),
     )  # fmt: skip
-    options = {"D": D, "PAD": padded(D), "KEYS": _KEYS, "PRECISION": "ieee"}
+    keys = _GIVEN_BYTES // q.element_size()
+    options = {"D": D, "PAD": padded(D), "KEYS": keys, "PRECISION": "ieee"}
     options |= {"num_warps": 4, "num_stages": 3}
     Launch(local_linear_decode_given, len(sums), arguments, sizes | options)()
     several = {"SPLITS": 1 << (splits - 1).bit_length(), "num_warps": 4}
@@ -95,8 +117,8 @@ def decode_given(task: Task, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tupl
 
 
 def _splits(rows: int, keys: int, device: torch.device) -> int:
-    """Parts of the keys: as many programs as the device runs at once, of at least four boxes each."""
+    """Parts of the keys: as many programs as the device runs at once, unless they got few keys."""
     units = 8
     if device.type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(units // max(rows, 1), keys // (4 * _KEYS), _MOST_SPLITS))
+    return max(1, min(units // max(rows, 1), keys // _LEAST_SHARE, _MOST_SPLITS))

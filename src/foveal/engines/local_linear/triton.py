@@ -60,7 +60,10 @@ def attend(
     run = _run(problem, pattern, score, geometry, q.device)
     (given,) = score.parameters or (None,)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *score.parameters))
-    found = None if wanted else _decoded(run, q, k, v, given) or _with_given(run, q, k, v, given)
+    decoded = None if wanted else _decoded(run, q, k, v, given)
+    if decoded is not None:
+        return decoded[0], decoded[1].transpose(1, 2)
+    found = None if wanted else _with_given(run, q, k, v, given)
     if found is None:
         found = _LocalLinear.apply(run, q, k, v, given)  # type: ignore[no-untyped-call]
     o, lse = found
@@ -70,7 +73,7 @@ def attend(
 def _decoded(
     run: _Run, q: Tensor, k: Tensor, v: Tensor, given: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """o and base-2 lse where few queries see many keys; None elsewhere."""
+    """o and lse [N, H, Lq] where few queries see many keys; None elsewhere."""
     from foveal.engines.local_linear.launch_decode import decode, decode_given, decodes
 
     (task, *others), _ = run.tasks
@@ -234,7 +237,12 @@ def _ridge(score: LocalForm, given: Tensor | None, q: Tensor) -> Tensor:
     if given is not None:
         return given.float()
     assert isinstance(score.ridge, float | int)
-    return torch.full((q.shape[2],), float(score.ridge), device=q.device)
+    return _filled(float(score.ridge), q.shape[2], q.device)
+
+
+@kept(64)
+def _filled(ridge: float, heads: int, device: torch.device) -> Tensor:
+    return torch.full((heads,), ridge, device=device)
 
 
 def _forward(

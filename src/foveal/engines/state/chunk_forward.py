@@ -71,23 +71,16 @@ def _next_level(inverse, gated, row, level, INVERSE: tl.constexpr, SHORT: tl.con
     return inverse - tl.where(met, found, 0.0)
 
 
-@triton.jit(do_not_specialize=["heads"])
-def state_pairs_forward(
-    p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_keys, p_inverse, p_w, p_u, p_since, p_until, p_chunks,
+@triton.jit
+def pairs_of_chunk(
+    program, p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_keys, p_inverse, p_w, p_u, p_since, p_until, p_chunks,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, groups, scale,
     DELTA: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
     K_TILES: tl.constexpr, V_TILES: tl.constexpr, REACH: tl.constexpr, PRECISION: tl.constexpr,
     INVERSE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
-    """P [T, Hv, C]; with DELTA also a [T, Hv, C] = A without its gate, M = (I + A)^-1 and
-    w = M (b exp(G) k), u = M (b v), one program per chunk and value head.
-
-    a and M are stored where they are wanted: for a backward.  SHORT: M is found by products of float16,
-    whose digits are tf32's, where it fits.  With decay 3 also
-    p_since = scale exp(G) q and p_until = exp(G_C - G) k [T, Hv, DK], which the walks read.
-    """
-    program = tl.program_id(0)
+    """As `state_pairs_forward`, of one chunk and value head."""
     c = program // heads
     h = program % heads
     start = tl.load(p_chunks + 2 * c)
@@ -202,6 +195,49 @@ def state_pairs_forward(
             )
             u = tl.dot(solve, x, input_precision=PRECISION)
             store_rows(p_u, u, start, stop, h, heads * DV, DV, i * V_TILE, CHUNK, DV, V_TILE)
+
+
+@triton.jit(do_not_specialize=["heads", "count"])
+def state_pairs_forward(
+    p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_keys, p_inverse, p_w, p_u, p_since, p_until, p_chunks, p_left,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, groups, scale, count,
+    DELTA: tl.constexpr, DECAY: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
+    K_TILES: tl.constexpr, V_TILES: tl.constexpr, REACH: tl.constexpr, PRECISION: tl.constexpr,
+    INVERSE: tl.constexpr, SHORT: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """P [T, Hv, C]; with DELTA also a [T, Hv, C] = A without its gate, M = (I + A)^-1 and
+    w = M (b exp(G) k), u = M (b v), one program per chunk and value head.
+
+    a and M are stored where they are wanted: for a backward.  SHORT: M is found by products of float16,
+    whose digits are tf32's, where it fits.  With decay 3 also p_since = scale exp(G) q and
+    p_until = exp(G_C - G) k [T, Hv, DK], which the walks read.
+    p_left [count]: a program does those of its EACH chunks and value heads for which it is not 0.
+    """
+    if p_left is None:
+        pairs_of_chunk(
+            tl.program_id(0),
+            p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_keys, p_inverse, p_w, p_u, p_since,
+            p_until, p_chunks, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t,
+            v_stride_h, heads, groups, scale, DELTA, DECAY, CHUNK, LEVELS, DK, DV, K_TILE,
+            V_TILE, K_TILES, V_TILES, REACH, PRECISION, INVERSE, SHORT,
+        )  # fmt: skip
+    else:
+        first = tl.program_id(0) * EACH
+        own = first + tl.arange(0, EACH)
+        left = tl.load(p_left + own, mask=own < count, other=0)
+        if tl.sum(left, 0) > 0:
+            past = tl.minimum(first + EACH, count)
+            # What would be kept in registers from chunk to chunk would spill others.
+            for program in tl.range(first, past, disable_licm=True):
+                if tl.load(p_left + program) != 0:
+                    pairs_of_chunk(
+                        program,
+                        p_q, p_k, p_v, p_sums, p_gate, p_pairs, p_keys, p_inverse, p_w, p_u, p_since,
+                        p_until, p_chunks, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t,
+                        v_stride_h, heads, groups, scale, DELTA, DECAY, CHUNK, LEVELS, DK, DV, K_TILE,
+                        V_TILE, K_TILES, V_TILES, REACH, PRECISION, INVERSE, SHORT,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads"])

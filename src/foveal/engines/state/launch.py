@@ -21,9 +21,17 @@ from foveal.engines.state.chunk_forward import (
 )
 from foveal.engines.state.launch_join import launch_join
 from foveal.engines.state.step import state_step_forward
-from foveal.engines.state.task import Gradients, Pairs, Task, copies_in_bulk, padded, run_kernel
+from foveal.engines.state.task import (
+    Gradients,
+    Pairs,
+    Task,
+    copies_in_bulk,
+    inside_in_bulk,
+    padded,
+    run_kernel,
+)
 from foveal.rules.base import Recurrence
-from foveal.tuning.state import CHUNK, LEVELS, STEP_TILE
+from foveal.tuning.state import CHUNK, LEFT_CHUNKS, LEVELS, STEP_TILE
 
 
 def launch_pairs(job: Task, keep_inverse: bool) -> Pairs:
@@ -39,15 +47,28 @@ def launch_pairs(job: Task, keep_inverse: bool) -> Pairs:
     tuned = job.tuning
     k_tile, v_tile = min(padded(dk), tuned.pairs_k_tile), min(padded(dv), tuned.pairs_v_tile)
     exact = job.q.dtype == torch.float32
-    run_kernel(state_pairs_forward, (job.chunk_count * heads,),
+    found = Pairs(pairs, keys, inverse, w, u, since, until)
+    left, count, each = None, job.chunk_count * heads, 1
+    if job.log_decay is not None:
+        from foveal.engines.state.bulk_channels import launch_channels_bulk
+
+        left = launch_channels_bulk(job, found)
+    elif not keep_inverse and inside_in_bulk(job):
+        from foveal.engines.state.bulk_channels import launch_tokens_bulk
+
+        left = launch_tokens_bulk(job, found)
+    if left is not None:
+        each = LEFT_CHUNKS
+    run_kernel(state_pairs_forward, (triton.cdiv(count, each),),
         job.q, job.k, job.v, job.sums, job.gate, pairs, keys, inverse, w, u, since, until,
-        job.tables().chunks,
-        *job.strides("q", "k", "v"), heads, job.groups, job.scale,
+        job.tables().chunks, left,
+        *job.strides("q", "k", "v"), heads, job.groups, job.scale, count,
         DELTA=job.delta, LEVELS=LEVELS, REACH=job.reach, K_TILE=k_tile, V_TILE=v_tile,
         K_TILES=triton.cdiv(dk, k_tile), V_TILES=triton.cdiv(dv, v_tile),
-        INVERSE="ieee" if exact else "tf32", SHORT=not exact, **job.constants(), **job.tuning.pairs,
+        INVERSE="ieee" if exact else "tf32", SHORT=not exact, EACH=each, **job.constants(),
+        **job.tuning.pairs,
     )  # fmt: skip
-    return Pairs(pairs, keys, inverse, w, u, since, until)
+    return found
 
 
 def walked_task(job: Task, inside: Pairs | None) -> Task:

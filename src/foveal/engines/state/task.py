@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from torch import Tensor
 from foveal._kept import kept
 from foveal.engines.state.chunk_forward import state_sums_forward
 from foveal.engines.tile.compiling import Call
+from foveal.engines.tile.replay import launch
 from foveal.rules.base import Recurrence
 from foveal.tuning.state import CHUNK, REACH, Tuning, piece_of, processors, tuning
 
@@ -39,7 +40,7 @@ def recorded() -> Iterator[list[Call]]:
 def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     calls = _RECORDED.get()
     if calls is None:
-        kernel[grid](*arguments, **options)
+        launch(kernel, grid, *arguments, **options)
     else:
         types = tuple(x.dtype if isinstance(x, Tensor) else x for x in arguments)
         calls.append((kernel, grid, types, options))
@@ -86,7 +87,7 @@ def tables(lengths: tuple[int, ...], each: int, device: torch.device) -> Tables:
 @dataclass(frozen=True)
 class Task:
     """A recurrence on a device, as its kernels see it; `sums` as `p_sums` in `tiles`, `bulk`: whether
-    the kernel in `bulk` adds it up."""
+    the kernel in `bulk` adds it up, `log_decay`: where the kernel in `bulk_channels` makes the sums."""
 
     q: Tensor
     k: Tensor
@@ -100,6 +101,7 @@ class Task:
     piece: int
     tuning: Tuning
     bulk: bool = False
+    log_decay: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -143,8 +145,11 @@ def padded(width: int) -> int:
     return max(1 << max(width - 1, 0).bit_length(), 16)
 
 
-def task(linear: Recurrence, training: bool) -> Task:
-    """The recurrence with its gates in float32 and their running sums."""
+def task(linear: Recurrence, training: bool, whole_sums: bool = True) -> Task:
+    """The recurrence with its gates in float32 and their running sums.
+
+    Where not `whole_sums`, these may be left to the kernel that reads them.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (linear.q, linear.k, linear.v))
     gate = None if linear.write_gate is None else linear.write_gate.float().contiguous()
     decay = 0 if linear.log_decay is None else linear.log_decay.dim()
@@ -157,7 +162,25 @@ def task(linear: Recurrence, training: bool) -> Task:
         found = dataclasses.replace(found, piece=0)
     columns = v.shape[1], k.shape[2] + v.shape[2]
     piece = piece_of(linear.lengths, columns, linear.delta, found, processors(q.device.type))
-    return dataclasses.replace(job, sums=_sums(job, linear.log_decay), piece=piece, bulk=bulk)
+    job = dataclasses.replace(job, piece=piece, bulk=bulk)
+    if not whole_sums and decay == 3 and linear.log_decay is not None and inside_in_bulk(job):
+        log_decay = linear.log_decay.contiguous()
+        sums = job.scratch(*log_decay.shape, dtype=torch.float32)
+        return dataclasses.replace(job, sums=sums, log_decay=log_decay)
+    return dataclasses.replace(job, sums=_sums(job, linear.log_decay))
+
+
+def cut_by() -> Callable[..., int]:
+    """What decides on pieces, by which launches that are kept are told apart: who measures replaces it."""
+    return piece_of
+
+
+def inside_in_bulk(job: Task) -> bool:
+    """Whether a kernel in `bulk_channels` goes before `state_pairs_forward`, which does what it leaves."""
+    # With a decay per channel float16 has no room for its factors.
+    kind = job.decay == 2 or (job.decay == 3 and job.reach > 0)
+    fits = job.delta and job.chunk_count > 0 and job.dims[1] in (64, 128)
+    return kind and fits and copies_in_bulk(job)
 
 
 def adds_in_bulk(
@@ -172,12 +195,12 @@ def adds_in_bulk(
     # A chunk that reaches into the next sequence would take over what is not finite there.
     whole = all(length % CHUNK == 0 for length in lengths[:-1])
     plain = decay < 2 and not gated and value_dim in (64, 128) and whole
-    return plain and _fits_bulk_copies(dtype, head_dim) and _has_bulk_copies()
+    return plain and _fits_bulk_copies(dtype, head_dim) and has_bulk_copies()
 
 
 def copies_in_bulk(job: Task) -> bool:
     """Whether bulk copies of q, k and v are possible, on a Hopper and with Gluon for it."""
-    fits = _fits_bulk_copies(job.q.dtype, job.dims[0]) and _has_bulk_copies()
+    fits = _fits_bulk_copies(job.q.dtype, job.dims[0]) and has_bulk_copies()
     return fits and all(_aligned(x) for x in (job.q, job.k, job.v))
 
 
@@ -186,7 +209,8 @@ def _fits_bulk_copies(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _has_bulk_copies() -> bool:
+def has_bulk_copies() -> bool:
+    """Whether the device is a Hopper and Triton has Gluon for it."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     if importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is None:

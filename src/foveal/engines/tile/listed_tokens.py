@@ -81,6 +81,31 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> bool:
     return unchecked(q.dtype, q.shape[3], v.shape[3], groups, lists.block) is None
 
 
+def takes_gates(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> bool:
+    """Whether `attend_gated` has a kernel."""
+    if not _has_kernel(q, k, v, lists):
+        return False
+    from foveal.engines.tile import token_attend
+
+    return token_attend.has_tiles(q, k, v, lists)
+
+
+def attend_gated(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float,
+    gates: Tensor, others: tuple[Tensor, ...],
+) -> Tensor:  # fmt: skip
+    """gates[..., 1] times o of `attend_lists` plus gates 0 and 2 times the others [B, Lq, Hq, Dv].
+
+    One pass without gradients, where it `takes_gates`; gates [B, Lq, Hq or 1, 3].
+    """
+    from foveal.engines.tile import token_attend
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    gated = token_attend.Gated(gates.contiguous(), tuple(x.contiguous() for x in others))
+    with on(q.device):
+        return token_attend.forward_gated(q, k, v, lists, scale, gated)
+
+
 def attend_lists(
     q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

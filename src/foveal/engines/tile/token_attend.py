@@ -48,6 +48,19 @@ _BACKWARD = Shape(32, 4, 3)
 _SUM_NEAR = Shape(64, 4, 3)
 _NEAR = Shape(64, 4, 2)
 _FLOAT32_ROWS = 32
+# Rows are the query heads of several tokens, which walk along the union of their lists.
+_BY_TILE = Shape(64, 4, 3)
+_REPAIR = {"STAGES": 1, "num_warps": 8}
+# Slots of a list; all pairs of slots of a tile are compared.
+_MOST_SLOTS = 32
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Weights of the output along the lists and of others: gates [B, Lq, Hq or 1, 3], others contiguous."""
+
+    gates: Tensor
+    others: tuple[Tensor, ...]
 
 
 def unchecked(
@@ -101,6 +114,9 @@ def forward(
         by_key = size.groups < _BY_TOKEN_GROUP
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    if not by_key and has_tiles(q, k, v, lists):
+        _forward_by_tile((q, k, v), lists, scale, size, o, lse)
+        return o, lse
     if not by_key:
         _forward_by_token(q, k, v, lists, scale, size, o, lse)
         return o, lse
@@ -109,6 +125,15 @@ def forward(
         results = at.cut_results(o, lse)
         _forward_by_key(q_own, k_own, v_own, at.lists(lists), scale, size, *results)
     return o, lse
+
+
+def forward_gated(
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, gated: Gated
+) -> Tensor:
+    """gates[..., 1] times o of `forward` plus gates 0 and 2 times the others, where it `has_tiles`."""
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    _forward_by_tile((q, k, v), lists, scale, _sizes(q, k, v, lists), o, None, gated)
+    return o
 
 
 @dataclass(frozen=True)
@@ -222,6 +247,81 @@ def _sum_near(
         "DV": size.value_dim, "DV_PAD": padded(size.value_dim),
     }  # fmt: skip
     Launch(token_attend_sum_near, B * heads * tiles, arguments, options)()
+
+
+def has_tiles(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> bool:
+    """Whether tokens beside each other walk along the union of their lists.
+
+    That pays where tiles of 64 rows have matrix instructions of their own and a copy engine reads boxes
+    of keys; in the interpreter it is always so.
+    """
+    dims = q.shape[3], v.shape[3]
+    if q.shape[2] != k.shape[2] * _BY_TOKEN_GROUP or any(padded(n) != n for n in dims):
+        return False
+    if lists.indices.shape[3] > _MOST_SLOTS or torch.compiler.is_compiling():
+        return False
+    if not q.is_cuda:
+        return True
+    narrow = torch.version.hip is None and q.element_size() == 2 and max(dims) <= 128
+    return narrow and torch.cuda.get_device_capability(q.device)[0] == 9
+
+
+def _described(x: Tensor, block: int) -> Any:
+    """Rows [B L, H D] of x [B, L, H, D] in boxes of a block; a copy where they do not lie like that."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    B, L, H, D = x.shape
+    together = (B == 1 or x.stride(0) == L * x.stride(1)) and (H == 1 or x.stride(2) == D)
+    aligned = x.stride(1) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if not (together and aligned and x.stride(1) >= H * D):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(x, [B * L, H * D], [x.stride(1), 1], [block, D])
+
+
+def _unions(lists: TokenLists, size: Sizes, tokens: int) -> Tensor:
+    """The blocks that tokens beside each other list: int32 [tiles, 2 + tokens slots]."""
+    from foveal.engines.tile.token_tile_kernels import token_unions
+
+    indices = lists.indices.contiguous()
+    B, heads, Lq, slots = indices.shape
+    tiles = -(-Lq // tokens)
+    unions = indices.new_empty(B * heads * tiles, 2 + tokens * slots)
+    arguments = (indices, unions, lists.starts, lists.stops, Lq, tiles, lists.shift)
+    pad = 1 << (slots - 1).bit_length()
+    options = {
+        "SLOTS": slots, "SLOTS_PAD": pad, "TOKENS": tokens, "BLOCK": size.block,
+        "CAUSAL": lists.causal, "num_warps": 2 if pad <= 16 else 8,
+    }  # fmt: skip
+    Launch(token_unions, len(unions), arguments, options)()
+    return unions
+
+
+def _forward_by_tile(
+    tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, size: Sizes, o: Tensor,
+    lse: Tensor | None, gated: Gated | None = None,
+) -> None:  # fmt: skip
+    """Fills o and lse; tiles with a row that is not finite are computed again."""
+    from foveal.engines.tile.token_tile_kernels import token_attend_by_tile
+
+    q, k, v = tensors
+    _, heads, Lq, slots = lists.indices.shape
+    options = _BY_TILE.options(size, q.dtype)
+    tokens = options.pop("ROWS") // size.groups
+    unions = _unions(lists, size, tokens)
+    flags = torch.empty(len(unions), dtype=torch.int8, device=q.device)
+    gates = None if gated is None else gated.gates
+    shared, width = (1, 1) if gates is None else (q.shape[2] // gates.shape[2], gates.shape[3])
+    arguments: tuple[Any, ...] = (
+        q, _described(k, size.block), _described(v, size.block), o, lse, flags, unions,
+        lists.starts, lists.stops, gates, () if gated is None else gated.others,
+        q.stride()[:3], heads, Lq, k.shape[1], -(-Lq // tokens), lists.shift, scale, shared, width,
+    )  # fmt: skip
+    options |= {
+        "SLOTS": slots, "TOKENS": tokens, "GROUPS": size.groups, "BLOCK": size.block,
+        "D": size.head_dim, "DV": size.value_dim, "CAUSAL": lists.causal,
+    }  # fmt: skip
+    for repair in ({"REPAIR": False}, {"REPAIR": True, **_REPAIR}):
+        Launch(token_attend_by_tile, len(unions), arguments, options | repair)()
 
 
 def _forward_by_token(

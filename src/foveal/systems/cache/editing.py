@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
+from foveal._judged import judged, need_shape
 from foveal.layers.causal import rotary
 from foveal.layers.gated_window import GatedWindowAttention
 from foveal.patterns import Causal, Sliding
 from foveal.systems.base import Claim, Draw, Identity, System
 
 
+@judged
 def attention_editing(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *, window: int = 256
 ) -> Tensor:
@@ -26,6 +28,7 @@ def attention_editing(
     `fv.hf.convert(model, "gated_swa", data=tokens)` puts it into a trained model and teaches it there; the
     other target of the paper, "mla", is `foveal.layers.LatentAttention`.
     """
+    need_shape("gate", gate, (*q.shape[:3], v.shape[3]), like=q)
     return 2 * torch.sigmoid(gate) * attend(q, k, v, Sliding(window - 1))
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._errors import OptionError
+from foveal._judged import judged, need_square
 from foveal.caches.policies import (
     ARKV,
     AVL,
@@ -36,12 +38,14 @@ from foveal.systems.base import Claim, Draw, Identity, System
 FAMILY = "cache"
 
 
+@judged
 def newest(policy: Policy, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None = None) -> Tensor:
     """o [B, 1, Hq, Dv] of the last query on what a policy keeps of a prompt.
 
     Shapes: q [B, L, Hq, D], k and v [B, L, Hkv, .]; tokens int64 [B, L], for policies that ask for them.
     """
     held, length = Held(), k.shape[1]
+    need_square(q, k)
     held.append(k, v)
     if policy.due(Counts(length, length, length)):
         keys, values, real, positions = held.everything()
@@ -67,6 +71,8 @@ def policy_op(kind: type[Policy]) -> Callable[..., Tensor]:
 
 def a_vl(q: Tensor, k: Tensor, v: Tensor, *, image: int = 0, **options: Any) -> Tensor:
     """As the others; the first `image` tokens of the prompt are those of an image."""
+    if isinstance(image, bool) or not isinstance(image, int) or not 0 <= image <= k.shape[1]:
+        raise OptionError("image", image, f"0 to {k.shape[1]} tokens are needed")
     tokens = (torch.arange(k.shape[1]) < image).long().expand(len(k), -1)
     return newest(AVL(image=1, **options), q, k, v, tokens)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal._attend import attend
+from foveal._judged import judged, need_dtype, need_shape, need_square
 from foveal.layers.compressed import CompressedConvolutionalAttention, mixed
 from foveal.layers.low_rank import LowRankAttention, flash_svd
 from foveal.layers.shared_projection import (
@@ -24,6 +25,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 FAMILY = "cache"
 
 
+@judged
 def cca(
     q: Tensor,
     k: Tensor,
@@ -39,11 +41,22 @@ def cca(
     Shapes: q [B, L, Hq, D], k and v [B, L, Hkv, D], as projected; filter [2, Hq + Hkv, D], filter_bias and
     maps_bias [Hq + Hkv, D], maps [2, Hq + Hkv, D, D], temperature [Hkv].  Without positions and value shift.
     """
+    both, D = q.shape[2] + k.shape[2], q.shape[3]
+    for name, x, sizes in (
+        ("filter", filter, (2, both, D)),
+        ("filter_bias", filter_bias, (both, D)),
+        ("maps", maps, (2, both, D, D)),
+        ("maps_bias", maps_bias, (both, D)),
+        ("temperature", temperature, (k.shape[2],)),
+    ):
+        need_shape(name, x, sizes, like=q)
+        need_dtype(q, **{name: x})
+    need_square(q, k)
     groups = q.shape[2] // k.shape[2]
     z = torch.cat([q, k], dim=2)
     y = mixed(z, filter, filter_bias, maps, maps_bias, z.new_zeros(len(z), 2, *z.shape[2:]))
     mean = (q + k.repeat_interleave(groups, dim=2)) / 2
-    D, heads = q.shape[-1], q.shape[2]
+    heads = q.shape[2]
     queries = F.normalize(y[:, :, :heads] + mean, dim=-1) * D**0.5
     keys = y[:, :, heads:] + mean.unflatten(2, (-1, groups)).mean(3)
     keys = F.normalize(keys, dim=-1) * D**0.5 * temperature[:, None]

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from foveal._attend import attend
 from foveal._decode import decode
-from foveal._errors import SelectionError
+from foveal._errors import OptionError, SelectionError
+from foveal._judged import judged, need_dtype, need_shape
 from foveal.caches import KVShape, LowRank, VirtualContiguous
 from foveal.compose import LouisCache, RetrievalCache, merge
 from foveal.patterns import Causal, Chosen, Dense, TokenSelection
@@ -36,6 +37,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, borders: list[int]) -> tuple[Tensor,
     return merge([o for o, _ in found], [lse for _, lse in found])
 
 
+@judged
 def lean_attention(
     q: Tensor, k: Tensor, v: Tensor, *, tile: int = 128, programs: int = 264
 ) -> Tensor:
@@ -66,6 +68,7 @@ def lean_attention(
     return torch.cat(rows)
 
 
+@judged
 def dist_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: int = 4) -> Tensor:
     """The newest query on keys in `segments` equal runs, each held elsewhere, joined by their lse.
 
@@ -80,6 +83,7 @@ def dist_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: int = 4) -> Ten
     return _parts(q, k, v, [L * n // segments for n in range(segments + 1)])[0]
 
 
+@judged
 def vattention(q: Tensor, k: Tensor, v: Tensor, *, ahead: int = 0) -> Tensor:
     """The newest query on keys in `caches.VirtualContiguous`: one run of addresses per sequence.
 
@@ -90,6 +94,7 @@ def vattention(q: Tensor, k: Tensor, v: Tensor, *, ahead: int = 0) -> Tensor:
     return decode(q[:, -1:], cache)
 
 
+@judged
 def eigen_attention(q: Tensor, k: Tensor, v: Tensor, *, energy: float = 0.98) -> Tensor:
     """The newest query in the subspaces of keys and values that hold `energy` of their singular values.
 
@@ -119,6 +124,7 @@ def _basis(x: Tensor, energy: float) -> Tensor:
     return basis
 
 
+@judged
 def matryoshka_kv(
     q: Tensor, k: Tensor, v: Tensor, key_basis: Tensor, value_basis: Tensor, *, ranks: int = 0
 ) -> Tensor:
@@ -136,6 +142,7 @@ def matryoshka_kv(
     return decode(q[:, -1:], cache)
 
 
+@judged
 def retrieval_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keys: int = 100, sinks: int = 128, window: int = 512
 ) -> Tensor:
@@ -173,6 +180,7 @@ def _best(s: Tensor, count: int) -> Tensor:
     return marks.scatter_(-1, best.indices, best.values > -torch.inf)
 
 
+@judged
 def louis_kv(
     q: Tensor,
     k: Tensor,
@@ -194,6 +202,8 @@ def louis_kv(
     runs.
     Equals: with as many pages as there are, causal attention.
     """
+    if not -1 <= alike <= 1:
+        raise OptionError("alike", alike, "a cosine, -1 to 1, is needed")
     with torch.no_grad():
         place = torch.arange(k.shape[1], device=k.device)
         position = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
@@ -224,6 +234,7 @@ def _borders(rows: Tensor, alike: float) -> Tensor:
     return torch.stack(found, dim=-1)
 
 
+@judged
 def elastic_cache(
     q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, *, start: int = 0
 ) -> Tensor:
@@ -235,6 +246,9 @@ def elastic_cache(
     Equals: with all tokens active, dense attention on the new keys and values.
     """
     stop = start + q.shape[1]
+    for name, x, of in (("new_k", new_k, k), ("new_v", new_v, v)):
+        need_shape(name, x, (of.shape[0], q.shape[1], *of.shape[2:]), like=of)
+        need_dtype(of, **{name: x})
     if not 0 <= start <= k.shape[1] - q.shape[1]:
         raise SelectionError("start", start, f"0 to {k.shape[1] - q.shape[1]} is needed")
     keys = torch.cat([k[:, :start], new_k, k[:, stop:]], dim=1)

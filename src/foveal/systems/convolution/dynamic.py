@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal._convolve import convolve
+from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_dtype, need_shape
 from foveal._local_mix import local_mix
 from foveal.layers.convolution_dynamic import (
     ContextMixing,
@@ -20,6 +22,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.convolution.entries import described, entry
 
 
+@judged_alone
 def contmix(
     q: Tensor,
     k: Tensor,
@@ -36,12 +39,21 @@ def contmix(
     q [B, X, Y, H, D]; k [B, R, H, D], one for each of R regions; v [B, X, Y, H, Dv];
     to_taps [window^2, R]; bias [H, window^2].
     """
+    if q.dim() != 5:
+        raise ShapeError("q", list(q.shape), "[B, X, Y, H, D] is needed")
+    batch, heads, taps = len(q), q.shape[3], window**2
+    need_shape("k", k, (batch, -1, heads, q.shape[-1]), like=q)
+    need_shape("v", v, (*q.shape[:4], -1), like=q)
+    need_shape("to_taps", to_taps, (taps, k.shape[1]), like=q)
+    need_shape("bias", bias, (heads, taps), like=q)
+    need_dtype(q, k=k, v=v, to_taps=to_taps)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     affinity = torch.einsum("bxyhd,brhd->bxyhr", q * scale, k)
     weights = torch.softmax(F.linear(affinity, to_taps) + bias, dim=-1)
     return local_mix(weights, v, window, border="shift", implementation=implementation)
 
 
+@judged_alone
 def dynamic(
     x: Tensor, logits: Tensor, *, causal: bool = True, implementation: str | None = None
 ) -> Tensor:
@@ -50,10 +62,14 @@ def dynamic(
     return local_mix(weights, x, logits.shape[-1], causal=causal, implementation=implementation)
 
 
+@judged_alone
 def light(
     x: Tensor, logits: Tensor, *, causal: bool = True, implementation: str | None = None
 ) -> Tensor:
     """One softmax filter for each head: x [B, L, H, D], logits [H, K]."""
+    if x.dim() != 4:
+        raise ShapeError("x", list(x.shape), "[B, L, H, D] is needed")
+    need_shape("logits", logits, (x.shape[2], -1), like=x)
     weights = torch.softmax(logits, dim=-1)
     y = convolve(x.flatten(-2), weights, causal=causal, implementation=implementation)
     found: Tensor = y.unflatten(-1, x.shape[-2:])

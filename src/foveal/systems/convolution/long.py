@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal._convolve import convolve
+from foveal._errors import OptionError, ShapeError
 from foveal._fftconv import fftconv
+from foveal._judged import judged_alone
 from foveal.layers.convolution_long import FrequencyFilter, LongConvolution, frequency_filter
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.convolution.entries import described, entry, image
 
 
+@judged_alone
 def long_convolution(
     x: Tensor,
     filter: Tensor,
@@ -25,11 +28,17 @@ def long_convolution(
     implementation: str | None = None,
 ) -> Tensor:
     """Causal, with taps shrunk towards 0 by `squash`: x [B, L, C], filter [C, K], skip [C]."""
+    if squash < 0:
+        raise OptionError("squash", squash, "a number of at least 0 is needed")
     return fftconv(x, F.softshrink(filter, squash), skip=skip, implementation=implementation)
 
 
+@judged_alone
 def fourier_mixer(x: Tensor, weight: Tensor, *, implementation: str | None = None) -> Tensor:
     """irfftn(W rfftn(x)): x [B, *grid, C], weight [C, *frequencies, 2] of real and imaginary parts."""
+    if not weight.is_floating_point() or weight.dim() < 1 or weight.shape[-1] != 2:
+        got = f"{weight.dtype} {list(weight.shape)}"
+        raise ShapeError("weight", got, "real numbers [C, *frequencies, 2] are needed")
     wide = torch.promote_types(weight.dtype, torch.float32)
     spectrum = torch.view_as_complex(weight.to(wide).contiguous())
     return fftconv(x, spectrum, causal=False, implementation=implementation)

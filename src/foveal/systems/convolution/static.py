@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal._convolve import convolve
+from foveal._errors import ShapeError
+from foveal._judged import judged_alone, need_dtype, need_shape
 from foveal._local_mix import local_mix
 from foveal.layers.convolution import InceptionConvolution, VANAttention
 from foveal.layers.convolution_long import OversizeConvolution
@@ -19,6 +21,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.convolution.entries import described, entry, identity_tap, image, static
 
 
+@judged_alone
 def lka(
     x: Tensor,
     near: Tensor,
@@ -29,11 +32,14 @@ def lka(
     implementation: str | None = None,
 ) -> Tensor:
     """x * (mixing dw_far(dw_near(x))): x [B, *grid, C], two filters [C, *window], mixing [C, C]."""
+    need_shape("mixing", mixing, (x.shape[-1], x.shape[-1]), like=x)
+    need_dtype(x, mixing=mixing)
     gate = convolve(x, near, implementation=implementation)
     gate = convolve(gate, far, dilation=dilation, implementation=implementation)
     return x * F.linear(gate, mixing)
 
 
+@judged_alone
 def merged_branches(
     x: Tensor,
     filter: Tensor,
@@ -42,37 +48,60 @@ def merged_branches(
     implementation: str | None = None,
 ) -> Tensor:
     """dw(x) + sum_m dw_m(x) by one filter: x [B, *grid, C], filters [C, *window], dilated in turn."""
+    if len(branches) != len(dilations):
+        needed = f"one for each of the {len(branches)} branches is needed"
+        raise ShapeError("dilations", dilations, needed)
+    if min(dilations, default=1) < 1:
+        raise ShapeError("dilations", dilations, "at least 1 each is needed")
+    for branch in branches:
+        need_shape("branch", branch, (len(filter), *(-1,) * (filter.dim() - 1)), like=filter)
     zero = filter.new_zeros(len(filter))
     parts = [Branch(filter, zero)]
     parts += [Branch(f, zero, r) for f, r in zip(branches, dilations, strict=True)]
     return convolve(x, merge_parallel(parts).filter, implementation=implementation)
 
 
+@judged_alone
 def replk(x: Tensor, filter: Tensor, small: Tensor, *, implementation: str | None = None) -> Tensor:
     """dw(x) + dw_small(x) by one filter: x [B, *grid, C], filters [C, *window]."""
     return merged_branches(x, filter, small, dilations=(1,), implementation=implementation)
 
 
+@judged_alone
 def inception(
     x: Tensor, square: Tensor, row: Tensor, column: Tensor, *, implementation: str | None = None
 ) -> Tensor:
     """The last channels by a square, a row and a column of taps [C_i, *window], the first as they are."""
     counts = [len(f) for f in (square, row, column)]
+    if sum(counts) > x.shape[-1]:
+        needed = f"filters for at most {x.shape[-1]} channels are needed"
+        raise ShapeError("square", f"{counts} channels of square, row and column", needed)
     kept, mixed = x.split([x.shape[-1] - sum(counts), sum(counts)], dim=-1)
     found = convolve(mixed, (square, row, column), implementation=implementation)
     return torch.cat([kept, found], dim=-1)
 
 
+@judged_alone
 def oversize(
     x: Tensor, column: Tensor, row: Tensor, *, implementation: str | None = None
 ) -> Tensor:
     """Every token meets every other of its axis: x [B, H, W, C], column [C, 2H - 1], row [C, 2W - 1]."""
+    if x.dim() != 4:
+        raise ShapeError("x", list(x.shape), "[B, H, W, C] is needed")
+    for name, taps, size in (("column", column, x.shape[1]), ("row", row, x.shape[2])):
+        need_shape(name, taps, (x.shape[-1], max(2 * size - 1, 0)), like=x)
+    if not x.numel():
+        return x
     found = convolve(x, column[:, :, None], implementation=implementation)
     return convolve(found, row[:, None], implementation=implementation)
 
 
+@judged_alone
 def lkca(v: Tensor, filter: Tensor, *, implementation: str | None = None) -> Tensor:
     """Attention whose weights are one filter per head: v [B, *grid, H, D], filter [H, *window]."""
+    if v.dim() < 4 or len(filter) != v.shape[-2]:
+        needed = f"[H, *window] is needed for v [B, *grid, H, D] {list(v.shape)}"
+        raise ShapeError("filter", list(filter.shape), needed)
     y = convolve(v.flatten(-2), filter, implementation=implementation)
     found: Tensor = y.unflatten(-1, v.shape[-2:])
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveal._attend import attend
 from foveal._errors import PatternError
+from foveal._judged import judged, judged_alone
 from foveal.layers.cross_axis import CrossAxisAttention, attend_lines
 from foveal.layers.diagonal import DiagonalAttention, around_diagonal
 from foveal.layers.factorised_axes import FactorisedAxesAttention, Form, mix_axes
@@ -27,6 +28,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.locality.neighborhoods import by_residue
 
 
+@judged
 def sparse_transformer(
     q: Tensor,
     k: Tensor,
@@ -151,6 +153,7 @@ def _shards(
     return shards(grid[0], kv_heads, *sizes, torch.device("cpu")), Softmax()
 
 
+@judged
 def s2_attention(
     q: Tensor,
     k: Tensor,
@@ -212,6 +215,7 @@ S2_ATTENTION = System(
 )
 
 
+@judged_alone
 def cross_axis_attention(q: Tensor, k: Tensor, v: Tensor, *, axis: Literal[0, 1] = 0) -> Tensor:
     """Rows (axis 0) or columns (axis 1) of an image as tokens, q and k of length 1, q added to the
     output.
@@ -262,6 +266,7 @@ CROSS_AXIS_ATTENTION = System(
 )
 
 
+@judged_alone
 def ifactformer(
     q: tuple[Tensor, ...],
     k: tuple[Tensor, ...],
@@ -317,6 +322,7 @@ IFACTFORMER = System(
 )
 
 
+@judged
 def ht_demucs(
     q: Tensor,
     k: Tensor,

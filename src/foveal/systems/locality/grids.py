@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._judged import judged_alone
 from foveal.layers.groups import ScaleAttention
 from foveal.layers.heads import each
 from foveal.layers.sphere import SphereAttention, area_score, attend_areas, within
 from foveal.patterns import Neighborhood, Pattern, Scales
+from foveal.patterns.scales import Grid
 from foveal.patterns.sphere import Latitudes
 from foveal.scores import Score, Softmax
 from foveal.systems.base import Claim, Draw, Identity, System, attending
@@ -44,7 +46,7 @@ def _pieces(
 
 
 def _earlier(
-    grid: tuple[int, ...], *, scales: tuple[int, ...] = SCALES_256
+    grid: tuple[int, ...], *, scales: tuple[int | Grid, ...] = SCALES_256
 ) -> tuple[Pattern, Score]:
     return Scales(scales, "before"), Softmax()
 
@@ -86,7 +88,9 @@ VAR = System(
 )
 
 
-def _own(grid: tuple[int, ...], *, scales: tuple[int, ...] = SCALES_256) -> tuple[Pattern, Score]:
+def _own(
+    grid: tuple[int, ...], *, scales: tuple[int | Grid, ...] = SCALES_256
+) -> tuple[Pattern, Score]:
     return Scales(scales), Softmax()
 
 
@@ -118,7 +122,7 @@ HMAR = System(
 
 
 def _near(
-    grid: tuple[int, ...], *, scales: tuple[int, ...] = SCALES_256, window: int = 7
+    grid: tuple[int, ...], *, scales: tuple[int | Grid, ...] = SCALES_256, window: int = 7
 ) -> tuple[Pattern, Score]:
     return Scales(scales, "own", window), Softmax()
 
@@ -176,6 +180,7 @@ def _sphere(
     return within(radius, latitudes), area_score(grid, latitudes)
 
 
+@judged_alone
 def sphere_attention(
     q: Tensor,
     k: Tensor,

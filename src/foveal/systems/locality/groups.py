@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._errors import PatternError
+from foveal._judged import judged
 from foveal.layers.atoms import NeighbourAttention, attend_neighbours
 from foveal.layers.groups import (
     DOCUMENT,
@@ -27,6 +29,9 @@ def regular_document(length: int, sentence: int, section: int) -> Tensor:
 
     Options: words per sentence, sentences per section; each of them headed by an anchor.
     """
+    for name, count in (("sentence", sentence), ("section", section)):
+        if count < 1:
+            raise PatternError(name, count, "at least 1 is needed")
     body = torch.full((1 + section * (1 + sentence),), TOKEN)
     body[0] = SECTION
     body[1 :: 1 + sentence] = SENTENCE
@@ -34,6 +39,7 @@ def regular_document(length: int, sentence: int, section: int) -> Tensor:
     return torch.cat([torch.tensor([DOCUMENT]), body.repeat(count)])[:length]
 
 
+@judged
 def hdt(
     q: Tensor,
     k: Tensor,
@@ -113,6 +119,7 @@ HDT = System(
 )
 
 
+@judged
 def escaip(
     q: Tensor,
     k: Tensor,

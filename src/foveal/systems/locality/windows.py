@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._errors import PatternError
+from foveal._judged import judged
 from foveal.layers.groups import BoxAttention, attend_boxes
 from foveal.layers.heads import each
 from foveal.layers.sequence import ChunkedEncoder
@@ -26,7 +28,7 @@ from foveal.patterns import (
     Sliding,
 )
 from foveal.scores import RelativeBias, Score, Softmax
-from foveal.systems.base import Claim, Draw, Identity, System, attending
+from foveal.systems.base import Claim, Draw, Identity, System, attending, naming
 
 
 def _sliding(
@@ -98,7 +100,12 @@ def _around(
     causal: bool = True,
     exact: bool = False,
 ) -> tuple[Pattern, Score]:
-    pattern: Pattern = Partition(window, before=window * look_backward, after=window * look_forward)
+    with naming(size="window"):
+        pattern: Pattern = Partition(window)
+    for name, count in (("look_backward", look_backward), ("look_forward", look_forward)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise PatternError(name, count, "an integer of at least 0 is needed")
+    pattern = Partition(window, before=window * look_backward, after=window * look_forward)
     if causal:
         pattern = pattern & Causal()
     if exact:
@@ -155,7 +162,8 @@ def _swin(
     table: Tensor | None = None,
 ) -> tuple[Pattern, Score]:
     score = Softmax() if table is None else Softmax() + RelativeBias(table)
-    return Partition(window, shift), score
+    with naming(size="window"):
+        return Partition(window, shift), score
 
 
 def _strided_neighborhood(draw: Draw) -> Claim:
@@ -311,7 +319,8 @@ DILATED_WINDOW_3D = System(
 
 
 def _chunks(grid: tuple[int, ...], *, chunk: int = 40, overlap: int = 5) -> tuple[Pattern, Score]:
-    return Partition(chunk, before=overlap, after=overlap), Softmax()
+    with naming(size="chunk", before="overlap"):
+        return Partition(chunk, before=overlap, after=overlap), Softmax()
 
 
 def _unfolded(draw: Draw) -> Claim:
@@ -349,6 +358,7 @@ TKL_LOCAL_ATTENTION = System(
 )
 
 
+@judged
 def box_attention(
     q: Tensor,
     k: Tensor,

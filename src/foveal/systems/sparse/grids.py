@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import SelectionError
+from foveal._errors import OptionError, SelectionError
+from foveal._judged import judged
+from foveal._shares import share_of
 from foveal.compose.merge import merge
-from foveal.patterns import Blocks, BlockSelection, Neighborhood, Sliding
+from foveal.patterns import Blocks, BlockSelection, Neighborhood, Rows, Sliding
 from foveal.selectors import Mass, Pooled, Tiling
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.sparse.shapes import qkv_shapes
 
 
+@judged
 def vggt_block_sparse(
     q: Tensor,
     k: Tensor,
@@ -37,6 +40,8 @@ def vggt_block_sparse(
     length = q.shape[1]
     if length % frame or not 0 <= special <= frame or k.shape[1] != length:
         raise SelectionError("frame", frame, f"a divisor of {length}, at least special, is needed")
+    if not 0 <= least <= 1:
+        raise OptionError("least", least, "a share from 0 to 1 is needed")
     place = torch.arange(length, device=q.device)
     first, rest = (place[(place % frame < special) == side] for side in (True, False))
     o = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -61,7 +66,7 @@ def _pooled_blocks(
     with torch.no_grad():
         scores = Pooled().scores(q, k, tiling)
         kept = Mass(mass).keep(scores, tiling)
-        count = -int(-least * tiling.kv_blocks // 1)
+        count = share_of(tiling.kv_blocks, least)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
         kept = kept.scatter(-1, best, True)
         if mass == 1.0:
@@ -115,6 +120,7 @@ VGGT_BLOCK_SPARSE = System(
 MODES = ("full", "diagonal", "multi_diagonal", "stripe", "skip")
 
 
+@judged
 def sparse_vdit(
     q: Tensor,
     k: Tensor,
@@ -136,6 +142,9 @@ def sparse_vdit(
         raise SelectionError("modes", modes, f"one of {', '.join(MODES)} for each of {heads} heads")
     if length % frame or k.shape[1:3] != q.shape[1:3]:
         raise SelectionError("frame", frame, f"a divisor of {length}, k and v like q, are needed")
+    if set(modes) == {"skip"}:  # nobody sees a key: 0, gradient 0
+        nothing = torch.zeros(length, dtype=torch.int64)
+        return attend(q, k, v, Rows(nothing, nothing))
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     for mode in sorted(set(modes)):
         own = torch.tensor([h for h, each in enumerate(modes) if each == mode], device=q.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import SelectionError, UnknownNameError
+from foveal._errors import DtypeError, OptionError, SelectionError, ShapeError, UnknownNameError
 from foveal.compose.merge import merge
 from foveal.patterns import Blocks, Causal, Chosen, Pattern, Rows, TokenSelection
 from foveal.selectors import Pooled, TopK, VerticalSlash, select
@@ -61,6 +61,10 @@ class Head:
     def __post_init__(self) -> None:
         if self.boundary not in ("none", "query", "both") or not self.modes:
             raise UnknownNameError("boundary", self.boundary, ("none", "query", "both"))
+        if self.boundary == "none" and len(self.modes) != 1:
+            raise SelectionError(
+                "modes", len(self.modes), 'one mode is needed with boundary "none"'
+            )
 
     def as_json(self) -> list[Any]:
         """[boundary, {"modes": [[kind, first, second], ...]}], an entry of `save_plan`."""
@@ -100,6 +104,10 @@ def attend_planned(
     if len(heads) != q.shape[2] or q.shape[1] != k.shape[1]:
         needed = f"one for each of {q.shape[2]} query heads, and as many queries as keys"
         raise SelectionError("heads", len(heads), needed)
+    if not all(isinstance(each, Head) for each in heads):
+        raise OptionError("heads", repr(heads), "a Head for every query head is needed")
+    if kinds is not None:
+        _fit_kinds(kinds, q.shape[1])
     groups = q.shape[2] // k.shape[2]
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -110,10 +118,23 @@ def attend_planned(
     return o, lse
 
 
+def _fit_kinds(kinds: Tensor, length: int) -> None:
+    if kinds.is_floating_point() or kinds.is_complex():
+        raise DtypeError("kinds", kinds.dtype, "integers are needed")
+    if kinds.shape != (length,):
+        raise ShapeError(
+            "kinds", list(kinds.shape), f"[{length}], the kind of each token, is needed"
+        )
+    if length and int(kinds.min()) < 0:
+        raise SelectionError("kinds", int(kinds.min()), "numbers from 0 on are needed")
+
+
 def _of_head(
     head: Head, q: Tensor, k: Tensor, v: Tensor, kinds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     length = q.shape[1]
+    if head.boundary != "none" and kinds is None and len(head.modes) != 1:
+        raise SelectionError("modes", len(head.modes), "one mode is needed for one kind of token")
     if head.boundary == "none" or kinds is None:
         visible = torch.arange(1, length + 1, device=q.device)
         return attend_mode(head.modes[0], q, k, v, visible, whole=True)

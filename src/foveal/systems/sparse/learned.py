@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._judged import judged_alone
 from foveal.layers.trainable_sparse_blocks import (
     PyramidSparseAttention,
     SparseLinearAttention,
@@ -43,6 +44,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 FAMILY = "sparse"
 
 
+@judged_alone
 def adasplash(
     q: Tensor,
     k: Tensor,

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._errors import OptionError
+from foveal._judged import judged
 from foveal.patterns import Causal, Sliding
 from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.sparse.heads import Head, Mode, attend_planned
 from foveal.systems.sparse.shapes import qkv_shapes
 
 
+@judged
 def mminference(
     q: Tensor,
     k: Tensor,
@@ -36,6 +39,8 @@ def mminference(
     Equals: dense modes are causal attention for every boundary.
     Paper: MMInference (2504.16083).
     """
+    if not isinstance(heads, Sequence):
+        raise OptionError("heads", repr(heads), "a sequence of Head is needed")
     own = tuple(heads) * q.shape[2] if len(heads) == 1 else tuple(heads)
     return attend_planned(q, k, v, own, kinds)[0]
 

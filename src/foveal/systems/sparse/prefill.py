@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._errors import OptionError
+from foveal._judged import judged
 from foveal.compose.segments import attend_segments
 from foveal.compose.selected import attend_selected
 from foveal.patterns import Causal, Chosen, Pattern, Sliding, TokenSelection
@@ -34,6 +36,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v, Causal())
 
 
+@judged
 def minference(
     q: Tensor,
     k: Tensor,
@@ -127,6 +130,7 @@ MINFERENCE = System(
 )
 
 
+@judged
 def xattention(
     q: Tensor, k: Tensor, v: Tensor, *, mass: float = 0.9, stride: int = 16, block: int = 128
 ) -> Tensor:
@@ -229,6 +233,7 @@ PBS_ATTENTION = System(
 )
 
 
+@judged
 def sale(
     q: Tensor,
     k: Tensor,
@@ -247,6 +252,8 @@ def sale(
     keys, m and l those of the first `sink` and the last `local` keys of i; tiles of those are kept.
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hkv, Dv].  threshold = 0 is causal attention.
     """
+    if threshold < 0:
+        raise OptionError("threshold", threshold, "at least 0 is needed")
     value = math.log(threshold) if threshold > 0 else -math.inf
     budget = Threshold(value)
     selector = LowBit(bits, sink, local)

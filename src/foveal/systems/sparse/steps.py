@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import SelectionError
+from foveal._errors import DtypeError, SelectionError
+from foveal._judged import judged, need_shape
 from foveal.patterns import Blocks, BlockSelection, Causal, Chosen, Pattern, Sliding, SpanSelection
 from foveal.selectors import Forced, Tiling, TopK
 from foveal.systems.base import Claim, Draw, Identity, System
@@ -47,6 +48,7 @@ def delta_pattern(
     return Blocks(BlockSelection.from_block_mask(kept, 64 if Lq == 1 else 1, page)) & Causal()
 
 
+@judged
 def delta_token_attention(
     q: Tensor,
     k: Tensor,
@@ -72,6 +74,7 @@ def delta_token_attention(
     Paper: DELTA (2510.09883).
     """
     found = page_shares(q, k, page=page) if shares is None else shares
+    need_shape("shares", found, (q.shape[0], q.shape[1], -1), like=q)
     pattern = delta_pattern(found, k.shape[1], page=page, pages=pages, recent=recent, sinks=sinks)
     return attend(q, k, v, pattern, implementation=implementation)
 
@@ -130,6 +133,7 @@ DELTA_TOKEN_ATTENTION = System(
 )
 
 
+@judged
 def self_selected_span(
     q: Tensor,
     k: Tensor,
@@ -153,9 +157,15 @@ def self_selected_span(
     if window < 1 or sink_tokens < 0:
         raise SelectionError("window", (window, sink_tokens), "a window of at least 1 is needed")
     near = Sliding(window - 1, sink_tokens=sink_tokens)
+    if (starts is None) != (stops is None):
+        missing = "starts" if starts is None else "stops"
+        raise SelectionError(missing, None, "starts and stops are needed, or neither")
     if starts is None or stops is None:
         return attend(q, k, v, near, implementation=implementation)
-    if starts.shape != stops.shape or starts.shape[:2] != q.shape[:2]:
+    for name, x in (("starts", starts), ("stops", stops)):
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise DtypeError(name, x.dtype, "integers are needed")
+    if starts.dim() != 3 or starts.shape != stops.shape or starts.shape[:2] != q.shape[:2]:
         needed = f"starts and stops [{q.shape[0]}, {q.shape[1]}, n] are needed"
         raise SelectionError("starts", (list(starts.shape), list(stops.shape)), needed)
     place = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1] + 1

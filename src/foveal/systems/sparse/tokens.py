@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from foveal._attend import attend
-from foveal._errors import SelectionError
+from foveal._errors import OptionError, SelectionError, ShapeError
+from foveal._judged import judged, need_shape
+from foveal._shares import share_of
 from foveal.engines.tile.low_bit import rounded
 from foveal.layers.trainable_sparse_spans import SuperlinearAttention, superlinear
 from foveal.patterns import Causal, Chosen, Dense, Pattern, Sliding, TokenSelection
@@ -21,6 +21,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v, Causal())
 
 
+@judged
 def squeezed_attention(
     q: Tensor,
     k: Tensor,
@@ -40,8 +41,13 @@ def squeezed_attention(
     as `selectors.cluster` finds them (None: `count` clusters of all keys but the last Lq).
     Equals: threshold = 0 is causal attention.
     """
+    for name, value in (("threshold", threshold), ("coarse_threshold", coarse_threshold)):
+        if value < 0:
+            raise OptionError(name, value, "at least 0 is needed")
+    if count < 1:
+        raise OptionError("count", count, "at least 1 is needed")
     prefix = k.shape[1] - q.shape[1]
-    if clusters is None and prefix:
+    if clusters is None and prefix > 0:
         clusters = cluster(k[:, :prefix], min(count, prefix))
     if clusters is None:
         return _causal(q, k, v)
@@ -61,12 +67,31 @@ def squeezed_pattern(
     coarse_threshold: float = 0.0,
 ) -> Pattern:
     """The pairs of `squeezed_attention`."""
+    _fit_clusters("clusters", clusters, k)
     kept = _kept(q, clusters, threshold)
     if coarse is not None:
+        _fit_clusters("coarse", coarse, k, clusters.labels.shape[-1])
         kept = kept & _kept(q, coarse, coarse_threshold)
     after = kept.new_ones(*kept.shape[:3], k.shape[1] - clusters.labels.shape[-1])
     mask = torch.cat([kept, after], dim=-1)
     return Chosen(TokenSelection.from_mask(mask)) & Causal()
+
+
+def _fit_clusters(name: str, clusters: Clusters, k: Tensor, prefix: int | None = None) -> None:
+    if not isinstance(clusters, Clusters):
+        raise OptionError(
+            name, type(clusters).__name__, "what `selectors.cluster` returns is needed"
+        )
+    batch, kv_heads, width = k.shape[0], k.shape[2], k.shape[3]
+    need_shape(name, clusters.centroids, (batch, kv_heads, -1, width), like=k)
+    keys = clusters.labels.shape[-1]
+    if keys > k.shape[1] or keys != (keys if prefix is None else prefix):
+        wanted = (
+            f"a prefix of the {k.shape[1]} keys"
+            if prefix is None
+            else f"the {prefix} keys of clusters"
+        )
+        raise ShapeError(name, list(clusters.labels.shape), f"labels of {wanted} are needed")
 
 
 def _kept(q: Tensor, clusters: Clusters, threshold: float) -> Tensor:
@@ -121,6 +146,7 @@ SQUEEZED_ATTENTION = System(
 )
 
 
+@judged
 def loki(
     q: Tensor,
     k: Tensor,
@@ -151,7 +177,9 @@ def loki_pattern(
     """The pairs of `loki`."""
     if not 0 < share <= 1 or not 0 < rank_share <= 1:
         raise SelectionError("share", (share, rank_share), "both above 0 and at most 1 are needed")
-    rank = math.ceil(rank_share * q.shape[-1])
+    if basis is not None:
+        need_shape("basis", basis, (k.shape[2], k.shape[3], k.shape[3]), like=k)
+    rank = share_of(q.shape[-1], rank_share)
     with torch.no_grad():
         selector = LowRank(key_basis(k) if basis is None else basis, rank)
         s = selector.estimate(q, k)
@@ -159,7 +187,7 @@ def loki_pattern(
         key = torch.arange(k.shape[1], device=q.device)
         s = s.masked_fill(key > position[:, None], -torch.inf)
         order = s.sort(dim=-1, descending=True, stable=True).indices
-        count = torch.ceil((position + 1) * share)[:, None]
+        count = share_of(position + 1, share)[:, None]
         kept = torch.zeros_like(s, dtype=torch.bool)
         kept.scatter_(-1, order, (key < count).expand_as(order))
     return Chosen(TokenSelection.from_mask(kept)) & Causal()
@@ -260,6 +288,7 @@ SUPERLINEAR = System(
 )
 
 
+@judged
 def spatten(
     q: Tensor,
     k: Tensor,
@@ -285,6 +314,10 @@ def spatten(
     for name, value in (("keep", keep), ("value_keep", value_keep)):
         if not 0 < value <= 1:
             raise SelectionError(name, value, "above 0 and at most 1 is needed")
+    if bits is not None and not 2 <= bits <= 8:
+        raise SelectionError("bits", bits, "2 to 8 are needed")
+    if importance is not None:
+        need_shape("importance", importance, (q.shape[0], k.shape[1]), like=q)
     length = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     before = q.new_zeros(len(q), length, dtype=wide) if importance is None else importance
@@ -300,12 +333,12 @@ def spatten(
         p = _from_few_bits(q, k, p, hidden, bits, sure)
     after = before + p.detach().sum((1, 2))
     if value_keep < 1:
-        count = torch.ceil((~hidden).sum(-1, keepdim=True) * value_keep)
+        count = share_of((~hidden).sum(-1, keepdim=True), value_keep)
         order = p.detach().sort(dim=-1, descending=True, stable=True).indices
         rank = torch.arange(length, device=q.device).expand_as(order)
         p = p * torch.zeros_like(p).scatter(-1, order, (rank < count).to(p.dtype))
     o = torch.einsum("bhij,bjhd->bihd", p.to(v.dtype), v.repeat_interleave(groups, 2))
-    kept = after.topk(math.ceil(keep * length), dim=-1).indices.sort(-1).values
+    kept = after.topk(share_of(length, keep), dim=-1).indices.sort(-1).values
     return o, after.masked_fill(~_among(kept, length), -torch.inf), kept
 
 

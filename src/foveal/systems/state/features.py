@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._judged import judged
 from foveal._scan import scan
 from foveal.features import FeedForwardFeatures, SpectralFeatures, contract, positive_random, taylor
 from foveal.layers import (
@@ -42,6 +43,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.state.recurrences import lightning, tokens
 
 
+@judged
 def based(q: Tensor, k: Tensor, v: Tensor, *, implementation: str | None = None) -> Tensor:
     """o_i = sum_j<=i w_ij v_j / sum_j<=i w_ij, w = 1 + z + z^2 / 2, z = q_i . k_j / sqrt(D)."""
     return scan(
@@ -49,6 +51,7 @@ def based(q: Tensor, k: Tensor, v: Tensor, *, implementation: str | None = None)
     )
 
 
+@judged
 def spectral(
     q: Tensor,
     k: Tensor,
@@ -72,6 +75,7 @@ def spectral(
     )
 
 
+@judged
 def feed_forward_kernel(
     q: Tensor,
     k: Tensor,

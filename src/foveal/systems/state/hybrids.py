@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from foveal._attend import attend
+from foveal._judged import judged_alone
 from foveal.layers import HybridStack
 from foveal.patterns import Blocks, Causal
 from foveal.selectors import Compressed, Forced, TopK, select
@@ -14,6 +15,7 @@ from foveal.systems.base import Claim, Draw, Identity, System
 from foveal.systems.state.recurrences import lightning
 
 
+@judged_alone
 def sala(
     q: Tensor,
     k: Tensor,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveal._errors import ShapeError
+from foveal._judged import judged_alone
 from foveal._scan import scan
 from foveal.features import alibi_slopes, linear_relative
 from foveal.layers import (
@@ -22,6 +24,7 @@ from foveal.rules import MLSTM, Additive, Delta, TwoState
 from foveal.systems.base import Claim, Draw, Identity, System
 
 
+@judged_alone
 def delta_attention(
     q: Tensor,
     k: Tensor,
@@ -48,6 +51,7 @@ def delta_attention(
     )
 
 
+@judged_alone
 def lightning(
     q: Tensor,
     k: Tensor,
@@ -65,6 +69,7 @@ def lightning(
     )
 
 
+@judged_alone
 def mlstm(
     q: Tensor,
     k: Tensor,
@@ -88,6 +93,7 @@ def mlstm(
     )
 
 
+@judged_alone
 def transnormer_llm(
     q: Tensor,
     k: Tensor,
@@ -102,6 +108,9 @@ def transnormer_llm(
     Shapes: q and k [B, L, H, D], v [B, L, H, Dv]; angles [H, D], by default 10000^(-2 d / D);
     log_decay [H], by default `alibi_slopes`.
     """
+    if q.dim() != 4 or k.shape != q.shape:
+        needed = f"the shape of q, {list(q.shape)}, is needed, [B, L, H, D]"
+        raise ShapeError("k", list(k.shape), needed)
     if angles is None:
         dim = q.shape[-1]
         speeds = 10000.0 ** (-2 * torch.arange(dim, dtype=torch.float64) / dim)
@@ -111,6 +120,7 @@ def transnormer_llm(
     return lightning(q, k, v, log_decay, implementation=implementation)
 
 
+@judged_alone
 def titans(
     q: Tensor,
     k: Tensor,
