@@ -20,6 +20,8 @@ _BY_TOKEN_GROUP = 16
 _PART_BYTES = 4 << 30
 _GRADIENT_BYTES = 2 << 30
 _SEGMENT = 1024
+# Rows that a gradient in float32 adds up one after the other: a plain computation sums in levels, too.
+_FLOAT32_CHAIN = 256
 # Queries of a chunk of tokens, forward and backward.
 _CHUNK_BYTES = 8 << 20
 _GRADIENT_CHUNK_BYTES = 16 << 20
@@ -390,7 +392,8 @@ def _backward_round(
     q, k, v, do, lse, shift = tensors
     dq, dk, dv = out
     B, heads, Lq, slots = lists.indices.shape
-    found = segments(lists, _SEGMENT, _chunk(q, size, _GRADIENT_CHUNK_BYTES))
+    longest = _SEGMENT if q.dtype != torch.float32 else max(_FLOAT32_CHAIN // size.groups, 1)
+    found = segments(lists, longest, _chunk(q, size, _GRADIENT_CHUNK_BYTES))
     programs = len(found.cell)
     part = q.new_empty(lists.indices.numel(), size.groups, size.head_dim)
     dk_part = q.new_empty(programs, size.block, size.head_dim, dtype=torch.float32)
