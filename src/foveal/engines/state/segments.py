@@ -24,6 +24,8 @@ REACH = 16.0
 """Decay of a chunk, in its logarithm, that one factor may undo: it costs 3 of float32's 24 bits."""
 FEW = 4
 """Chunks that are not divided further to keep those that decay too steeply apart."""
+_LAPACK = 16
+"""Rows of a matrix that LAPACK inverts: from 32 on its threads meet for each of them, which takes longer."""
 _SEGMENT = 2**18
 """Elements of the keys that are worked on at a time."""
 
@@ -166,15 +168,18 @@ class Buffers:
         return out
 
     def inverse(self, lower: Tensor) -> Tensor:
-        """(I + A)^-1 [chunks, h, C, C], A what `lower` has below the diagonal, C even.
+        """(I + A)^-1 [chunks, h, C, C], A what `lower` has below the diagonal, C a power of two.
 
-        LAPACK takes one matrix after the other, products all at once: it is left with two quarters of each.
+        LAPACK takes one matrix after the other, products all at once: it is left with small corners.
         """
         at: _Quarters = self._seen("quarters", lower, self._quarters)
         at.corners.copy_(at.given)
-        torch.linalg.solve_triangular(
-            at.corners.mT, at.ones.mT, upper=True, left=False, unitriangular=True, out=at.solved.mT
-        )
+        if at.ones is None:
+            self.inverse(at.halves)
+        else:
+            torch.linalg.solve_triangular(
+                at.corners.mT, at.ones.mT, upper=True, left=False, unitriangular=True, out=at.solved.mT
+            )
         torch.bmm(at.last, at.below, out=at.first_product)
         torch.bmm(at.first_product, at.first, out=at.second_product)
         at.found_diagonal.copy_(at.solved)
@@ -184,15 +189,21 @@ class Buffers:
 
     def _quarters(self, lower: Tensor) -> _Quarters:
         half = lower.shape[-1] // 2
+        each = lower.shape[1] // self._heads
         given = lower.flatten(0, 1).view(-1, 2, half, 2, half)
-        corners = self.take("corners", 2, half, half).flatten(0, 1)
-        solved = self.take("solved", 2, half, half).flatten(0, 1)
+        halves = self.take(f"corners {half}", 2 * each, half, half).flatten(1, 2)
+        corners = halves.view(-1, 2, half, half)
+        if half > _LAPACK:
+            smaller: _Quarters = self._seen("quarters", halves, self._quarters)
+            ones, solved = None, smaller.found.view(corners.shape)
+        else:
+            ones = torch.eye(half, dtype=lower.dtype).expand_as(corners)
+            solved = self.take("solved", 2 * each, half, half).view(corners.shape)
         products = corners.view(2, -1, half, half)
-        found = self.take("inverse", 2, half, 2, half)
-        parts = found.flatten(0, 1)
+        found = self.take(f"inverse {half}", each, 2, half, 2, half)
+        parts = found.view(-1, 2, half, 2, half)
         return _Quarters(
-            _diagonal(given), given[:, 1, :, 0], corners,
-            torch.eye(half, dtype=lower.dtype).expand_as(corners), solved, solved[:, 0], solved[:, 1],
+            _diagonal(given), given[:, 1, :, 0], halves, corners, ones, solved, solved[:, 0], solved[:, 1],
             products[0], products[1], _diagonal(parts), parts[:, 0, :, 1], parts[:, 1, :, 0],
             found.view(lower.shape),
         )  # fmt: skip
@@ -236,12 +247,16 @@ class Buffers:
 
 
 class _Quarters(NamedTuple):
-    """Views for `Buffers.inverse`; of matrices [n, C, C] in quarters [n, 2, C / 2, 2, C / 2]."""
+    """Views for `Buffers.inverse`; of matrices [n, C, C] in quarters [n, 2, C / 2, 2, C / 2].
+
+    ones: of LAPACK, where it inverts the corners.
+    """
 
     given: Tensor
     below: Tensor
+    halves: Tensor
     corners: Tensor
-    ones: Tensor
+    ones: Tensor | None
     solved: Tensor
     first: Tensor
     last: Tensor
