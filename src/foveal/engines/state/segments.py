@@ -178,7 +178,12 @@ class Buffers:
             self.inverse(at.halves)
         else:
             torch.linalg.solve_triangular(
-                at.corners.mT, at.ones.mT, upper=True, left=False, unitriangular=True, out=at.solved.mT
+                at.corners.mT,
+                at.ones.mT,
+                upper=True,
+                left=False,
+                unitriangular=True,
+                out=at.solved.mT,
             )
         torch.bmm(at.last, at.below, out=at.first_product)
         torch.bmm(at.first_product, at.first, out=at.second_product)
