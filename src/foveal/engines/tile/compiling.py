@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 
 Call = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 """A kernel, its grid, arguments and options."""
+
+
+_LOADING = threading.Lock()
+"""Launchers are modules of one name to Python: of two that load at once, one may get the other's code."""
 
 
 def compile_side_by_side(calls: Sequence[Call], device: torch.device) -> None:
@@ -29,8 +34,10 @@ def compile_side_by_side(calls: Sequence[Call], device: torch.device) -> None:
     def compile_one(call: Call) -> None:
         kernel, grid, arguments, options = call
         with torch.cuda.device(device):
-            # `run` builds the launcher with the host's compiler and loads the kernel.
-            _ = kernel.warmup(*arguments, grid=grid, **options).run
+            compiled = kernel.warmup(*arguments, grid=grid, **options)
+            with _LOADING:
+                # `run` builds the launcher with the host's compiler and loads it and the kernel.
+                _ = compiled.run
 
     with ThreadPoolExecutor(len(calls)) as pool:
         list(pool.map(compile_one, calls))
