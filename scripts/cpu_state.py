@@ -57,6 +57,8 @@ def draw(rule: Rule, decay: str, length: int) -> dict[str, Tensor]:
     gate = uniform(*tokens)
     found["write_gate"] = torch.logit(gate) if isinstance(rule, fv.MLSTM) else gate
     if isinstance(rule, fv.TwoState):
+        # Larger steps along the momentum make the memory grow without bound.
+        found["write_gate"] = gate * 0.05
         found["log_momentum"] = -uniform(*tokens) * 0.1
     return found
 

@@ -6,8 +6,9 @@ python scripts/gpu.py tile --out DIR [--implementations hopper,triton] [--cases 
 python scripts/gpu.py fuzz --out DIR [--problems 1000] [--first 0] [--seconds 600] [--processes 16]
     random problems against float64, gradients included; goes on behind those that DIR holds, and
     writes DIR/fuzz.jsonl: how many agreed, per implementation and kind of problem
-python scripts/gpu.py first-calls --out DIR [--implementations triton]
-    seconds until the first result of shapes never seen, each in a process and a cache of its own
+python scripts/gpu.py first-calls --out DIR [--implementations triton] [--alone]
+    seconds until the first result of shapes never seen, each in a process and a cache of its own;
+    with --alone one process at a time
 python scripts/gpu.py locality --out DIR [--check-seconds 90] [--seconds 60]
     compiles and checks the cases of NATTEN's table and the relatives side by side, then times them
 python scripts/gpu.py sweep --out DIR [--stage forward] [--dim 128] [--configs 128,64,8,3]
@@ -83,7 +84,7 @@ def _first_calls(options: argparse.Namespace) -> int:
 
     write = _writer(options.out / "first-calls.jsonl")
     names = options.implementations.split(",")
-    return max(gpu_first.run(options.out, write, name) for name in names)
+    return max(gpu_first.run(options.out, write, name, options.alone) for name in names)
 
 
 def _locality(options: argparse.Namespace) -> int:
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fuzz: of tiles; kernels with small ones compile in half the time",
     )
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--alone", action="store_true", help="first-calls: one process at a time")
     parser.add_argument("--check-seconds", type=float, default=90.0, help="locality: for checks")
     parser.add_argument(
         "--stage", default="forward", help="sweep: forward, backward_q, backward_kv"

@@ -48,26 +48,41 @@ SEQUENCES: dict[str, list[Shape]] = {
 }
 
 
-def run(out: Path, write: Writer, implementation: str = "triton") -> int:
-    """Each sequence of shapes in a process and a compiler cache of its own, side by side; then again."""
+def run(out: Path, write: Writer, implementation: str = "triton", alone: bool = False) -> int:
+    """Each sequence of shapes in a process and a compiler cache of its own, side by side; then again.
+
+    alone: one after the other, as processes that compile on one machine slow each other down.
+    """
+    together = [[name] for name in SEQUENCES] if alone else [list(SEQUENCES)]
     with tempfile.TemporaryDirectory() as caches:
-        return _all(out, write, implementation, caches, False) or _all(
-            out, write, implementation, caches, True
-        )
+        for restarted in (False, True):
+            for names in together:
+                if failed := _all(out, write, implementation, names, caches, restarted, alone):
+                    return failed
+    return 0
 
 
-def _all(out: Path, write: Writer, implementation: str, caches: str, restarted: bool) -> int:
+def _all(
+    out: Path,
+    write: Writer,
+    implementation: str,
+    names: list[str],
+    caches: str,
+    restarted: bool,
+    alone: bool,
+) -> int:
     running = []
-    for name in SEQUENCES:
+    for name in names:
         environment = {**os.environ, "TRITON_CACHE_DIR": f"{caches}/{name}"}
         lines = (out / f"first-{name}.jsonl").open("w")
         command = [sys.executable, __file__, name, implementation]
         running.append((name, subprocess.Popen(command, env=environment, stdout=lines)))
     failed = 0
+    about = {"implementation": implementation, "restarted": restarted, "alone": alone}
     for name, process in running:
         failed |= process.wait()
         for line in (out / f"first-{name}.jsonl").read_text().splitlines():
-            record = {"sequence": name, "restarted": restarted, **json.loads(line)}
+            record = {"sequence": name, **about, **json.loads(line)}
             write(record)
             print(record, flush=True)
     return failed
@@ -80,6 +95,7 @@ def measure(name: str, implementation: str) -> Iterator[dict[str, object]]:
     import triton  # noqa: F401
 
     yield {"shape": "import triton", "seconds": round(time.perf_counter() - began, 3)}
+    yield {"shape": "PyTorch's own backward", "seconds": _first_backward()}
     for label, grid, dim, make in SEQUENCES[name]:
         pattern = make(torch.Size(grid).numel())
         q, k, v = (
@@ -99,6 +115,16 @@ def measure(name: str, implementation: str) -> Iterator[dict[str, object]]:
         record["backward_s"] = round(time.perf_counter() - began, 3)
         record["backward_kernels"] = _compiled() - kernels
         yield record
+
+
+def _first_backward() -> float:
+    """Seconds of a backward without a kernel of ours: the first with a gradient makes PyTorch import."""
+    x = torch.ones(1, device="cuda", requires_grad=True)
+    began = time.perf_counter()
+    y = x * x
+    y.backward(torch.ones_like(y))
+    torch.cuda.synchronize()
+    return round(time.perf_counter() - began, 3)
 
 
 def _compiled() -> int:

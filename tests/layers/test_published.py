@@ -76,6 +76,8 @@ def test_gated_delta_net_of_qwen(source: torch.Generator) -> None:
     x = torch.randn(2, 9, 24, generator=source)
     close(load_gated_delta_net(weights, key_heads=2)(x), module(x))
     with pytest.raises(fv.errors.ShapeError, match="in_proj_qkvz"):
+        load_gated_delta_net(weights, key_heads=4)
+    with pytest.raises(fv.errors.OptionError, match="key_heads: got None"):
         load_gated_delta_net(weights)
 
 
@@ -104,3 +106,32 @@ def test_weights_that_do_not_fit_are_named(source: torch.Generator) -> None:
         load_kimi_delta_attention(weights | {"extra.weight": torch.zeros(2)})
     with pytest.raises(fv.errors.ShapeError, match=r"o_proj.weight \[2, 2\]"):
         load_kimi_delta_attention(weights | {"o_proj.weight": torch.zeros(2, 2)})
+
+
+def joint() -> dict[str, Tensor]:
+    """The shapes of Qwen3-Next: 4 key heads of 4 look as 2 of 8 do, and as 8 value heads of 2 would."""
+    return {
+        "in_proj_qkvz.weight": torch.zeros(2 * 4 * 4 + 2 * 8 * 4, 8),
+        "in_proj_ba.weight": torch.zeros(2 * 8, 8), "conv1d.weight": torch.zeros(64, 1, 4),
+        "norm.weight": torch.zeros(4), "out_proj.weight": torch.zeros(8, 32),
+        "A_log": torch.zeros(8), "dt_bias": torch.zeros(8),
+    }  # fmt: skip
+
+
+def test_key_heads_that_no_shape_shows_are_asked_for() -> None:
+    assert load_gated_delta_net(joint(), key_heads=4).heads == 4
+    with pytest.raises(fv.errors.OptionError, match="key_heads: got None"):
+        load_gated_delta_net(joint())
+
+
+@pytest.mark.parametrize("name", list(joint()))
+def test_joint_weights_that_do_not_fit_are_named(name: str) -> None:
+    weights = joint()
+    short = {own: tensor for own, tensor in weights.items() if own != name}
+    for given in (short, weights | {name: torch.zeros(())}, weights | {name: torch.zeros(3, 3)}):
+        with pytest.raises(fv.errors.ShapeError, match=r"^weights: "):
+            load_gated_delta_net(given, key_heads=4)
+    with pytest.raises(fv.errors.DtypeError, match=f"^{name}: got a list"):
+        load_gated_delta_net(weights | {name: [0.0]}, key_heads=4)
+    with pytest.raises(fv.errors.ShapeError, match="key_heads: got 0"):
+        load_gated_delta_net(weights, key_heads=0)

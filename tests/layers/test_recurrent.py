@@ -297,3 +297,73 @@ def test_bad_sizes_are_named() -> None:
         HybridStack(12, [])
     with pytest.raises(fv.errors.PackingError, match="batch of 1"):
         LightningAttention(12, 2)(torch.zeros(2, 3, 12), cu_seqlens=torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tokens_that_do_not_fit_are_named(name: str, source: torch.Generator) -> None:
+    layer, x = made(LAYERS[name], source), tokens(source, 2, 5)
+    for given in (x[0], x[..., :5], x[None]):
+        with pytest.raises(fv.errors.ShapeError, match=r"^x: "):
+            layer(given)
+    for other in (x.float(), x.bfloat16(), x.long(), [1.0], None):
+        with pytest.raises(fv.errors.DtypeError, match=r"^x: "):
+            layer(other)
+    with pytest.raises(fv.errors.DeviceError, match=r"^x: got meta"):
+        layer(x.to("meta"))
+    for cuts in (torch.tensor([0]), torch.tensor([[0, 5]]), torch.tensor([0.0, 5.0])):
+        with pytest.raises(fv.errors.PackingError, match="cu_seqlens"):
+            layer(x[:1], cu_seqlens=cuts)
+    for state in (3, x):
+        with pytest.raises(fv.errors.OptionError, match=r"^state: "):
+            layer(x, state)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_empty_batch_goes_on(name: str, source: torch.Generator) -> None:
+    layer, x = made(LAYERS[name], source), tokens(source, 0, 5)
+    _, state = layer(x, return_state=True)
+    assert layer(x[:, :1], state).shape == (0, 1, DIM)
+
+
+def test_autocast_brings_tokens_to_the_weights() -> None:
+    layer = LightningAttention(DIM, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.zeros(1, 3, DIM, dtype=torch.bfloat16)).shape == (1, 3, DIM)
+
+
+def test_a_stack_needs_a_state_of_its_layers(source: torch.Generator) -> None:
+    short, long = (
+        made(lambda n=n: HybridStack(DIM, [lambda: GatedDeltaNet(DIM, 2)], n), source)
+        for n in (1, 2)
+    )
+    x = tokens(source, 2, 4)
+    for stack, other in ((short, long), (long, short)):
+        with pytest.raises(fv.errors.ShapeError, match=r"state: got one of \d layers"):
+            stack(x, other(x, return_state=True)[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TransNormerLLMBlock(DIM, 2, layer=2, layers=2), "layer: got 2; one of 2 layers"),
+        (lambda: TransNormerLLMBlock(DIM, 2, layers=0), "layer: got 0; one of 0 layers"),
+        (lambda: KimiDeltaAttention(DIM, 2, least_log_decay=1.0), "least_log_decay: got 1.0"),
+        (lambda: KimiDeltaAttention(DIM, 2, conv=0), "conv: got 0"),
+        (lambda: GatedDeltaNet(DIM, 2, largest_write=-1.0), "largest_write: got -1.0"),
+        (lambda: TitansMemory(DIM, 2, largest_write=-1.0), "largest_write: got -1.0"),
+        (lambda: TitansMemory(DIM, 2, depth=2, hidden=0), "hidden: got 0"),
+        (lambda: TitansMAG(DIM, 2, memory=3), "memory: got a int"),
+        (lambda: TitansMAC(DIM, 2, memory=TitansMemory(8, 2)), "memory: got one of dim 8"),
+        (lambda: MLSTMLayer(DIM, 2, rule=fv.Delta()), "rule: got Delta()"),
+        (lambda: LightningAttention(DIM, 2, log_decay=[0.0, 0.0]), "log_decay: got a list"),
+        (lambda: HybridStack(DIM, [GatedDeltaNet(DIM, 2)]), "mixers: got a layer"),
+        (
+            lambda: RATAttention(DIM, 2, rotary_base=0.0)(torch.zeros(1, 2, DIM)),
+            "rotary_base: got 0.0",
+        ),
+    ],
+)
+def test_options_that_cannot_work_are_named(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(fv.errors.FovealError) as raised:
+        make()
+    assert said in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -28,6 +29,7 @@ from foveal.layers.trainable_sparse_gates import (
     rotate,
     seer_attention,
 )
+from foveal.layers.trainable_sparse_maps import SparseLinearMapAttention
 from foveal.layers.trainable_sparse_tokens import (
     EvictionRouter,
     drop_tokens,
@@ -119,6 +121,61 @@ def test_the_loss_is_zero_where_the_gate_is_the_target(source: torch.Generator) 
     gate_q, gate_k = double(source, 1, 12, 1, 4), double(source, 1, 3, 1, 4)
     target = gate_blocks(gate_q, gate_k, 12, 4)
     assert float(gate_loss(gate_q, gate_k, target, 12, 4)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda gate, q, k: gate(q[:, :, :2], k), "q: got [2, 9, 2, 6]"),
+        (lambda gate, q, k: gate(q, k[:, :, :1]), "k: got [2, 9, 1, 6]"),
+        (lambda gate, q, k: gate(q[:1], k), "k: got [2, 9, 2, 6]; [1, any, 2, 6]"),
+        (lambda gate, q, k: gate(q.double(), k), "q: got torch.float64"),
+        (lambda gate, q, k: gate(None, k), "q: got None"),
+        (lambda gate, q, k: SeerGate(4, 2, 6, gate_dim=0), "gate_dim: got 0"),
+        (lambda gate, q, k: SeerGate(4, 2, 6, base=0.0), "base: got 0.0"),
+        (lambda gate, q, k: gate_blocks(q, k[:, :3], 9, 0), "block: got 0"),
+        (lambda gate, q, k: gate_blocks(q[:1, :, :2], k[:, :3], 9, 4), "gate_k: got [2, 3, 2, 6]"),
+        (lambda gate, q, k: block_targets(q, k, 0), "block: got 0"),
+        (lambda gate, q, k: block_targets(q[:1], k, 4), "k: got [2, 9, 2, 6]"),
+        (lambda gate, q, k: block_targets(q, k.double(), 4), "k: got torch.float64"),
+        (
+            lambda gate, q, k: gate_loss(*gate(q, k), torch.zeros(2, 2, 9, 2), 9, 4),
+            "target: got [2, 2, 9, 2]; [2, 2, 9, 3]",
+        ),
+        (lambda gate, q, k: distil_gate(gate, [], rate=float("nan")), "rate: got nan"),
+        (lambda gate, q, k: distil_gate(gate, [(q, k, q)]), "batches: got 3 tensors"),
+        (lambda gate, q, k: distil_gate(gate, [(q, k, q[:, :5], k)]), "target: got [2, 2, 5, 3]"),
+        (lambda gate, q, k: distil_gate(k, [(q, k, q, k)]), "gate: got a Tensor"),
+    ],
+)
+def test_what_does_not_fit_a_gate_is_named(call: Callable[..., object], said: str) -> None:
+    with pytest.raises(fv.errors.FovealError) as raised:
+        call(
+            SeerGate(4, 2, 6, gate_dim=4, block=4), torch.zeros(2, 9, 4, 6), torch.zeros(2, 9, 2, 6)
+        )
+    assert said in str(raised.value)
+
+
+def test_a_gate_of_no_tokens() -> None:
+    q, k = torch.zeros(2, 0, 4, 6), torch.zeros(2, 0, 2, 6)
+    gates = SeerGate(4, 2, 6, gate_dim=4, block=4)(q, k)
+    assert gates[1].shape == (2, 0, 2, 4)
+    assert seer_attention(q, k, k, *gates, block=4).shape == q.shape
+
+
+@pytest.mark.parametrize("kind", [SparseLinearAttention, SparseLinearMapAttention])
+def test_tokens_that_do_not_fit_are_named(kind: Callable[..., nn.Module]) -> None:
+    layer, x = kind(8, 2), torch.zeros(2, 5, 8)
+    for given, said in (
+        (x[..., :3], "x: got [2, 5, 3]"),
+        (x.double(), "x: got torch.float64"),
+        (x.long(), "x: got torch.int64"),
+        ([1.0], "x: got a list"),
+    ):
+        with pytest.raises(fv.errors.FovealError) as raised:
+            layer(given)
+        assert said in str(raised.value)
+    assert layer(x[:, :0]).shape == (2, 0, 8)
 
 
 def test_distillation_teaches_a_gate_its_model(source: torch.Generator) -> None:

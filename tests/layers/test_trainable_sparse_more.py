@@ -245,3 +245,23 @@ def test_wrong_sizes_are_named(source: torch.Generator) -> None:
         lemo_attention(q, k, v, torch.zeros(2, 3), block=4, keep=0.0)
     with pytest.raises(fv.errors.SelectionError, match="blocks"):
         infllm_v2(q, k, v, blocks=1, block=4, local=1, dense_length=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda q: SeaMap(2, 6, places=3), "places: got 3"),
+        (lambda q: SeaMap(2, 6, cells=0), "cells: got 0"),
+        (lambda q: SeaMap(2, 6, dilation=0), "dilation: got 0"),
+        (lambda q: SeaMap(3, 6)(q, q, q), "q: got [1, 5, 2, 6]"),
+        (lambda q: SeaMap(2, 6)(q, q[:, :4], q), "k: got [1, 4, 2, 6]"),
+        (lambda q: SeaMap(2, 6)(q.double(), q, q), "q: got torch.float64"),
+        (lambda q: map_targets(q, q, 0), "cells: got 0"),
+        (lambda q: map_targets(q, q.double(), 3), "k: got torch.float64"),
+        (lambda q: map_loss(q, q[:, :4]), "targets: got [1, 4, 2, 6]"),
+    ],
+)
+def test_what_does_not_fit_a_map_is_named(call: Callable[..., object], said: str) -> None:
+    with pytest.raises(fv.errors.FovealError) as raised:
+        call(torch.zeros(1, 5, 2, 6))
+    assert said in str(raised.value)

@@ -235,6 +235,18 @@ def test_means_of_short_tiles(source: torch.Generator) -> None:
         (lambda q, k: fs.select(q, k, fs.Pooled(), fs.PerHead((fs.TopK(1),))), "budgets"),
         (lambda q, k: fs.Mass(1.5), "mass"),
         (lambda q, k: fs.TopK(-1), "blocks"),
+        (lambda q, k: fs.TopK(math.nan), "blocks"),
+        (lambda q, k: fs.TopK(2.5), "blocks"),
+        (lambda q, k: fs.TopRatio(math.nan), "ratio"),
+        (lambda q, k: fs.Mass("all"), "mass"),
+        (lambda q, k: fs.Threshold(math.nan), "value"),
+        (lambda q, k: fs.Projection(math.nan), "blocks"),
+        (lambda q, k: fs.Projection(-1), "blocks"),
+        (lambda q, k: fs.Forced(fs.TopK(1), sinks=-1), "sinks"),
+        (lambda q, k: fs.Forced(fs.TopK(1), locals=-1), "locals"),
+        (lambda q, k: fs.Forced(fs.TopK(1), blocks=(-1,)), "blocks"),
+        (lambda q, k: fs.Forced(3), "budget"),
+        (lambda q, k: fs.select(q, k, fs.Pooled(), fs.TopK(1), kv_block=2.5), "kv_block"),
         (lambda q, k: fs.LowBit(9), "bits"),
         (lambda q, k: fs.LowRank(torch.eye(4)[None], 5), "latent_dim"),
         (lambda q, k: fs.cluster(k, 0), "count"),
@@ -248,6 +260,20 @@ def test_bad_input_is_named(
     q, k, _ = tensors(source)
     with pytest.raises(fv.errors.SelectionError, match=message):
         make(q, k)
+
+
+def test_tensors_that_do_not_fit_are_named(source: torch.Generator) -> None:
+    q, k, _ = tensors(source)
+    for pair, said in (
+        ((q[0], k), r"^q: got \["),
+        ((q, k[..., :1]), r"^k: got \["),
+        ((q, k[:, :, :1].expand(-1, -1, q.shape[2] + 1, -1)), "^k: got .* query heads"),
+        ((q, k.float()), "^k: got torch.float32"),
+        ((q.long(), k.long()), "^q: got torch.int64"),
+        ((None, k), "^q: got None"),
+    ):
+        with pytest.raises(fv.errors.FovealError, match=said):
+            fs.select(*pair, fs.Pooled(), fs.TopK(1))
 
 
 @pytest.mark.parametrize("name", [*PER_QUERY, "last queries", "centroids"])

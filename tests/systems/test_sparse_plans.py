@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,43 @@ def test_wrong_plans_are_named(source: torch.Generator) -> None:
     kinds = torch.tensor([0, 1] * 4 + [0])
     with pytest.raises(fv.errors.SelectionError, match="4 modes for 2 kinds"):
         attend_planned(q, k, v, (Head("both", (Mode("dense"),)),) * 3, kinds)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda *qkv: Mode("grid", math.nan, math.nan), "sizes: got (nan, nan)"),
+        (lambda *qkv: Mode("a_shape", 0, 2.5), "sizes: got (0, 2.5)"),
+        (lambda *qkv: Mode("grid", "a", 1), "sizes: got ('a', 1)"),
+        (lambda *qkv: Head("none", (3,)), "modes: got (3,)"),
+        (lambda *qkv: Head("none", Mode("dense")), "modes: got Mode"),
+        (lambda *qkv: heads_of({"0": [["none", {}]]}, 0), "plan: got ['none', {}]"),
+        (lambda *qkv: heads_of({"0": [3]}, 0), "plan: got 3"),
+        (lambda *qkv: find_comb(torch.ones(5), 1), "most: got 1"),
+        (lambda *qkv: search_heads(*qkv, (3,)), "candidates: got (3,)"),
+        (lambda *qkv: search_heads(*qkv, MODES, tolerance=math.nan), "tolerance: got nan"),
+        (lambda *qkv: search_heads(*qkv, MODES, tolerance=-1.0), "tolerance: got -1.0"),
+        (lambda *qkv: search_heads(*qkv, MODES, kinds=[0] * 9), "kinds: got a list"),
+        (lambda q, k, v: search_heads(None, k, v, MODES), "q: got None"),
+    ],
+)
+def test_a_search_names_what_it_cannot_use(
+    call: Callable[..., object], said: str, source: torch.Generator
+) -> None:
+    with pytest.raises(fv.errors.FovealError) as raised:
+        call(*tensors(source, 9))
+    assert said in str(raised.value)
+
+
+def test_an_empty_batch_has_an_empty_comb(source: torch.Generator) -> None:
+    q, k, v = (x[:0] for x in tensors(source, 9))
+    assert fv.system("mminference").op(q, k, v).shape == (0, 9, 3, 8)
+
+
+@pytest.mark.parametrize("name", ["a_vl", "ltri_llm", "s3_attention"])
+def test_an_empty_batch_has_nothing_to_keep(name: str, source: torch.Generator) -> None:
+    q, k, v = (x[:0] for x in tensors(source, 9))
+    assert fv.system(name).op(q, k, v, budget=4).shape == (0, 1, 3, 8)
 
 
 @pytest.mark.parametrize(("length", "mass"), [(29, 0.5), (40, 1.0), (7, 0.3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Judgement:
         return {True: "met", False: "NOT MET", None: "not measured"}[self.met]
 
 
-class Requirement:
+class Requirement(ABC):
     """A claim about the records of a run."""
 
     def judge(self, records: Sequence[Record]) -> Judgement:
@@ -36,15 +37,15 @@ class Requirement:
             return Judgement(self._claim(records), self._needed(), str(reason), None)
         return Judgement(self._claim(records), self._needed(), measured, met)
 
-    def _claim(self, records: Sequence[Record]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _claim(self, records: Sequence[Record]) -> str: ...
 
-    def _needed(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _needed(self) -> str: ...
 
+    @abstractmethod
     def _measured(self, records: Sequence[Record]) -> tuple[str, bool]:
         """What was found, and whether it is enough; raises _MissingError."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -157,7 +158,7 @@ class _WriteError(FovealError):
     """The picture cannot be stored where it was asked for."""
 
 
-class _Subject:
+class _Subject(ABC):
     """What is shown: its name, its pattern on the grid of the picture, and its text."""
 
     name: str
@@ -166,11 +167,11 @@ class _Subject:
     grid: tuple[int, ...] = ()
     pattern: Pattern | None = None
 
-    def text(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def text(self) -> str: ...
 
-    def as_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]: ...
 
 
 class _PatternSubject(_Subject):

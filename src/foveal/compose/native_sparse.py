@@ -159,6 +159,9 @@ def native_sparse(
     """
     if not isinstance(branches, SparseBranches):
         raise OptionError("branches", repr(branches), "SparseBranches are needed")
+    if not k.shape[1]:
+        nothing = attend(q, k, v, Causal(), Softmax(scale=scale))
+        return gated_sum((nothing,) * (3 if branches.window else 2), gates)
     table = branches.windows(q, k, cu_seqlens)
     if compressed is None:
         compressed = compress_mean(k, table), compress_mean(v, table)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal._attend import attend
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal.compose import merge
 from foveal.layers.state import (
     LayerState,
@@ -22,6 +22,8 @@ from foveal.scores import KeyBias, Score, Softmax
 
 def rotary(x: Tensor, places: Tensor, base: float) -> Tensor:
     """x [B, L, H, D] turned by its places [B, L] in the planes (i, i + D / 2), angle t base^(-2 i / D)."""
+    if not base > 0:
+        raise OptionError("rotary_base", base, "a number above 0 is needed")
     half = x.shape[-1] // 2
     speeds = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = (places.double()[..., None, None] * speeds).to(

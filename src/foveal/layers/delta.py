@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal._scan import scan
 from foveal.layers.state import LayerState, ShortConvolution, StateLayer
 from foveal.rules import Delta
@@ -31,6 +31,8 @@ class DeltaLayer(StateLayer):
         self.value_heads = heads if value_heads is None else value_heads
         if self.value_heads % heads:
             raise ShapeError("value_heads", value_heads, f"a multiple of heads, {heads}, is needed")
+        if largest_write < 0:
+            raise OptionError("largest_write", largest_write, "at least 0 is needed")
         self.largest_write = largest_write
         values = self.value_heads * value_dim
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
@@ -116,6 +118,8 @@ class KimiDeltaAttention(DeltaLayer):
         largest_write: float = 1.0,
         least_log_decay: float | None = None,
     ) -> None:
+        if least_log_decay is not None and least_log_decay >= 0:
+            raise OptionError("least_log_decay", least_log_decay, "a number below 0 is needed")
         head_dim = dim // heads if head_dim is None else head_dim
         value_dim = dim // heads if value_dim is None else value_dim
         super().__init__(dim, heads, value_heads, head_dim, value_dim, conv, largest_write)

@@ -4,9 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from foveal._errors import ShapeError
+from foveal._arguments import need_tensors
+from foveal._errors import DeviceError, DtypeError, ShapeError
+from foveal._judged import need_dtype
+
+
+def need_tokens(layer: nn.Module, x: Tensor, dim: int, shape: str = "[B, *grid, {dim}]") -> None:
+    """Raises unless x has a last axis of dim and fits the dtype and the device of the layer's weights.
+
+    The first plain linear map of its own tells those; where that has hooks, or autocast is on, they
+    may bring x along.
+    """
+    need_tensors(x=x)
+    if x.dim() < 2 or x.shape[-1] != dim:
+        raise ShapeError("x", list(x.shape), f"{shape.format(dim=dim)} is needed")
+    if not x.is_floating_point():
+        raise DtypeError("x", x.dtype, "a floating dtype is needed")
+    if torch.compiler.is_compiling():
+        return
+    linear = next((each for each in layer.children() if type(each) is nn.Linear), None)
+    if linear is None or linear._forward_pre_hooks:
+        return
+    if x.device != linear.weight.device:
+        needed = f"the device of the weights, {linear.weight.device}, is needed"
+        raise DeviceError("x", x.device, needed)
+    need_dtype(linear.weight, x=x)
 
 
 def each(
@@ -35,6 +60,7 @@ class Projections(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ShapeError("heads", heads, f"a divisor of dim, {dim}, is needed")
+        self.dim = dim
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim) if out_proj else nn.Identity()
@@ -42,6 +68,7 @@ class Projections(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, *grid, heads, D] of x [B, *grid, dim]"""
+        need_tokens(self, x, self.dim)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return q, k, v
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal.layers.causal import CausalAttention, LatentAttention
 from foveal.layers.delta import KimiDeltaAttention
+from foveal.layers.heads import need_tokens
 from foveal.layers.lightning import LightningAttention
 from foveal.layers.state import LayerState
 from foveal.layers.units import GatedUnits
@@ -65,6 +66,8 @@ class HybridStack(nn.Module):
         super().__init__()
         if not mixers:
             raise ShapeError("mixers", 0, "at least one is needed")
+        if any(isinstance(each, nn.Module) for each in mixers):
+            raise OptionError("mixers", "a layer", "functions that make layers are needed")
         depth = len(mixers) if depth is None else depth
         hidden = -(-(8 * dim) // 24) * 8 if hidden is None else hidden
         self.layers = nn.ModuleList(
@@ -80,6 +83,9 @@ class HybridStack(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, StackState]:
+        first = self.layers[0].get_submodule("mixer") if len(self.layers) else self
+        need_tokens(first, x, self.norm.normalized_shape[-1], "[B, L, {dim}]")
+        _need_layers(state, len(self.layers))
         after = []
         for number, layer in enumerate(self.layers):
             before = None if state is None else state.layers[number]
@@ -87,6 +93,17 @@ class HybridStack(nn.Module):
             after.append(kept)
         y = self.norm(x)
         return (y, StackState(tuple(after))) if return_state else y
+
+
+def _need_layers(state: StackState | None, count: int) -> None:
+    """Raises unless it is the state of a stack of `count` layers."""
+    if state is None:
+        return
+    if not isinstance(state, StackState):
+        raise OptionError("state", f"a {type(state).__name__}", "a StackState is needed")
+    if len(state.layers) != count:
+        needed = f"the state of {count} layers is needed"
+        raise ShapeError("state", f"one of {len(state.layers)} layers", needed)
 
 
 class _Layer(nn.Module):

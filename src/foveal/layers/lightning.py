@@ -6,13 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveal._arguments import tensors_or_none
 from foveal._attend import attend
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal._judged import judged_alone
 from foveal._scan import scan
 from foveal.features import alibi_slopes, linear_relative
 from foveal.layers.feature_attention import over_all
-from foveal.layers.state import LayerState, StateLayer, one_by_one, positions, ragged
+from foveal.layers.heads import need_tokens
+from foveal.layers.state import (
+    LayerState,
+    StateLayer,
+    one_by_one,
+    place_of,
+    positions,
+    ragged,
+)
 from foveal.layers.units import GatedUnits
 from foveal.patterns import Causal, Partition
 from foveal.rules import Additive
@@ -56,6 +65,7 @@ class LightningAttention(StateLayer):
         self, dim: int, heads: int, *, log_decay: Tensor | None = None, relative: bool = False
     ) -> None:
         super().__init__(dim, heads)
+        tensors_or_none(log_decay=log_decay)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.read = nn.Linear(dim, dim, bias=False)
         self.norm = nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -154,7 +164,7 @@ class DiagAttention(StateLayer):
         q, k, v = (self.split(y) for y in self.qkv(x).chunk(3, dim=-1))
         seen = torch.full((len(x),), x.shape[1])
         if state is not None:
-            held = int(state.tails[2][0]) % self.block
+            held = place_of(state.tails[2]) % self.block
             seen = seen + state.tails[2].cpu()
             k, v = (
                 torch.cat([old[:, old.shape[1] - held :], new], dim=1)
@@ -203,6 +213,7 @@ class TransNormerBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
+        need_tokens(self.mixer, x, self.mixer.dim, "[B, L, {dim}]")
         mixed, state = self.mixer(self.norms[0](x), state, cu_seqlens=cu_seqlens, return_state=True)
         x = x + mixed
         x = x + self.units(self.norms[1](x))
@@ -230,6 +241,9 @@ class TransNormerLLMBlock(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= layer < layers:
+            # A later layer would have a decay above 1, under which a memory grows without bound.
+            raise OptionError("layer", layer, f"one of {layers} layers, counted from 0, is needed")
         slopes = alibi_slopes(heads) * (1 - layer / max(layers - 1, 1) + 1e-5)
         relative = layer == 0 if relative is None else relative
         self.mixer = LightningAttention(dim, heads, log_decay=slopes, relative=relative)
@@ -244,6 +258,7 @@ class TransNormerLLMBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
+        need_tokens(self.mixer, x, self.mixer.dim, "[B, L, {dim}]")
         mixed, state = self.mixer(self.norm(x), state, cu_seqlens=cu_seqlens, return_state=True)
         x = x + mixed
         x = x + self.units(self.norm(x))

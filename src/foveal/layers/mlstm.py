@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveal._errors import OptionError
 from foveal._scan import scan
 from foveal.layers.state import LayerState, StateLayer
 from foveal.rules import MLSTM
@@ -26,6 +27,8 @@ class MLSTMLayer(StateLayer):
         super().__init__(dim, heads)
         head_dim = max(dim // (2 * heads), 1) if head_dim is None else head_dim
         self.rule = MLSTM() if rule is None else rule
+        if not isinstance(self.rule, MLSTM):
+            raise OptionError("rule", repr(rule), "an MLSTM is needed")
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k = nn.Linear(dim, heads * head_dim, bias=False)
         self.v = nn.Linear(dim, dim, bias=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal.compose.native_sparse import (
     SparseBranches,
     compress_mean,
@@ -15,7 +15,14 @@ from foveal.compose.native_sparse import (
 )
 from foveal.engines.tile.windows import Windows, windows
 from foveal.layers.causal import rotary
-from foveal.layers.state import LayerState, StateLayer, one_by_one, positions, ragged
+from foveal.layers.state import (
+    LayerState,
+    StateLayer,
+    one_by_one,
+    place_of,
+    positions,
+    unequal,
+)
 
 
 class MeanCompression(nn.Module):
@@ -101,6 +108,8 @@ class NativeSparseAttention(StateLayer):
         rotary_base: float | None = 10000.0,
     ) -> None:
         super().__init__(dim, heads)
+        if not isinstance(branches, SparseBranches):
+            raise OptionError("branches", repr(branches), "SparseBranches are needed")
         self.kv_heads = heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ShapeError("kv_heads", kv_heads, f"a divisor of heads, {heads}, is needed")
@@ -124,20 +133,21 @@ class NativeSparseAttention(StateLayer):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         if state is None and not return_state:
+            self.judge(x, state, cu_seqlens)
             return self._whole(x, cu_seqlens)
         return super().forward(x, state, cu_seqlens=cu_seqlens, return_state=return_state)
 
     def mix(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LayerState]:
-        if cu_seqlens is not None or (
-            state is not None and ragged(state.tails[-1], x.shape[1] + 1)
-        ):
+        if cu_seqlens is not None or (state is not None and unequal(state.tails[-1])):
             return one_by_one(x, state, cu_seqlens, self._piece)
         return self._piece(x, state)
 
     def _whole(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         places, _ = positions(x, None, cu_seqlens)
+        if not x.shape[1]:
+            return x
         q, k, v, raw = self._projected(x, places)
         table = self.branches.windows(q, k, cu_seqlens)
         compressed = self._compressed(raw, v, table, table.positions)
@@ -172,7 +182,7 @@ class NativeSparseAttention(StateLayer):
 
     def _real(self, state: LayerState) -> tuple[Tensor, ...]:
         """The tails without the zeros that stand before those of shorter sequences."""
-        seen = int(state.tails[-1][0])
+        seen = place_of(state.tails[-1])
         ended = max((seen - self.branches.length) // self.branches.stride + 1, 0)
         rest = seen - ended * self.branches.stride
         sizes = (seen, seen, rest, rest, ended, ended)

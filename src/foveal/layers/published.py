@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from foveal._errors import ShapeError
+from foveal._arguments import need_tensors
+from foveal._errors import OptionError, ShapeError
 from foveal.layers.causal import LatentAttention
 from foveal.layers.delta import GatedDeltaNet, KimiDeltaAttention
 
@@ -31,10 +32,10 @@ def load_kimi_delta_attention(
     taken = _Taken(weights, {"forget_gate.": "", "f_proj.0.": "f_a_proj.", "f_proj.1.": "f_b_proj.",
                              "g_proj.0.": "g_a_proj.", "g_proj.1.": "g_b_proj."})  # fmt: skip
     heads = taken["A_log"].numel()
-    value_dim = taken["g_a_proj.weight"].shape[0]
-    head_dim = taken["f_b_proj.weight"].shape[0] // heads
-    dim = taken["q_proj.weight"].shape[1]
-    q_heads = taken["q_proj.weight"].shape[0] // head_dim
+    value_dim = taken.matrix("g_a_proj.weight").shape[0]
+    head_dim = taken.matrix("f_b_proj.weight").shape[0] // max(heads, 1)
+    rows, dim = taken.matrix("q_proj.weight").shape
+    q_heads = rows // max(head_dim, 1)
     layer = KimiDeltaAttention(
         dim,
         q_heads,
@@ -69,18 +70,20 @@ def load_gated_delta_net(
     Names: either {q,k,v,a,b,g,o}_proj.weight, {q,k,v}_conv1d.weight (or one conv1d.weight), A_log,
     dt_bias, o_norm.weight; or, as in Qwen3-Next, in_proj_qkvz.weight and in_proj_ba.weight, whose
     rows come group by group of the key heads, conv1d.weight, norm.weight and out_proj.weight.
-    Options: key_heads None is the number of value heads, which A_log has; eps None is 1e-5, or 1e-6
-    in the second form; largest_write 2 for models that allow negative eigenvalues; dtype None keeps
-    that of the projections.
+    Options: key_heads None is the number of value heads, which A_log has; the second form needs it, as
+    no shape shows it there; eps None is 1e-5, or 1e-6 in the second form; largest_write 2 for models
+    that allow negative eigenvalues; dtype None keeps that of the projections.
     Limits: as for `load_kimi_delta_attention`.
     """
-    if "in_proj_qkvz.weight" in weights:
-        weights = _split_groups(weights, key_heads)
+    if key_heads is not None and key_heads < 1:
+        raise ShapeError("key_heads", key_heads, "at least 1 is needed")
+    if isinstance(weights, Mapping) and "in_proj_qkvz.weight" in weights:
+        weights = _split_groups(_Taken(weights, {}), key_heads)
         eps = 1e-6 if eps is None else eps
     taken = _Taken(weights, {})
     value_heads = taken["A_log"].numel()
     key_heads = value_heads if key_heads is None else key_heads
-    rows, dim = taken["q_proj.weight"].shape
+    rows, dim = taken.matrix("q_proj.weight").shape
     layer = GatedDeltaNet(
         dim,
         key_heads,
@@ -110,13 +113,16 @@ def load_latent_attention(
     o_proj.weight.  Options: heads; eps of the norm; dtype None keeps that of q_proj.
     Limits: as for `load_kimi_delta_attention`.
     """
+    if heads < 1:
+        raise ShapeError("heads", heads, "at least 1 is needed")
     taken = _Taken(weights, {})
     latent_dim = taken["kv_a_layernorm.weight"].numel()
-    shared_dim = taken["kv_a_proj_with_mqa.weight"].shape[0] - latent_dim
-    head_dim = taken["q_proj.weight"].shape[0] // heads - shared_dim
-    value_dim = taken["o_proj.weight"].shape[1] // heads
+    shared_dim = taken.matrix("kv_a_proj_with_mqa.weight").shape[0] - latent_dim
+    rows, dim = taken.matrix("q_proj.weight").shape
+    head_dim = rows // heads - shared_dim
+    value_dim = taken.matrix("o_proj.weight").shape[1] // heads
     layer = LatentAttention(
-        taken["q_proj.weight"].shape[1],
+        dim,
         heads,
         latent_dim=latent_dim,
         head_dim=head_dim,
@@ -134,6 +140,11 @@ class _Taken:
     """Weights under one spelling of their names, and which were copied."""
 
     def __init__(self, weights: Weights, spellings: Mapping[str, str]) -> None:
+        if not isinstance(weights, Mapping):
+            raise OptionError(
+                "weights", f"a {type(weights).__name__}", "tensors by name are needed"
+            )
+        need_tensors(**weights)
         self.weights: dict[str, Tensor] = {}
         self.left = set()
         for name, tensor in weights.items():
@@ -146,6 +157,13 @@ class _Taken:
         if name not in self.weights:
             raise ShapeError("weights", f"no {name}", "every weight of the layer is needed")
         return self.weights[name]
+
+    def matrix(self, name: str, rank: int = 2) -> Tensor:
+        """A weight of so many axes, whose sizes tell those of the layer."""
+        found = self[name]
+        if found.dim() != rank:
+            raise ShapeError("weights", f"{name} {list(found.shape)}", f"{rank} axes are needed")
+        return found
 
     def copy(self, parameter: Tensor, name: str, tensor: Tensor | None = None) -> None:
         """Fills a parameter; sizes of 1 do not count (A_log is [1, 1, H, 1] in some checkpoints)."""
@@ -166,7 +184,11 @@ class _Taken:
 
     def convolution_size(self) -> int:
         name = "conv1d.weight" if "conv1d.weight" in self.weights else "q_conv1d.weight"
-        return int(self[name].shape[-1])
+        found = self[name]
+        if found.dim() < 2:
+            needed = "[channels, 1, size] is needed"
+            raise ShapeError("weights", f"{name} {list(found.shape)}", needed)
+        return int(found.shape[-1])
 
     def convolutions(self, *filters: Tensor) -> None:
         """The filters of q, k and v, which lie one behind the other in some checkpoints."""
@@ -194,24 +216,29 @@ def _linear(maps: nn.Sequential, place: int, taken: _Taken, name: str) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _split_groups(weights: Weights, key_heads: int | None) -> dict[str, Tensor]:
+def _split_groups(taken: _Taken, key_heads: int | None) -> dict[str, Tensor]:
     """The joint projections of Qwen3-Next as single ones, under the names of the other form."""
-    value_heads = weights["A_log"].numel()
-    key_heads = value_heads if key_heads is None else key_heads
-    value_dim, groups = weights["norm.weight"].numel(), value_heads // key_heads
-    joint = weights["in_proj_qkvz.weight"]
+    if key_heads is None:
+        # Twice as many heads of half the size have the same shapes: a guess would load another layer.
+        raise OptionError("key_heads", None, "the number of key heads is needed for this form")
+    value_heads = taken["A_log"].numel()
+    value_dim, groups = taken["norm.weight"].numel(), value_heads // key_heads
+    joint, pairs = taken.matrix("in_proj_qkvz.weight"), taken.matrix("in_proj_ba.weight")
     rows, rest = divmod(len(joint), key_heads)
     head_dim = rows // 2 - groups * value_dim
     channels = key_heads * 2 * head_dim + value_heads * value_dim
-    if rest or head_dim < 1 or channels != len(weights["conv1d.weight"]):
+    if rest or head_dim < 1 or channels != len(taken.matrix("conv1d.weight", 3)):
         needed = f"the sizes of {key_heads} key heads are needed; is key_heads right?"
         raise ShapeError("weights", f"in_proj_qkvz.weight {list(joint.shape)}", needed)
     sizes = [head_dim, head_dim, groups * value_dim, groups * value_dim]
     parts = joint.unflatten(0, (key_heads, rows)).split(sizes, dim=1)
-    b, a = weights["in_proj_ba.weight"].unflatten(0, (key_heads, 2, groups)).unbind(1)
+    if len(pairs) != 2 * value_heads or value_heads % key_heads:
+        needed = f"{2 * value_heads} rows in groups of {key_heads} key heads are needed"
+        raise ShapeError("weights", f"in_proj_ba.weight {list(pairs.shape)}", needed)
+    b, a = pairs.unflatten(0, (key_heads, 2, groups)).unbind(1)
     q, k, v, z = (part.flatten(0, 1) for part in parts)
     renamed = {"in_proj_qkvz.weight", "in_proj_ba.weight", "norm.weight", "out_proj.weight"}
-    single = {name: tensor for name, tensor in weights.items() if name not in renamed}
+    single = {name: tensor for name, tensor in taken.weights.items() if name not in renamed}
     return single | {
         "q_proj.weight": q,
         "k_proj.weight": k,
@@ -219,8 +246,8 @@ def _split_groups(weights: Weights, key_heads: int | None) -> dict[str, Tensor]:
         "g_proj.weight": z,
         "a_proj.weight": a.flatten(0, 1),
         "b_proj.weight": b.flatten(0, 1),
-        "o_norm.weight": weights["norm.weight"],
-        "o_proj.weight": weights["out_proj.weight"],
+        "o_norm.weight": taken["norm.weight"],
+        "o_proj.weight": taken["out_proj.weight"],
     }
 
 

@@ -11,7 +11,7 @@ from foveal._errors import ShapeError
 from foveal._judged import judged
 from foveal.compose import merge
 from foveal.layers.causal import rotary
-from foveal.layers.state import LayerState, StateLayer, one_by_one
+from foveal.layers.state import LayerState, StateLayer, one_by_one, place_of, unequal
 from foveal.patterns import Causal
 
 
@@ -154,7 +154,7 @@ class RATAttention(StateLayer):
     def mix(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LayerState]:
-        if cu_seqlens is not None or (state is not None and _differ(state.tails[2])):
+        if cu_seqlens is not None or (state is not None and unequal(state.tails[2])):
             return one_by_one(x, state, cu_seqlens, self._run)
         return self._run(x, state)
 
@@ -163,7 +163,7 @@ class RATAttention(StateLayer):
         seen = torch.full((len(x),), x.shape[1])
         past = None
         if state is not None:
-            before = int(state.tails[2][0])
+            before = place_of(state.tails[2])
             real = -(-before // self.chunk)
             k, v = (y[:, y.shape[1] - real :] for y in state.tails[:2])
             past, seen = (k, v, before), seen + state.tails[2].cpu()
@@ -173,7 +173,3 @@ class RATAttention(StateLayer):
         gate = torch.sigmoid(self.split(self.gate(x)))
         o, k, v = _solve(q, k, v, gate, self.chunk, self.rotary_base, past)
         return self.out(torch.sigmoid(self.read(x)) * o.flatten(-2)), LayerState((k, v, seen))
-
-
-def _differ(seen: Tensor) -> bool:
-    return bool((seen != seen[:1]).any())

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal._arguments import need_tensors, tensors_or_none
-from foveal._errors import PackingError, ShapeError
+from foveal._arguments import tensors_or_none
+from foveal._errors import OptionError, PackingError, ShapeError
 from foveal._scan import State
+from foveal.layers.heads import need_tokens
 
 
 class LayerState(NamedTuple):
@@ -61,15 +62,25 @@ class StateLayer(nn.Module):
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
-        need_tensors(x=x)
-        tensors_or_none(cu_seqlens=cu_seqlens)
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ShapeError("x", list(x.shape), f"[B, L, {self.dim}] is needed")
-        if cu_seqlens is not None and len(x) != 1:
-            raise PackingError("x", f"batch {len(x)}", "with cu_seqlens, a batch of 1 is needed")
-        _need_sequences(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        self.judge(x, state, cu_seqlens)
         y, state = self.mix(x, state, cu_seqlens)
         return (y, state) if return_state else y
+
+    def judge(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> None:
+        """Raises for arguments of a call that do not fit the layer or each other."""
+        shape = "[B, L, {dim}]"
+        need_tokens(self, x, self.dim, shape)
+        if x.dim() != 3:
+            raise ShapeError("x", list(x.shape), f"{shape.format(dim=self.dim)} is needed")
+        tensors_or_none(cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None:
+            _need_offsets(cu_seqlens)
+            if len(x) != 1:
+                needed = "with cu_seqlens, a batch of 1 is needed"
+                raise PackingError("x", f"batch {len(x)}", needed)
+        if state is not None and not isinstance(state, LayerState):
+            raise OptionError("state", f"a {type(state).__name__}", "a LayerState is needed")
+        _need_sequences(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
 
     def mix(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
@@ -85,18 +96,24 @@ class StateLayer(nn.Module):
 
 def _need_sequences(state: LayerState | None, count: int) -> None:
     """Raises for the state of another number of sequences."""
-    for part in state.tensors() if isinstance(state, LayerState) else ():
+    for part in () if state is None else state.tensors():
         if len(part) != count:
             needed = f"the state of {count} sequences is needed"
             raise ShapeError("state", f"one of {len(part)} sequences", needed)
+
+
+def _need_offsets(cu_seqlens: Tensor) -> None:
+    whole = not cu_seqlens.is_floating_point() and cu_seqlens.dtype != torch.bool
+    if not whole or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        came = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        raise PackingError("cu_seqlens", came, "integers [N + 1] are needed")
 
 
 def sequence_lengths(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """Tokens of each sequence in x [B, L, ...]."""
     if cu_seqlens is None:
         return [x.shape[1]] * x.shape[0]
-    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
-        raise PackingError("cu_seqlens", list(cu_seqlens.shape), "integers [N + 1] are needed")
+    _need_offsets(cu_seqlens)
     offsets = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != x.shape[1] or min(lengths, default=0) < 0:
@@ -157,6 +174,16 @@ def ragged(seen: Tensor, size: int) -> bool:
     return bool((seen % size != seen[:1] % size).any())
 
 
+def unequal(seen: Tensor) -> bool:
+    """Whether sequences have seen different numbers of tokens."""
+    return bool((seen != seen[:1]).any())
+
+
+def place_of(seen: Tensor) -> int:
+    """Tokens that every sequence has seen, where all have seen as many; 0 for an empty batch."""
+    return int(seen[:1].sum())
+
+
 def positions(x: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Places of the tokens in their sequences [B, L], and tokens seen after them, int64 [N].
 
@@ -184,6 +211,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, dim: int, size: int = 4) -> None:
         super().__init__()
+        if size < 1:
+            raise ShapeError("conv", size, "at least 1 token is needed")
         self.filter = nn.Parameter(torch.empty(dim, 1, size).uniform_(-(size**-0.5), size**-0.5))
 
     def forward(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal._attend import attend
-from foveal._errors import ShapeError
+from foveal._errors import OptionError, ShapeError
 from foveal._scan import State, scan
 from foveal.compose import merge
 from foveal.engines.state.deep import Gates, Network, recalled, scan_network
@@ -19,6 +19,7 @@ from foveal.layers.state import (
     ShortConvolution,
     StateLayer,
     one_by_one,
+    place_of,
     ragged,
 )
 from foveal.patterns import Causal
@@ -56,6 +57,10 @@ class TitansMemory(StateLayer):
         super().__init__(dim, heads)
         if depth < 1:
             raise ShapeError("depth", depth, "at least 1 is needed")
+        if depth > 1 and hidden is not None and hidden < 1:
+            raise ShapeError("hidden", hidden, "at least 1 is needed")
+        if largest_write < 0:
+            raise OptionError("largest_write", largest_write, "at least 0 is needed")
         self.rule = TwoState(chunk)
         own = dim // heads
         widths = [own, *[2 * own if hidden is None else hidden] * (depth - 1), own]
@@ -143,7 +148,12 @@ class _WithMemory(StateLayer):
 
     def __init__(self, dim: int, heads: int, persistent: int, memory: TitansMemory | None) -> None:
         super().__init__(dim, heads)
-        self.memory = TitansMemory(dim, heads) if memory is None else memory
+        memory = TitansMemory(dim, heads) if memory is None else memory
+        if not isinstance(memory, TitansMemory):
+            raise OptionError("memory", f"a {type(memory).__name__}", "a TitansMemory is needed")
+        if memory.dim != dim:
+            raise ShapeError("memory", f"one of dim {memory.dim}", f"the dim {dim} is needed")
+        self.memory = memory
         self.persistent = nn.Parameter(0.02 * torch.randn(persistent, dim))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -275,7 +285,7 @@ class TitansMAC(_WithMemory):
         new, seen = x.shape[1], torch.full((len(x),), x.shape[1])
         before = None
         if state is not None:
-            held = int(state.tails[1][0]) % self.segment
+            held = place_of(state.tails[1]) % self.segment
             seen = seen + state.tails[1].cpu()
             x = torch.cat([state.tails[0][:, state.tails[0].shape[1] - held :], x], dim=1)
             before = LayerState(state.tails[2:], state.memory)

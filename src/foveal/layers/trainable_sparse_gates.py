@@ -8,9 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from foveal._arguments import finite, need_tensors
 from foveal._attend import attend
 from foveal._errors import OptionError, SelectionError, ShapeError
 from foveal._judged import judged, need_dtype, need_shape
+from foveal._options import check_values
 from foveal.layers.trainable_sparse_blocks import ranks, spread_heads
 from foveal.patterns import Blocks, BlockSelection, Causal
 from foveal.scores import KeyBias, Softmax
@@ -24,9 +26,15 @@ def gate_blocks(gate_q: Tensor, gate_k: Tensor, Lk: int, block: int) -> Tensor:
 
     Shapes: gate_q [B, Lq, Hkv, Dg], gate_k [B, ceil(Lk / block), Hkv, Dg]; a row without such a block is 0.
     """
+    need_tensors(gate_q=gate_q, gate_k=gate_k)
+    check_values(gate_blocks, {"Lk": Lk, "block": block})
     blocks = -(-Lk // block)
-    if gate_k.shape[1] != blocks:
+    need_shape("gate_q", gate_q, (-1, -1, -1, -1), like=gate_q)
+    if gate_k.shape[1:2] != (blocks,):
         raise ShapeError("gate_k", list(gate_k.shape), f"one row per block, {blocks}, is needed")
+    sizes = (len(gate_q), blocks, *gate_q.shape[2:])
+    need_shape("gate_k", gate_k, sizes, like=gate_q)
+    need_dtype(gate_q, gate_k=gate_k)
     scores = torch.einsum("bihd,bjhd->bhij", gate_q, gate_k) / math.sqrt(gate_q.shape[-1])
     own = _own_block(gate_q.shape[1], Lk, block, gate_q.device)
     hidden = torch.arange(blocks, device=gate_q.device) >= own[:, None]
@@ -70,6 +78,8 @@ def seer_attention(
     if threshold is not None and not 0 < threshold < 1:
         raise OptionError("threshold", threshold, "a number above 0 and below 1 is needed")
     _fit_gates(q, k, gate_q, gate_k, block)
+    if not k.shape[1]:
+        return attend(q, k, v, Causal(), implementation=implementation)
     Lq, Lk = q.shape[1], k.shape[1]
     with torch.no_grad():
         gates = gate_blocks(gate_q, gate_k, Lk, block)
@@ -133,9 +143,12 @@ class SeerGate(nn.Module):
         super().__init__()
         if heads % kv_heads:
             raise ShapeError("kv_heads", kv_heads, f"a divisor of the {heads} heads is needed")
-        if gate_dim % 2:
-            raise ShapeError("gate_dim", gate_dim, "an even number is needed")
+        if gate_dim < 2 or gate_dim % 2:
+            raise ShapeError("gate_dim", gate_dim, "an even number from 2 on is needed")
+        if not base > 0:
+            raise OptionError("base", base, "a number above 0 is needed")
         groups = heads // kv_heads
+        self.heads, self.head_dim = heads, head_dim
         self.kv_heads, self.block, self.base = kv_heads, block, base
         self.of_q = nn.Parameter(torch.empty(kv_heads, groups * head_dim, gate_dim))
         self.of_k = nn.Parameter(torch.empty(kv_heads, 3 * head_dim, gate_dim))
@@ -145,6 +158,10 @@ class SeerGate(nn.Module):
         self.norm_k = nn.RMSNorm(gate_dim) if norm else nn.Identity()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        need_tensors(q=q, k=k)
+        need_shape("q", q, (-1, -1, self.heads, self.head_dim), like=self.of_q)
+        need_shape("k", k, (len(q), -1, self.kv_heads, self.head_dim), like=self.of_k)
+        need_dtype(self.of_q, q=q, k=k)
         Lq, Lk = q.shape[1], k.shape[1]
         joined = q.unflatten(2, (self.kv_heads, -1)).flatten(3)
         gate_q = self.norm_q(torch.einsum("blhd,hde->blhe", joined, self.of_q))
@@ -155,6 +172,8 @@ class SeerGate(nn.Module):
 
     def pool(self, k: Tensor) -> Tensor:
         """[B, blocks, Hkv, 3 D]: largest, least and mean of every channel; the last block may be short."""
+        if not k.shape[1]:
+            return k.new_zeros(len(k), 0, k.shape[2], 3 * k.shape[3])
         pieces = k.split(self.block, dim=1)
         parts = [torch.cat([x.amax(1), x.amin(1), x.mean(1)], dim=-1) for x in pieces]
         return torch.stack(parts, dim=1)
@@ -166,6 +185,11 @@ def block_targets(q: Tensor, k: Tensor, block: int) -> Tensor:
 
     Rows without an earlier block are 0.  The map is computed some queries at a time.
     """
+    need_tensors(q=q, k=k)
+    check_values(block_targets, {"block": block})
+    need_shape("q", q, (-1, -1, -1, -1), like=q)
+    need_shape("k", k, (len(q), -1, -1, q.shape[3]), like=q)
+    need_dtype(q, k=k)
     Lq, Lk, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     blocks = -(-Lk // block)
     keys = spread_heads(k, q.shape[2])
@@ -191,6 +215,8 @@ def block_targets(q: Tensor, k: Tensor, block: int) -> Tensor:
 def gate_loss(gate_q: Tensor, gate_k: Tensor, target: Tensor, Lk: int, block: int) -> Tensor:
     """Mean over rows with a target of KL(target || gate)."""
     gates = gate_blocks(gate_q, gate_k, Lk, block)
+    need_tensors(target=target)
+    need_shape("target", target, tuple(gates.shape), like=gates)
     some = target > 0
     ratio = torch.where(some, target, 1.0).log() - torch.where(some, gates, 1.0).log()
     rows = some.any(-1)
@@ -207,9 +233,17 @@ def distil_gate(
 
     batches: (q, k before rotary positions, q, k after them), which a model hands out as it runs.
     """
+    if not isinstance(gate, SeerGate):
+        raise OptionError("gate", f"a {type(gate).__name__}", "a SeerGate is needed")
+    if not finite(rate) or rate <= 0:
+        raise OptionError("rate", rate, "a number above 0 is needed")
     optimizer = torch.optim.AdamW(gate.parameters(), lr=rate, weight_decay=0.0)
     losses = []
-    for raw_q, raw_k, q, k in batches:
+    for batch in batches:
+        if len(batch) != 4:
+            needed = "q and k before rotary positions, and after them, are needed"
+            raise OptionError("batches", f"{len(batch)} tensors", needed)
+        raw_q, raw_k, q, k = batch
         target = block_targets(q, k, gate.block)
         gate_q, gate_k = gate(raw_q.detach(), raw_k.detach())
         loss = gate_loss(gate_q, gate_k, target, k.shape[1], gate.block)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveal._arguments import need_tensors
 from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
-from foveal._judged import judged, need_shape
+from foveal._judged import judged, need_dtype, need_shape
 from foveal._scan import scan
 from foveal.features import orthogonal_projection, positive_random
 from foveal.layers.heads import MultiHead
@@ -125,6 +126,12 @@ def map_targets(q: Tensor, k: Tensor, cells: int, causal: bool = True) -> Tensor
 
     The full map is computed some queries at a time.
     """
+    need_tensors(q=q, k=k)
+    need_shape("q", q, (-1, -1, -1, -1), like=q)
+    need_shape("k", k, (len(q), -1, -1, q.shape[3]), like=q)
+    need_dtype(q, k=k)
+    if cells < 1:
+        raise ShapeError("cells", cells, "at least 1 is needed")
     Lq, Lk = q.shape[1], k.shape[1]
     visible, place = visible_keys(Lq, Lk, causal, q.device), torch.arange(Lk, device=q.device)
     keys, found = spread_heads(k, q.shape[2]), []
@@ -141,6 +148,8 @@ def map_targets(q: Tensor, k: Tensor, cells: int, causal: bool = True) -> Tensor
 
 def map_loss(shares: Tensor, targets: Tensor) -> Tensor:
     """Mean over queries and heads of KL(targets || shares)."""
+    need_tensors(shares=shares, targets=targets)
+    need_shape("targets", targets, tuple(shares.shape), like=shares)
     some = targets > 0
     ratio = torch.where(some, targets, 1.0).log() - torch.where(some, shares, 1.0).log()
     return (targets * ratio).sum(-1).mean()
@@ -169,7 +178,13 @@ class SeaMap(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("cells", cells), ("dilation", dilation)):
+            if size < 1:
+                raise ShapeError(name, size, "at least 1 is needed")
+        if places % 2:
+            raise ShapeError("places", places, "an even number is needed")
         self.heads, self.places, self.dilation = heads, places, dilation
+        self.head_dim = head_dim
         drawn = orthogonal_projection(features, head_dim, generator=generator)
         self.register_buffer("projection", drawn)
         width = 2 * head_dim + places
@@ -178,10 +193,17 @@ class SeaMap(nn.Module):
         self.gates = nn.Linear(width, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        need_tensors(q=q, k=k, v=v)
+        weight = self.gates.weight
+        need_shape("q", q, (-1, -1, self.heads, self.head_dim), like=weight)
+        for name, x in (("k", k), ("v", v)):
+            need_shape(name, x, tuple(q.shape), like=weight)
+        need_dtype(weight, q=q, k=k, v=v)
         context = torch.cat([self._context(q, k, v), v], dim=-1)  # [B, L, H, width]
         logits = self.net(context).transpose(1, 2)
-        padded = F.pad(logits, (1, 1, 2 * self.dilation, 0))
-        shares = torch.softmax(logits + self.mix(padded), dim=-1)
+        if q.shape[1]:  # a convolution refuses an axis shorter than its filter
+            logits = logits + self.mix(F.pad(logits, (1, 1, 2 * self.dilation, 0)))
+        shares = torch.softmax(logits, dim=-1)
         alpha, beta = torch.sigmoid(self.gates(context)).unbind(-1)
         return shares, alpha, beta
 

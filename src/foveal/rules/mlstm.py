@@ -105,6 +105,9 @@ class MLSTM(Rule):
             m, previous = log_scales(decay.detach(), x.detach(), first, plain.lengths)
             shift = _finite(m)
             decay, gate, ceiling = previous + decay - shift, torch.exp(x - shift), torch.exp(-shift)
+            if first is None:
+                # Nothing is there to decay, and running sums that pass -inf would lose digits.
+                decay = torch.where(previous == -torch.inf, 0.0, decay)
             kept = (_last(m, first, plain.lengths),)
         if not self.normalised:
             memory = None if initial is None else initial[0]

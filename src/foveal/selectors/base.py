@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from foveal._errors import SelectionError
+from foveal._arguments import need_tensors
+from foveal._errors import SelectionError, ShapeError
+from foveal._judged import need_dtype, need_shape
 from foveal.engines.tile.rows import places
 from foveal.patterns.blocks import BlockSelection
 
@@ -81,10 +83,11 @@ def select(
     Shapes: q [B, Lq, Hq, D], k [B, Lk, Hkv, D].  Ties go to the lower block; scores in float32, or in
     float64 for float64 inputs; what a causal tile cannot see is never listed.
     """
-    tiling = Tiling(q.shape[1], k.shape[1], q_block, kv_block, causal)
+    _fit(q, k)
     for name, size in (("q_block", q_block), ("kv_block", kv_block)):
-        if size < 1:
-            raise SelectionError(name, size, "at least 1 token is needed")
+        if not isinstance(size, int) or size < 1:
+            raise SelectionError(name, size, "a whole number of at least 1 token is needed")
+    tiling = Tiling(q.shape[1], k.shape[1], q_block, kv_block, causal)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     visible = tiling.visible(q.device)
     with torch.no_grad():
@@ -96,6 +99,16 @@ def select(
         scores = scores.to(wide).masked_fill(~visible, -torch.inf)
         kept = budget.keep(scores, tiling) & visible
     return BlockSelection(places(kept), q_block, kv_block)
+
+
+def _fit(q: Tensor, k: Tensor) -> None:
+    need_tensors(q=q, k=k)
+    need_shape("q", q, (-1, -1, -1, -1), like=q)
+    need_shape("k", k, (len(q), -1, -1, q.shape[3]), like=q)
+    need_dtype(q, k=k)
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        needed = f"heads that divide the {q.shape[2]} query heads are needed"
+        raise ShapeError("k", list(k.shape), needed)
 
 
 def group_queries(q: Tensor, k: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ class TopK:
     blocks: int
 
     def __post_init__(self) -> None:
-        _at_least("blocks", self.blocks, 0)
+        _whole("blocks", self.blocks)
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         return best(scores, torch.full_like(scores[..., :1], self.blocks))
@@ -69,6 +71,10 @@ class Threshold:
 
     value: float
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Real) or math.isnan(self.value):
+            raise SelectionError("value", self.value, "a number is needed")
+
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         return scores > self.value
 
@@ -87,6 +93,14 @@ class Forced:
     locals: int = 1
     blocks: tuple[int, ...] = ()
     counted: bool = True
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.budget, "keep"):
+            raise SelectionError("budget", repr(self.budget), "a budget is needed")
+        _whole("sinks", self.sinks)
+        _whole("locals", self.locals)
+        for block in self.blocks:
+            _whole("blocks", block)
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         block = torch.arange(tiling.kv_blocks, device=scores.device)
@@ -122,6 +136,10 @@ class Projection:
     """B8: the blocks with p > 0 in the projection of the scores onto 0 <= p <= 1, sum p = blocks."""
 
     blocks: float
+
+    def __post_init__(self) -> None:
+        if not finite(self.blocks) or self.blocks < 0:
+            raise SelectionError("blocks", self.blocks, "a number of at least 0 is needed")
 
     def keep(self, scores: Tensor, tiling: Tiling) -> Tensor:
         return self.shares(scores) > 0
@@ -196,11 +214,11 @@ def save_plan(plan: Mapping[str, Sequence[Any]], path: str | Path) -> None:
     Path(path).write_text(json.dumps(plan, indent=1, sort_keys=True))
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise SelectionError(name, value, f"at least {least} is needed")
+def _whole(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise SelectionError(name, value, "a whole number of at least 0 is needed")
 
 
-def _between(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+def _between(name: str, value: object) -> None:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise SelectionError(name, value, "a share between 0 and 1 is needed")

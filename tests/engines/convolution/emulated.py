@@ -82,7 +82,7 @@ class Copies:
     def __init__(self, order: Order) -> None:
         self.order, self.begun = order, list[tuple[Shared, Tensor]]()
 
-    def async_copy_global_to_shared(self, shared: Shared, pointer: Pointer, mask: Tensor) -> None:
+    def load_elements(self, shared: Shared, pointer: Pointer, mask: Tensor) -> None:
         offset, mask = pointer.places(mask)
         assert offset.shape == shared.memory.shape
         self.order.reads(pointer.memory)
@@ -174,6 +174,7 @@ class Emulated:
         names |= {
             "gl": self.language,
             "async_copy": self.copies,
+            "load_elements": self.copies.load_elements,
             "gdc_wait": self.order.wait,
             "gdc_launch_dependents": self.order.let,
         }

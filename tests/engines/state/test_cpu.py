@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import foveal as fv
 from foveal._scan import parts_of
-from foveal.engines.state import segments
+from foveal.engines.state import cpu_two_state, segments
+from foveal.engines.tile.workers import Scratch
 from foveal.testing.bounds import check_near, error, neighbour
 
 RULES = [
@@ -157,3 +158,59 @@ def test_knows_tokens_that_are_not_finite_apart(source: torch.Generator) -> None
     assert found[:, 600].isnan().all()
     assert found[:, :600].isfinite().all()
     assert found[:, 601:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_inverses_of_corners_are_joined(
+    repeated: bool, dtype: torch.dtype, source: torch.Generator
+) -> None:
+    """Keys that repeat make powers of A that are much larger than its inverse."""
+    size = segments.CHUNK
+    buffers = segments.Buffers(2 * size + 7, 2, dtype, Scratch())
+    lower = buffers.take("pairs", size, size)
+    drawn = torch.randn(lower.shape, generator=source, dtype=dtype)
+    lower.copy_(torch.full_like(drawn, 0.9) if repeated else drawn / 8)
+    whole = torch.eye(size, dtype=torch.float64) + lower.double().tril(-1)
+    exact = torch.linalg.inv(whole)
+    found = buffers.inverse(lower)
+    assert torch.equal(found, found.tril())
+    # Substitution is as good as one product more; the errors of joined corners go through another.
+    growth = exact.abs() @ whole.abs()
+    bound = size * torch.finfo(dtype).eps * (growth @ exact.abs())
+    if not repeated:
+        bound = growth @ bound
+    assert ((found.double() - exact).abs() <= bound + 2**-52 * exact.abs().amax()).all()
+
+
+@pytest.mark.parametrize("steps", [(-0.2, -0.2), (-0.2, -1e-3), (-1e-3, -0.2), (0.0, 0.0)])
+@pytest.mark.parametrize("size", [64, 50, 33])
+def test_decays_of_momentum_and_memory_keep_their_digits(
+    size: int, steps: tuple[float, float], source: torch.Generator
+) -> None:
+    length = 3 * size - 5
+
+    def gates(step: float) -> Tensor:
+        return step * (0.5 + torch.rand(length, 2, generator=source))
+
+    def between(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        factors = [segments.factors_of_tokens(x, length, dtype, size) for x in drawn]
+        assert not any(factors[0][1] + factors[1][1])
+        at = cpu_two_state._decays(factors[0][0], factors[1][0], length % size)
+        buffers = segments.Buffers(length, 2, dtype, Scratch(), size)
+        return cpu_two_state._between(at, buffers, size), at.of_momentum
+
+    drawn = [gates(step) for step in steps]
+    decays = [torch.zeros(2, 3 * size, dtype=torch.float64) for _ in drawn]
+    for own, x in zip(decays, drawn, strict=True):
+        own[:, :length] = x.mT
+    sums = [x.unflatten(1, (3, size)).transpose(0, 1).cumsum(-1) for x in decays]
+    adds, spread = ((x[..., :, None] - x[..., None, :]).exp().tril() for x in sums)
+    adds[-1, :, :, length % size :] = 0
+    exact = adds @ spread
+    of_momentum = (adds @ sums[1].exp()[..., None]).squeeze(-1)
+    for dtype, allowed in ((torch.float32, 128 * 2**-24), (torch.float64, 1024 * 2**-53)):
+        found, of = between(dtype)
+        # Sums of positive numbers: a rounding for each, in float64 also those of the running sums.
+        torch.testing.assert_close(found.double(), exact, rtol=allowed, atol=0)
+        torch.testing.assert_close(of.double(), of_momentum, rtol=allowed, atol=0)

@@ -156,6 +156,23 @@ def test_the_delta_rule_stores_what_orthonormal_keys_ask_for(source: torch.Gener
     torch.testing.assert_close(torch.einsum("nhkv,nlhk->nlhv", state, k), v)
 
 
+def test_mlstm_without_a_memory_before_keeps_its_digits(source: torch.Generator) -> None:
+    """What is before the first token has a scale of 0: no number of that enters the running sums."""
+    q, k, v = (torch.randn(1, 150, 2, 8, generator=source, dtype=torch.float64) for _ in "qkv")
+    gates = torch.randn(2, 1, 150, 2, generator=source, dtype=torch.float64)
+    cut = torch.tensor([0, 40, 150])
+    for where in (None, cut):
+        found = [
+            fv.scan(
+                q, k, v, fv.MLSTM(), log_decay=torch.nn.functional.logsigmoid(gates[0]), write_gate=gates[1],
+                cu_seqlens=where, implementation=implementation,
+            )
+            for implementation in ("reference", "chunk")
+        ]  # fmt: skip
+        exact, chunked = found
+        assert (chunked - exact).norm() < 64 * 2.0**-53 * exact.norm()
+
+
 def test_mlstm_does_not_overflow() -> None:
     q, k, v = (torch.ones(1, 80, 1, 4) for _ in range(3))
     gate = torch.linspace(-300, 300, 80)[None, :, None]

@@ -258,3 +258,31 @@ def lists_differ(
     choice = select.Choice(best, 1, 2)
     ours = select._on_gpu(q, keys, lse, table, choice, 0.25)
     return int((ours != select.select(q, keys, lse, table, choice, 0.25)).any(-1).sum())
+
+
+def gated_error(sizes: Sizes, near: bool, small: bool, seed: int) -> float:
+    """The largest difference from float64 of o under gates that the sums of parts apply."""
+    if small:
+        _make_small()
+    (q, k, v, *_), lists = problem(sizes, seed)
+    scale = sizes[5] ** -0.5
+    if near:
+        indices = torch.arange(lists.blocks, dtype=torch.int32).expand(*lists.indices.shape[:3], -1)
+        own = (torch.arange(sizes[1], dtype=torch.int32) + lists.shift)[:, None] // lists.block
+        lists = replace(lists, indices=torch.where(indices <= own, indices, -1), near=(1, 2))
+    assert token_attend.takes_gates(q, k, v, lists)
+    assert not token_attend.has_tiles(q, k, v, lists)
+    exact, _ = cpu_tokens.forward(q.double(), k.double(), v.double(), lists, scale)
+    source = torch.Generator().manual_seed(seed)
+    others = tuple(torch.randn(exact.shape, generator=source) for _ in range(2))
+    found = []
+    for heads, some in ((1, others[:1]), (q.shape[2], others)):
+        gates = torch.rand(*q.shape[:2], heads, 3, generator=source)
+        wanted = gates[..., 1:2] * exact
+        for n, other in enumerate(some):
+            wanted = wanted + gates[..., 2 * n, None] * other
+        gated = token_attend.Gated(gates, some)
+        found.append(
+            (token_attend.forward_gated(q, k, v, lists, scale, gated) - wanted).abs().max()
+        )
+    return float(max(found))

@@ -6,10 +6,14 @@ import importlib.util
 import re
 import subprocess
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from foveal.engines.tile import compiling
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -176,7 +180,7 @@ def test_repair(axes: int, lists: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
 def test_backward_of_queries(case: tuple[Any, ...], hides: bool) -> None:
-    from foveal.engines.tile.hopper_backward import tile_attend_backward_queries
+    from foveal.engines.tile.hopper_backward_separate import tile_attend_backward_queries
 
     rows, columns, axes, head_dim = case[:4]
     q, kv = box_type(rows, axes, head_dim), box_type(columns, axes, head_dim)
@@ -193,7 +197,7 @@ def test_backward_of_queries(case: tuple[Any, ...], hides: bool) -> None:
 @pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
 def test_backward_of_keys(case: tuple[Any, ...], hides: bool) -> None:
-    from foveal.engines.tile.hopper_backward import tile_attend_backward_keys
+    from foveal.engines.tile.hopper_backward_separate import tile_attend_backward_keys
 
     rows, columns, axes, head_dim = case[:4]
     q, kv = box_type(columns, axes, head_dim), box_type(rows, axes, head_dim)
@@ -269,3 +273,28 @@ def test_merge(kernel: str) -> None:
     signature |= dict.fromkeys(["X", "heads", "shared", "total"], "i32")
     constants = {"W": 2, "R": LINE, "DIM": 96, "PAD": 128, "ROWS": 16}
     assert resources(compiled(getattr(hopper_merge, kernel), signature, constants))[0] == 0
+
+
+LONG: dict[str, Callable[[], None]] = {
+    "tile_attend_forward": lambda: test_forward(FORWARD[0], False, None, None),
+    "tile_attend_backward_queries": lambda: test_backward_of_queries(BACKWARD[0], False),
+    "tile_attend_backward_keys": lambda: test_backward_of_keys(BACKWARD[0], False),
+    "tile_attend_backward_joint": lambda: test_backward_in_one_kernel(
+        LINE, 1, 128, False, 0, False
+    ),
+}
+
+
+def test_every_long_kernel_is_known_here() -> None:
+    assert LONG.keys() == compiling.LONGEST
+
+
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_long_kernels_say_that_they_are_traced(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    event = threading.Event()
+    monkeypatch.setattr(compiling._current, "event", event, raising=False)
+    LONG[name]()
+    assert event.is_set()

@@ -353,6 +353,8 @@ BESIDE_NATIVE = (
     (Sizes(450, 16, 1, 64), SparseBranches(64, 64, 64, 16, window=0), None),
     (Sizes(500, 32, 2), SparseBranches(best=16, window=80), (0, 100, 101, 333, 500)),
     (Sizes(333, 16, 1, 64, dtype=torch.float16), SparseBranches(best=16), None),
+    (Sizes(701, 4, 2), SparseBranches(64, 64, 64, 16, window=100), None),
+    (Sizes(500, 12, 4, 64), SparseBranches(32, 32, 32, 16, window=0), (0, 100, 101, 333, 500)),
 )
 
 

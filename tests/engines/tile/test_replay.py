@@ -17,6 +17,7 @@ from torch import Tensor
 
 import foveal.engines.tile
 from foveal._recent import Recent
+from foveal.engines.tile import replay
 from foveal.engines.tile.replay import Replay, launch, replayed
 
 
@@ -187,3 +188,59 @@ def test_every_kernel_is_launched_where_a_recording_sees_it() -> None:
     folder = Path(foveal.engines.tile.__file__).parent
     for path in folder.glob("*.py"):
         assert not re.search(r"\btile_attend_\w+\[", path.read_text()), path.name
+
+
+class Noted:
+    """A kernel that is launched for tensors without memory, and notes when."""
+
+    arg_names = ("out",)
+
+    def __init__(self, order: list[str]) -> None:
+        self.order = order
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def run(out: Tensor) -> object:
+            self.order.append("launched")
+            return object()
+
+        return run
+
+
+@pytest.mark.parametrize("computes", ["on the host", "on the device"])
+def test_launches_wait_while_only_the_host_computes(
+    computes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    kernel = Noted(order)
+    x = torch.empty(8, device="meta")
+    monkeypatch.setattr(
+        replay, "compile_side_by_side", lambda calls, _: order.append(str(len(calls)))
+    )
+    with replay._Recorder([x]):
+        launch(kernel, (1,), x)
+        if computes == "on the host":
+            torch.arange(4).clamp(min=2).to("cpu", torch.float32)
+        else:
+            x.zero_()
+        order.append("computed")
+        launch(kernel, (1,), x)
+    host = ["computed", "2", "launched", "launched"]
+    device = ["1", "launched", "computed", "1", "launched"]
+    waited = host if computes == "on the host" else device
+    assert [step for step in order if step != "0"] == waited
+
+
+def test_what_comes_from_the_host_is_computed_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    x = torch.empty(8, device="meta")
+    monkeypatch.setattr(replay, "compile_side_by_side", lambda *_: None)
+    with replay._Recorder([x]):
+        launch(Noted(order), (1,), x)
+        torch.zeros(4).to("meta")
+        order.append("moved")
+        launch(Noted(order), (1,), x)
+        torch.zeros(4, device="meta")
+        order.append("made")
+    assert order == ["launched", "moved", "launched", "made"]

@@ -176,6 +176,10 @@ def test_what_tokens_beside_each_other_do_not_take() -> None:
         (40, 40, 2, 1, (4, 2, 8, 3, 22)),
         (33, 33, 3, 1, (8, 2, 4, 5, 0)),
         (50, 50, 16, 1, (1, 1, 1, 5, 0)),
+        (180, 180, 4, 2, (1, 1, 1, 5, 0)),
+        (150, 190, 3, 1, (1, 1, 1, 16, 0)),
+        (190, 190, 2, 1, (1, 1, 1, 4, 77)),
+        (70, 70, 3, 3, (1, 1, 1, 3, 0)),
     ],
 )
 def test_choices_agree_in_the_interpreter(
@@ -183,6 +187,19 @@ def test_choices_agree_in_the_interpreter(
 ) -> None:
     # Sums in another order may exchange two blocks whose scores are equal to the last bit.
     assert interpreter.submit(interpreted_tokens.lists_differ, *(*case, run_seed)).result() <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("near", [False, True])
+def test_gates_of_parts_agree_in_the_interpreter(
+    near: bool, small: bool, interpreter: ProcessPoolExecutor, run_seed: int
+) -> None:
+    sizes = (2, 19, 23, 6, 2, 16, 24, 4, True)
+    assert (
+        interpreter.submit(interpreted_tokens.gated_error, sizes, near, small, run_seed).result()
+        < 2e-6
+    )
 
 
 @needs_triton

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ class _Said:
         return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
-class _Packed(Competitor):
+class _Packed(Competitor, ABC):
     """Adapters of kernels on [total, H, D]."""
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
@@ -61,11 +62,11 @@ class _Packed(Competitor):
         attend, held = self._made(case, said, q.device)
         return Prepared((q, k, v), attend, lambda x: x[None], held_bytes=held)
 
+    @abstractmethod
     def _made(
         self, case: Case, said: _Said, device: torch.device
     ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]:
         """The call on packed tokens, and the bytes that it keeps."""
-        raise NotImplementedError
 
 
 class Varlen(_Packed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -108,7 +109,7 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(ABC):
     """Base class of the cache policies.
 
     Options: budget, tokens kept per key head (int), or the share of the prompt kept (float, 0 < b <= 1).
@@ -139,9 +140,9 @@ class Policy:
         """Whether to act now: behind a prompt (or a piece of it) that does not fit."""
         return counts.read > 1 and counts.stored > self.tokens(counts.seen)
 
+    @abstractmethod
     def vote(self, reading: Reading) -> Vote:
         """Looks at one layer."""
-        raise NotImplementedError
 
     def settle(self, votes: Sequence[Vote], seen: int) -> list[Decision]:
         """One decision per vote: by default the tokens of largest score, as many as the budget."""

@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from foveal.engines.common.early import gdc_launch_dependents, gdc_wait
+from foveal.engines.tile.hopper_compat import load_elements
 
 
 @gluon.constexpr_function
@@ -83,9 +84,7 @@ def _start_copy(
     lane = gl.arange(0, LANES, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     token = far * SECOND + row
     c = first_c + lane
-    async_copy.async_copy_global_to_shared(
-        shared, p_x + (token * WIDTH + c), mask=(token < length) & (c < WIDTH)
-    )
+    load_elements(shared, p_x + (token * WIDTH + c), mask=(token < length) & (c < WIDTH))
     async_copy.commit_group()
 
 

@@ -74,7 +74,7 @@ def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple
         q, solver.ridge, means, system, o, lse, q.stride()[:3], o.stride()[:3], heads, Lq,
         solver.max_iterations, float(solver.tolerance),
     )  # fmt: skip
-    Launch(local_linear_decode_solve, rows, solved, {**sizes, "num_warps": 8})()
+    Launch(local_linear_decode_solve, rows, solved, {**sizes, "num_warps": 4})()
     return o, lse
 
 

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.state.task import Pairs, Task, run_kernel
-from foveal.engines.tile.hopper_compat import thread_barrier
+from foveal.engines.tile.hopper_compat import load_elements, thread_barrier
 from foveal.tuning.state import CHUNK, LEVELS
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -44,9 +44,37 @@ def copy_rows(p, stride, x_s, count):
     row = gl.arange(0, C, gl.SliceLayout(1, ROWS))
     column = gl.arange(0, D, gl.SliceLayout(0, ROWS))
     seen = (row < count)[:, None] & (column >= 0)[None, :]
-    async_copy.async_copy_global_to_shared(
-        x_s, p + row[:, None] * (stride * 8) + column[None, :], mask=seen
-    )
+    load_elements(x_s, p + row[:, None] * (stride * 8) + column[None, :], mask=seen)
+
+
+@gluon.jit
+def copy_chunk(
+    p_q, p_k, p_v, p_chunks,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, heads, groups,
+    C: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+):  # fmt: skip
+    """Begins to copy q, k and v of the chunk and value head of this program.
+
+    Returns the head, the first token, how many tokens there are, and where the rows go.
+    """
+    dtype: gl.constexpr = p_k.dtype.element_ty
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, DK], dtype)
+    VALUES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, DV], dtype)
+    c = gl.program_id(0) // heads
+    h = gl.program_id(0) % heads
+    start = gl.load(p_chunks + 2 * c)
+    size = gl.load(p_chunks + 2 * c + 1) - start
+    q_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
+    k_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
+    v_s = gl.allocate_shared_memory(dtype, [C, DV], VALUES)
+    first = start.to(gl.int64)
+    group = (h // groups).to(gl.int64)
+    copy_rows(p_k + (first * k_stride_t + group * k_stride_h) * 8, k_stride_t, k_s, size)
+    copy_rows(p_q + (first * q_stride_t + group * q_stride_h) * 8, q_stride_t, q_s, size)
+    at = first * v_stride_t + h.to(gl.int64) * v_stride_h
+    copy_rows(p_v + at * 8, v_stride_t, v_s, size)
+    async_copy.commit_group()
+    return h, first, size, q_s, k_s, v_s
 
 
 @gluon.jit
@@ -60,6 +88,17 @@ def write_rows(p, stride, x, count):
     rows = gl.convert_layout(x.to(p.dtype.element_ty), ROWS)
     seen = (row < count)[:, None] & (column >= 0)[None, :]
     gl.store(p + row[:, None] * stride + column[None, :], rows, mask=seen)
+
+
+@gluon.jit
+def load_gates(p_gate, place, i, j, heads, size):
+    """Write gates of the tokens i and j of a chunk whose first one is at `place`; 1 where no gates are."""
+    gate = gl.full(i.shape, 1.0, gl.float32, i.type.layout)
+    gate_of_column = gl.full(j.shape, 1.0, gl.float32, j.type.layout)
+    if p_gate is not None:
+        gate = gl.load(p_gate + place + i * heads, mask=i < size, other=0.0)
+        gate_of_column = gl.load(p_gate + place + j * heads, mask=j < size, other=0.0)
+    return gate, gate_of_column
 
 
 @gluon.jit
@@ -97,6 +136,23 @@ def inverted(gated, i, j, a_s, m_s, LEVELS: gl.constexpr):
     return x
 
 
+@gluon.jit
+def products(left_k, k_s, left_v, v_s, OUT_K: gl.constexpr, OUT_V: gl.constexpr):
+    """left_k k and left_v v of squares in registers, in the layouts OUT_K and OUT_V."""
+    for_k = gl.convert_layout(left_k, gl.DotOperandLayout(0, OUT_K, 2))
+    for_v = gl.convert_layout(left_v, gl.DotOperandLayout(0, OUT_V, 2))
+    C: gl.constexpr = k_s.shape[0]
+    DK: gl.constexpr = k_s.shape[1]
+    DV: gl.constexpr = v_s.shape[1]
+    w = gl.zeros([C, DK], gl.float32, OUT_K)
+    w = warpgroup_mma(for_k, k_s, w, use_acc=False, is_async=True)
+    u = gl.zeros([C, DV], gl.float32, OUT_V)
+    u = warpgroup_mma(for_v, v_s, u, use_acc=False, is_async=True)
+    # Both, since what is shared next may lie where operands lay.
+    w, u = warpgroup_mma_wait(0, deps=(w, u))
+    return w, u
+
+
 @gluon.jit(do_not_specialize=["heads"])
 def state_channels_bulk(
     p_q, p_k, p_v, p_decay, p_gate, p_sums, p_pairs, p_w, p_u, p_since, p_until, p_left, p_chunks,
@@ -117,27 +173,12 @@ def state_channels_bulk(
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C, 16])
     OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, DK, 16])
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, DV, 16])
-    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, DK], dtype)
-    VALUES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, DV], dtype)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.float16)
-    program = gl.program_id(0)
-    c = program // heads
-    h = program % heads
-    start = gl.load(p_chunks + 2 * c)
-    size = gl.load(p_chunks + 2 * c + 1) - start
-    q_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
-    k_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
-    e_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
-    v_s = gl.allocate_shared_memory(dtype, [C, DV], VALUES)
-    first = start.to(gl.int64)
-    group = (h // groups).to(gl.int64)
-    p_k += (first * k_stride_t + group * k_stride_h) * 8
-    copy_rows(p_k, k_stride_t, k_s, size)
-    p_q += (first * q_stride_t + group * q_stride_h) * 8
-    copy_rows(p_q, q_stride_t, q_s, size)
-    p_v += (first * v_stride_t + h.to(gl.int64) * v_stride_h) * 8
-    copy_rows(p_v, v_stride_t, v_s, size)
-    async_copy.commit_group()
+    h, first, size, q_s, k_s, v_s = copy_chunk(
+        p_q, p_k, p_v, p_chunks, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t,
+        v_stride_h, heads, groups, C, DK, DV,
+    )  # fmt: skip
+    e_s = gl.allocate_shared_memory(dtype, [C, DK], k_s.layout)
 
     row = gl.arange(0, C, gl.SliceLayout(1, SUMS))
     column = gl.arange(0, DK, gl.SliceLayout(0, SUMS))
@@ -178,11 +219,7 @@ def state_channels_bulk(
         pairs = warpgroup_mma(q_s, e_s.permute((1, 0)), none, use_acc=False, is_async=True)
         i = gl.arange(0, C, gl.SliceLayout(1, PAIRS))
         j = gl.arange(0, C, gl.SliceLayout(0, PAIRS))
-        gate = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, PAIRS))
-        gate_of_column = gl.full([C], 1.0, gl.float32, gl.SliceLayout(0, PAIRS))
-        if p_gate is not None:
-            gate = gl.load(p_gate + place + i * heads, mask=i < size, other=0.0)
-            gate_of_column = gl.load(p_gate + place + j * heads, mask=j < size, other=0.0)
+        gate, gate_of_column = load_gates(p_gate, place, i, j, heads, size)
         keys, pairs = warpgroup_mma_wait(0, deps=(keys, pairs))
         squares = gl.sum(gl.where(i[:, None] == j[None, :], keys, 0.0), 1)
         gated = gl.where(i[:, None] > j[None, :], keys * gate[:, None], 0.0)
@@ -193,15 +230,8 @@ def state_channels_bulk(
             m_s = gl.allocate_shared_memory(gl.float16, [C, C], SQUARE)
             inverse = inverted(gated, i, j, a_s, m_s, LEVELS)
             solve = (inverse * gate_of_column[None, :]).to(dtype)
-            for_k = gl.convert_layout(solve, gl.DotOperandLayout(0, OUT_K, 2))
-            for_v = gl.convert_layout(solve, gl.DotOperandLayout(0, OUT_V, 2))
             by = gl.convert_layout(half, gl.SliceLayout(0, OUT_K))
-            w = gl.zeros([C, DK], gl.float32, OUT_K)
-            w = warpgroup_mma(for_k, k_s, w, use_acc=False, is_async=True)
-            u = gl.zeros([C, DV], gl.float32, OUT_V)
-            u = warpgroup_mma(for_v, v_s, u, use_acc=False, is_async=True)
-            # Both, since what is shared next may lie where operands lay.
-            w, u = warpgroup_mma_wait(0, deps=(w, u))
+            w, u = products(solve, k_s, solve, v_s, OUT_K, OUT_V)
             write_rows(p_w + place * DK, heads * DK, w * by[None, :], size)
             write_rows(p_u + place * DV, heads * DV, u, size)
         else:
@@ -210,7 +240,7 @@ def state_channels_bulk(
         # Once more, so that sums do not stay in registers.
         x = load_decay(p_decay + place * DK + at, seen)
         gl.store(p_sums + place * DK + at, gl.associative_scan(x, 0, _sum), mask=seen)
-    gl.store(p_left + program, left)
+    gl.store(p_left + gl.program_id(0), left)
 
 
 @gluon.jit(do_not_specialize=["heads"])
@@ -225,36 +255,17 @@ def state_tokens_bulk(
     PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, C, 16])
     OUT_K: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, DK, 16])
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, DV, 16])
-    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, DK], dtype)
-    VALUES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, DV], dtype)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.float16)
-    program = gl.program_id(0)
-    c = program // heads
-    h = program % heads
-    start = gl.load(p_chunks + 2 * c)
-    size = gl.load(p_chunks + 2 * c + 1) - start
-    q_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
-    k_s = gl.allocate_shared_memory(dtype, [C, DK], KEYS)
-    v_s = gl.allocate_shared_memory(dtype, [C, DV], VALUES)
-    first = start.to(gl.int64)
-    group = (h // groups).to(gl.int64)
-    p_k += (first * k_stride_t + group * k_stride_h) * 8
-    copy_rows(p_k, k_stride_t, k_s, size)
-    p_q += (first * q_stride_t + group * q_stride_h) * 8
-    copy_rows(p_q, q_stride_t, q_s, size)
-    p_v += (first * v_stride_t + h.to(gl.int64) * v_stride_h) * 8
-    copy_rows(p_v, v_stride_t, v_s, size)
-    async_copy.commit_group()
+    h, first, size, q_s, k_s, v_s = copy_chunk(
+        p_q, p_k, p_v, p_chunks, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t,
+        v_stride_h, heads, groups, C, DK, DV,
+    )  # fmt: skip
     place = first * heads + h
     i = gl.arange(0, C, gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, C, gl.SliceLayout(0, PAIRS))
     sums_i = gl.load(p_sums + place + i * heads, mask=i < size, other=-1e30)
     sums_j = gl.load(p_sums + place + j * heads, mask=j < size, other=-1e30)
-    gate = gl.full([C], 1.0, gl.float32, gl.SliceLayout(1, PAIRS))
-    gate_of_column = gl.full([C], 1.0, gl.float32, gl.SliceLayout(0, PAIRS))
-    if p_gate is not None:
-        gate = gl.load(p_gate + place + i * heads, mask=i < size, other=0.0)
-        gate_of_column = gl.load(p_gate + place + j * heads, mask=j < size, other=0.0)
+    gate, gate_of_column = load_gates(p_gate, place, i, j, heads, size)
     async_copy.wait_group(0)
     fence_async_shared()
     thread_barrier()
@@ -276,17 +287,10 @@ def state_tokens_bulk(
         m_s = gl.allocate_shared_memory(gl.float16, [C, C], SQUARE)
         inverse = inverted(gated, i, j, a_s, m_s, LEVELS) * gate_of_column[None, :]
         reads = (inverse * gl.exp2(sums_j)[None, :]).to(dtype)
-        for_k = gl.convert_layout(reads, gl.DotOperandLayout(0, OUT_K, 2))
-        for_v = gl.convert_layout(inverse.to(dtype), gl.DotOperandLayout(0, OUT_V, 2))
-        w = gl.zeros([C, DK], gl.float32, OUT_K)
-        w = warpgroup_mma(for_k, k_s, w, use_acc=False, is_async=True)
-        u = gl.zeros([C, DV], gl.float32, OUT_V)
-        u = warpgroup_mma(for_v, v_s, u, use_acc=False, is_async=True)
-        # Both, since what is shared next may lie where operands lay.
-        w, u = warpgroup_mma_wait(0, deps=(w, u))
+        w, u = products(reads, k_s, inverse.to(dtype), v_s, OUT_K, OUT_V)
         write_rows(p_w + place * DK, heads * DK, w, size)
         write_rows(p_u + place * DV, heads * DV, u, size)
-    gl.store(p_left + program, left)
+    gl.store(p_left + gl.program_id(0), left)
 
 
 def launch_tokens_bulk(job: Task, found: Pairs) -> Tensor:

@@ -78,13 +78,14 @@ def of_value_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class _Gates(NamedTuple):
-    """Write gates [chunks, h, C, 1], least divisors [chunks, h, C], the factors of a decay per token, and
-    which chunks are too steep."""
+    """Write gates [chunks, h, C, 1], least divisors [chunks, h, C], the factors of a decay per token, which
+    chunks are too steep, and what makes b k^ [chunks, h, C, 1] of k~, of k^ with a decay per channel."""
 
     write: Tensor | None
     floor: Tensor | float
     factors: Factors | None
     steep: list[bool]
+    reader: Tensor | None
 
 
 def _gates_of(part: Recurrence) -> _Gates:
@@ -95,8 +96,12 @@ def _gates_of(part: Recurrence) -> _Gates:
     if isinstance(floor, Tensor):
         floor = numbers(floor, dtype)
     if part.log_decay is None or part.log_decay.dim() == 3:
-        return _Gates(write, floor, None, [])
-    return _Gates(write, floor, *factors_of_tokens(part.log_decay, len(part.v), dtype))
+        return _Gates(write, floor, None, [], write)
+    factors, steep = factors_of_tokens(part.log_decay, len(part.v), dtype)
+    reader = factors.near.square()
+    if write is not None:
+        reader *= write
+    return _Gates(write, floor, factors, steep, reader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,30 +138,50 @@ class _Sequence:
             return
         gate = None if self.gates.write is None else self.gates.write[chunks]
         q, k = (of_value_heads(x[rows], part.v.shape[1]) for x in (part.q, part.k))
-        far = buffers.filled("k", k, None if at is None else at.far)
         states = buffers.take("states", *state.shape[1:], more=1)
-        near = ratio = None
+        ratio = None
         if at is None:
             states[0] = state
         else:
-            near, ratio = at.near, at.ratio()
-            torch.mul(state, at.first()[0], out=states[0])
+            ratio = at.ratio()
+            torch.mul(state, at.first[0], out=states[0])
         z = self._values(rows, buffers, gate)
         if part.delta:
-            z = _replaced(z, _reader(k, far, near, gate, buffers), far, states, ratio, buffers)
+            keys, reader = self._keys(k, at, chunks, buffers)
+            z = _replaced(z, reader, keys, states, ratio, buffers)
         else:
+            keys = buffers.filled("k", k, None if at is None else at.far)
             added = buffers.take("added", *state.shape[1:])
-            buffers.product(buffers.turned(far), buffers.flat(z), added)
+            buffers.product(buffers.turned(keys), buffers.flat(z), added)
             _walk(states, added, ratio, buffers)
-        q = buffers.filled("q", q, near)
-        pairs = buffers.take("pairs", CHUNK, CHUNK)
-        buffers.product(buffers.flat(q), buffers.turned(far), pairs).tril_()
-        found = buffers.take("added", *z.shape[2:])
-        buffers.product(buffers.flat(pairs), buffers.flat(z), found)
-        before = buffers.take("states", *state.shape[1:], more=1)[:-1].flatten(0, 1)
-        buffers.flat(found).baddbmm_(buffers.flat(q), before)
-        self._write(rows, buffers, found)
+        self._read(rows, buffers.filled("q", q, None if at is None else at.near), keys, z, buffers)
         state.copy_(states[-1])
+
+    def _keys(
+        self, k: Tensor, at: Factors | None, chunks: slice, buffers: Buffers
+    ) -> tuple[Tensor, Tensor]:
+        """k~ and b k^ [chunks, h, C, Dk] of k [L, h, Dk]."""
+        gate = None if self.gates.reader is None else self.gates.reader[chunks]
+        if at is not None and at.near.shape[-1] > 1:
+            reader = buffers.filled("q", k)
+            keys = torch.mul(reader, at.far, out=buffers.take("k", *reader.shape[2:]))
+            reader.mul_(at.near)
+            return keys, reader if gate is None else reader.mul_(gate)
+        keys = buffers.filled("k", k, None if at is None else at.far)
+        if gate is None:
+            return keys, keys
+        return keys, torch.mul(keys, gate, out=buffers.take("q", *keys.shape[2:]))
+
+    def _read(self, rows: slice, q: Tensor, keys: Tensor, z: Tensor, buffers: Buffers) -> None:
+        """Writes o of q~, k~, z and the states before the chunks."""
+        pairs = buffers.take("pairs", CHUNK, CHUNK)
+        buffers.product(buffers.flat(q), buffers.turned(keys), pairs).tril_()
+        found = buffers.take("added", *z.shape[2:])
+        flat, factor = buffers.flat(found), self.part.scale
+        torch.baddbmm(flat, buffers.flat(pairs), buffers.flat(z), beta=0, alpha=factor, out=flat)
+        before = buffers.take("states", *self.state.shape[1:], more=1)[:-1].flatten(0, 1)
+        flat.baddbmm_(buffers.flat(q), before, alpha=factor)
+        self._write(rows, buffers, found)
 
     def _steep_segment(self, rows: slice) -> None:
         parts = halved(rows)
@@ -180,15 +205,13 @@ class _Sequence:
         return wide
 
     def _write(self, rows: slice, buffers: Buffers, found: Tensor) -> None:
-        divisor, factor = self.part.divisor, self.part.scale
+        divisor, floor = self.part.divisor, self.gates.floor
         if divisor is None:
-            buffers.empty_into(self.o[rows], found, factor)
+            buffers.empty_into(self.o[rows], found)
             return
-        floor = self.gates.floor
         if isinstance(floor, Tensor):
             floor = floor[chunks_of(rows)]
-        least = divisor._replace(floor=floor)
-        by = factor / least.of(found[..., -1:] * factor)
+        by = divisor._replace(floor=floor).of(found[..., -1:]).reciprocal()
         buffers.empty_into(self.o[rows], found[..., :-1], by)
 
 
@@ -204,21 +227,6 @@ def _walk(states: Tensor, added: Tensor, ratio: Tensor | None, buffers: Buffers)
     for own, factor, state in zip(buffers.steps(added), ratio.unbind(), behind, strict=True):
         torch.addcmul(own, before, factor, out=state)
         before = state
-
-
-def _reader(
-    k: Tensor, far: Tensor, near: Tensor | None, gate: Tensor | None, buffers: Buffers
-) -> Tensor:
-    """b exp(G - m) k [chunks, h, C, Dk] of k [L, h, Dk] and k~."""
-    if near is not None and near.shape[-1] > 1:
-        found = buffers.filled("q", k, near)
-        return found if gate is None else found.mul_(gate)
-    factor = gate
-    if near is not None:
-        factor = near.square() if gate is None else near.square() * gate
-    if factor is None:
-        return far
-    return torch.mul(far, factor, out=buffers.take("q", *far.shape[2:]))
 
 
 def _replaced(

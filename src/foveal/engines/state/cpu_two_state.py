@@ -1,8 +1,9 @@
 """The chunk form of a memory with momentum on a CPU without gradients, a segment of tokens at a time.
 
 As `two_state`, with memory and momentum one below the other, X = [M; S].  Of a chunk, with the decays
-between its tokens D^a and D^e from factors of its middle and G = D^a D^e:  U = u - w X (online) or
-u - b K A (gradients at the memory A before the run),  o = scale ([c Q, f Q] X + (Q K^T G) U) and
+between its tokens D^a and D^e from factors of its middle and G = D^a D^e:
+U = (I + A)^-1 b (V - [c_- K, f_- K] X), c_- and f_- of the token before (online), or
+U = b (V - K A), gradients at the memory A before the run;  o = scale ([c Q, f Q] X + (Q K^T G) U)  and
 X' = ([c_C, f_C; 0, e_C] X) + [G_C K, D^e_C K]^T U.
 """
 
@@ -54,22 +55,38 @@ def scan_two_states(plain: Recurrence, run: int, first: Parts, steep: Run) -> tu
 
 
 class _Gates(NamedTuple):
-    """Write gates [chunks, h, C, 1], the factors of both decays, and which chunks are too steep."""
+    """Of all chunks: write gates [chunks, h, C, 1], which chunks are too steep, and the decays."""
 
     write: Tensor | None
-    decay: Factors
-    momentum: Factors | None
     steep: list[bool]
+    decays: _Decays
 
 
 class _Decays(NamedTuple):
-    """G [chunks, h, C, C] and its last row; D^e_C; c and f [chunks, h, C]; (c_C, f_C; 0, e_C)."""
+    """Of chunks: D^a and D^e; D^e_C; c and f [chunks, h, C]; both of the token before; (c_C, f_C; 0, e_C)."""
 
-    between: Tensor
+    memory: _Pair
+    momentum: _Pair | None
     until: Tensor
     since: Tensor
     of_momentum: Tensor
+    before: Tensor
+    of_momentum_before: Tensor
     kept: Tensor
+
+    def part(self, chunks: slice) -> _Decays:
+        momentum = None if self.momentum is None else self.momentum.part(chunks)
+        return _Decays(self.memory.part(chunks), momentum, *(x[chunks] for x in self[2:]))
+
+
+class _Pair(NamedTuple):
+    """exp(G - m) and exp(m - G) [chunks, h, C, 1], whose products are the decays between tokens."""
+
+    near: Tensor
+    far: Tensor
+
+    def part(self, chunks: slice) -> _Pair:
+        return _Pair(self.near[chunks], self.far[chunks])
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ class _Sequence:
         if part.log_momentum is not None:
             momentum, too = factors_of_tokens(part.log_momentum, length, dtype, self.size)
             steep = [a or b for a, b in zip(steep, too, strict=True)]
-        return _Gates(gate, decay, momentum, steep)
+        return _Gates(gate, steep, _decays(decay, momentum, length % self.size))
 
     def _segment(self, rows: slice, gates: _Gates) -> None:
         """Writes o of the tokens in `rows` and brings the state behind them."""
@@ -137,37 +154,37 @@ class _Sequence:
         length, (heads, value_dim) = rows.stop - rows.start, part.v.shape[1:]
         buffers = self._buffers(length)
         gate = None if gates.write is None else gates.write[chunks]
-        at = _decays(gates, chunks, length, buffers, size)
+        at = gates.decays.part(chunks)
+        between = _between(at, buffers, size)
         q, k = (of_value_heads(x[rows], heads) for x in (part.q, part.k))
         dim = k.shape[-1]
         k = buffers.filled("k", k)
         gated = k if gate is None else torch.mul(k, gate, out=buffers.take("gated", size, dim))
         u = values = buffers.filled("v", part.v[rows], gate)
-        reader = gated
+        reader, solve = gated, None
         if self.run == 1:
             lower = buffers.take("pairs", size, size)
             buffers.product(buffers.flat(gated), buffers.turned(k), lower)
-            lower[..., 1:, :] *= at.between[..., :-1, :]
-            solve = buffers.flat(buffers.inverse(lower))
-            wide = _side_by_side(gated, _shifted(at.since, 1.0), _shifted(at.of_momentum, 0.0),
-                                 buffers.take("wide", size, 2 * dim))  # fmt: skip
-            reader, u = buffers.take("reader", size, 2 * dim), buffers.take("u", size, value_dim)
-            buffers.product(solve, buffers.flat(wide), reader)
-            buffers.product(solve, buffers.flat(values), u)
-        keys = _side_by_side(
-            k, at.between[..., -1, :], at.until, buffers.take("keys", size, 2 * dim)
-        )
+            lower[..., 1:, :] *= between[..., :-1, :]
+            solve = buffers.inverse(lower)
+            wide = buffers.take("wide", size, 2 * dim)
+            reader = _side_by_side(gated, at.before, at.of_momentum_before, wide)
+            u = buffers.take("u", size, value_dim)
+        keys = _side_by_side(k, between[..., -1, :], at.until, buffers.take("keys", size, 2 * dim))
         states = buffers.take("states", 2 * dim, value_dim, more=1)
         states[0, :, :dim], states[0, :, dim:] = self.state[0][0], self.state[1][0]
-        _walk(states, u, reader, keys, at.kept, buffers)
+        _walk(states, values, reader, solve, u, keys, at.kept, buffers)
         q = buffers.filled("q", q)
         pairs = buffers.take("pairs", size, size)
-        buffers.product(buffers.flat(q), buffers.turned(k), pairs).mul_(at.between)
+        buffers.product(buffers.flat(q), buffers.turned(k), pairs).mul_(between)
         reads = _side_by_side(q, at.since, at.of_momentum, buffers.take("wide", size, 2 * dim))
         found = buffers.take("v" if self.run == 1 else "reader", size, value_dim)
-        buffers.product(buffers.flat(reads), states[:-1].flatten(0, 1), found)
-        buffers.flat(found).baddbmm_(buffers.flat(pairs), buffers.flat(u))
-        buffers.empty_into(self.o[rows], found, part.scale)
+        flat, factor = buffers.flat(found), part.scale
+        torch.baddbmm(
+            flat, buffers.flat(reads), states[:-1].flatten(0, 1), beta=0, alpha=factor, out=flat
+        )
+        flat.baddbmm_(buffers.flat(pairs), buffers.flat(u), alpha=factor)
+        buffers.empty_into(self.o[rows], found)
         self.state[0][0], self.state[1][0] = states[-1, :, :dim], states[-1, :, dim:]
         if self.run > 1:
             place = length % size
@@ -180,30 +197,64 @@ class _Sequence:
             own.copy_(new)
 
 
-def _decays(gates: _Gates, chunks: slice, length: int, buffers: Buffers, size: int) -> _Decays:
-    adding, rest = gates.decay.part(chunks), length % size
-    far, since = adding.far, (adding.near * adding.first()).squeeze(-1)
-    last = rest - 1
+def _decays(decay: Factors, momentum: Factors | None, rest: int) -> _Decays:
+    """Of all chunks; `rest`: tokens of the last one, if that is not whole."""
+    since = (decay.near * decay.first).squeeze(-1)
+    far = decay.far
     if rest:
         # The memory must not run on behind the last token.
         far = far.clone()
         far[-1, :, rest:] = 0
-    adds = torch.mul(adding.near, far.mT, out=buffers.take("adds", size, size)).tril_()
-    if gates.momentum is None:
+    memory = _Pair(decay.near, far)
+    if momentum is None:
+        own, of_momentum = None, torch.zeros_like(since)
         until, lasting = torch.zeros_like(since), torch.zeros_like(since[..., -1])
         until[..., -1] = 1
         if rest:
             until[-1, :, -1] = 0
-            until[-1, :, last] = 1
-        return _Decays(adds, until, since, torch.zeros_like(since), _kept(since, lasting, lasting))
-    own = gates.momentum.part(chunks)
-    spread = torch.mul(own.near, own.far.mT, out=buffers.take("spread", size, size)).tril_()
-    between = buffers.take("between", size, size)
-    buffers.product(buffers.flat(adds), buffers.flat(spread), between)
-    since_momentum = (own.near * own.first()).squeeze(-1)
-    of_momentum = between[..., 0] * since_momentum[..., :1]
-    kept = _kept(since, of_momentum[..., -1], since_momentum[..., -1])
-    return _Decays(between, spread[..., -1, :], since, of_momentum, kept)
+            until[-1, :, rest - 1] = 1
+    else:
+        own = _Pair(momentum.near, momentum.far)
+        since_momentum = (momentum.near * momentum.first).squeeze(-1)
+        sums = (far * own.near).squeeze(-1).cumsum(-1) * decay.near.squeeze(-1)
+        of_momentum = sums * own.far[:, :, 0] * since_momentum[..., :1]
+        until, lasting = (own.near[..., -1:, :] * own.far).squeeze(-1), since_momentum[..., -1]
+    kept = _kept(since, of_momentum[..., -1], lasting)
+    before, of_momentum_before = _shifted(since, 1.0), _shifted(of_momentum, 0.0)
+    return _Decays(memory, own, until, since, of_momentum, before, of_momentum_before, kept)
+
+
+def _between(at: _Decays, buffers: Buffers, size: int) -> Tensor:
+    """G = D^a D^e [chunks, h, C, C].
+
+    A product where one half of the tokens meets itself; from a token j of the first half to a token i of
+    the second G_ij = exp(a_i - e_j) sum_l exp(e_l - a_l), the sums of l from j and up to i.
+    """
+    (near, far), between = at.memory, buffers.take("between", size, size)
+    if at.momentum is None:
+        return torch.mul(near, far.mT, out=between).tril_()
+    own = at.momentum
+    parts = 2 if size % 2 == 0 else 1
+    half = size // parts
+    adds, spread, products = (
+        buffers.take(name, parts, half, half) for name in ("adds", "spread", "products")
+    )
+    for found, pair in ((adds, at.memory), (spread, own)):
+        i, j = (x.unflatten(2, (parts, half)) for x in pair)
+        torch.mul(i, j.mT, out=found).tril_()
+    torch.bmm(*(x.view(-1, half, half) for x in (adds, spread)), out=products.view(-1, half, half))
+    if parts == 1:
+        return products.squeeze(2)
+    between[..., :half, :half] = products[:, :, 0]
+    between[..., half:, half:] = products[:, :, 1]
+    between[..., :half, half:] = 0
+    weights = (far * own.near).squeeze(-1)
+    before = weights[..., :half].flip(-1).cumsum(-1).flip(-1)
+    behind = weights[..., half:].cumsum(-1)
+    below = between[..., half:, :half]
+    torch.add(behind[..., None], before[..., None, :], out=below)
+    below.mul_(near[:, :, half:]).mul_(own.far[:, :, :half].mT)
+    return between
 
 
 def _kept(since: Tensor, of_momentum: Tensor, lasting: Tensor) -> Tensor:
@@ -214,19 +265,27 @@ def _kept(since: Tensor, of_momentum: Tensor, lasting: Tensor) -> Tensor:
 
 
 def _walk(
-    states: Tensor, u: Tensor, reader: Tensor, keys: Tensor, kept: Tensor, buffers: Buffers
-) -> None:
-    """Fills the states [chunks + 1, h, 2 Dk, Dv] and makes `u` what is written."""
-    before, *behind = buffers.steps(states)
-    rows = reader.shape[-1]
-    parts = (
-        buffers.steps(u), buffers.steps(reader), buffers.turned_steps(keys), kept.unbind(), behind
+    states: Tensor, values: Tensor, reader: Tensor, solve: Tensor | None, u: Tensor, keys: Tensor,
+    kept: Tensor, buffers: Buffers,
+) -> None:  # fmt: skip
+    """Fills the states [chunks + 1, h, 2 Dk, Dv] and `u`, which is `values` where nothing is solved."""
+    read = states[:-1, :, : reader.shape[-1]].unbind()
+    pairs = states.unflatten(2, (2, -1)).flatten(3).unbind()
+    solves = (None,) * len(values) if solve is None else buffers.steps(solve)
+    before = pairs[0]
+    steps = (
+        *map(buffers.steps, (values, u, reader)), solves, buffers.turned_steps(keys), kept.unbind(), read,
+        pairs[1:], buffers.steps(states)[1:],
     )  # fmt: skip
-    for own, reads, writes, factors, state in zip(*parts, strict=True):
-        own.baddbmm_(reads, before[:, :rows], alpha=-1)
-        torch.bmm(factors, before.view(len(before), 2, -1), out=state.view(len(state), 2, -1))
-        state.baddbmm_(writes, own)
-        before = state
+    for own, rows, reads, solved, writes, factors, memory, behind, state in zip(
+        *steps, strict=True
+    ):
+        own.baddbmm_(reads, memory, alpha=-1)
+        if solved is not None:
+            torch.bmm(solved, own, out=rows)
+        torch.bmm(factors, before, out=behind)
+        state.baddbmm_(writes, rows)
+        before = behind
 
 
 def _side_by_side(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:

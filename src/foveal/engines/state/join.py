@@ -12,6 +12,18 @@ import triton.language as tl
 from foveal.engines.state.tiles import load_part, load_state, store_part, store_state
 
 
+@triton.jit
+def mapped(
+    p_map, s, first,
+    DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P s + R, of a map [R, P] and of columns from `first` on; R is 0 behind the first DV of them."""
+    step = load_part(p_map + DV, 0, DK, DK, DV + DK, ROWS, ROWS)
+    added = load_part(p_map, first, DK, DV, DV + DK, ROWS, TILE)
+    return tl.dot(step, s, added, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=["count", "each", "heads"])
 def state_compose_forward(
     p_maps, p_prefix, count, each, heads,
@@ -32,9 +44,7 @@ def state_compose_forward(
         place = tl.cast(piece, tl.int64) * heads + h
         store_part(p_prefix + place * (DK * WIDE), x, first, DK, WIDE, WIDE, ROWS, TILE)
         ahead = tl.cast(tl.minimum(piece + 1, end - 1), tl.int64) * heads + h
-        step = load_part(p_maps + ahead * (DK * WIDE) + DV, 0, DK, DK, WIDE, ROWS, ROWS)
-        added = load_part(p_maps + ahead * (DK * WIDE), first, DK, DV, WIDE, ROWS, TILE)
-        x = tl.dot(step, x, added, input_precision=PRECISION)
+        x = mapped(p_maps + ahead * (DK * WIDE), x, first, DK, DV, ROWS, TILE, PRECISION)
 
 
 @triton.jit(do_not_specialize=["count", "each", "heads"])
@@ -57,10 +67,8 @@ def state_groups_forward(
         start = tl.cast(group, tl.int64) * heads + h
         store_state(p_starts + start * (DK * DV), s, first, DK, DV, ROWS, TILE)
         last = tl.minimum((group + 1) * each, count) - 1
-        place = (tl.cast(last, tl.int64) * heads + h) * (DK * WIDE)
-        step = load_part(p_prefix + place + DV, 0, DK, DK, WIDE, ROWS, ROWS)
-        added = load_part(p_prefix + place, first, DK, DV, WIDE, ROWS, TILE)
-        s = tl.dot(step, s, added, input_precision=PRECISION)
+        place = tl.cast(last, tl.int64) * heads + h
+        s = mapped(p_prefix + place * (DK * WIDE), s, first, DK, DV, ROWS, TILE, PRECISION)
     store_state(p_last + h * (DK * DV), s, first, DK, DV, ROWS, TILE)
 
 
@@ -80,9 +88,7 @@ def state_apply_forward(
     start = tl.cast(piece // each, tl.int64) * heads + h
     s = load_state(p_starts + start * (DK * DV), first, DK, DV, ROWS, TILE).to(tl.float32)
     if piece % each > 0:
-        place = (tl.cast(piece - 1, tl.int64) * heads + h) * (DK * WIDE)
-        step = load_part(p_prefix + place + DV, 0, DK, DK, WIDE, ROWS, ROWS)
-        added = load_part(p_prefix + place, first, DK, DV, WIDE, ROWS, TILE)
-        s = tl.dot(step, s, added, input_precision=PRECISION)
+        place = tl.cast(piece - 1, tl.int64) * heads + h
+        s = mapped(p_prefix + place * (DK * WIDE), s, first, DK, DV, ROWS, TILE, PRECISION)
     own = tl.cast(piece, tl.int64) * heads + h
     store_state(p_found + own * (DK * DV), s, first, DK, DV, ROWS, TILE)

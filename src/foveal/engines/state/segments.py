@@ -24,8 +24,6 @@ REACH = 16.0
 """Decay of a chunk, in its logarithm, that one factor may undo: it costs 3 of float32's 24 bits."""
 FEW = 4
 """Chunks that are not divided further to keep those that decay too steeply apart."""
-_LAPACK = 16
-"""Rows of a matrix that LAPACK inverts: from 32 on its threads meet for each of them, which takes longer."""
 _SEGMENT = 2**18
 """Elements of the keys that are worked on at a time."""
 
@@ -50,28 +48,29 @@ def chunks_of(rows: slice, size: int = CHUNK) -> slice:
 
 
 class Factors(NamedTuple):
-    """exp(G - m) and exp(m - G) [chunks, h, C, 1 or Dk], and m and G_C - m [chunks, h, 1 or Dk].
-
-    The last two may be in float64: a fixed decay has the same rounding in every chunk.
-    """
+    """exp(G - m) and exp(m - G) [chunks, h, C, 1 or Dk], and of each chunk [chunks, h, 1 or Dk, 1] exp(m),
+    exp(G_C - m) and exp(G_C - m + m'), m' of the next chunk."""
 
     near: Tensor
     far: Tensor
-    middle: Tensor
-    after: Tensor
+    first: Tensor
+    last: Tensor
+    joined: Tensor
 
     def part(self, chunks: slice) -> Factors:
         return Factors(*(x[chunks] for x in self))
 
-    def first(self) -> Tensor:
-        """exp(m) [chunks, h, 1 or Dk, 1]"""
-        return self.middle.exp().to(self.near.dtype).unsqueeze(-1)
-
     def ratio(self) -> Tensor:
-        """What each chunk multiplies the state by [chunks, h, 1 or Dk, 1], with m' = 0 behind the last."""
-        found = self.after.clone()
-        found[:-1] += self.middle[1:]
-        return found.exp_().to(self.near.dtype).unsqueeze(-1)
+        """What each chunk multiplies the state by, with m' = 0 behind the last."""
+        return torch.cat([self.joined[:-1], self.last[-1:]])
+
+
+def _factors(near: Tensor, far: Tensor, middle: Tensor, after: Tensor) -> Factors:
+    """Of m and G_C - m [chunks, h, 1 or Dk]; float64 where a fixed decay has the same rounding everywhere."""
+    joined = after.clone()
+    joined[:-1] += middle[1:]
+    of_chunks = (x.exp().to(near.dtype).unsqueeze(-1) for x in (middle, after, joined))
+    return Factors(near, far, *of_chunks)
 
 
 def factors_of_tokens(
@@ -86,21 +85,19 @@ def factors_of_tokens(
     middle = sums[..., size // 2, None]
     near = (sums - middle).exp_()[..., None]
     far = near.reciprocal().to(dtype)
-    return Factors(near.to(dtype), far, middle, sums[..., -1:] - middle), steep.tolist()
+    return _factors(near.to(dtype), far, middle, sums[..., -1:] - middle), steep.tolist()
 
 
 def factors_of_channels(log_decay: Tensor, buffers: Buffers) -> Factors | None:
     """The factors of log_decay [L, h, Dk]; None where it is too steep."""
     gates = buffers.filled("far", log_decay)
-    sums = buffers.take("near", *gates.shape[2:])
-    flat = buffers.flat(gates)
-    buffers.product(lower_ones(CHUNK, gates.dtype).expand(len(flat), -1, -1), flat, sums)
+    sums = torch.cumsum(gates, dim=2, out=buffers.take("near", *gates.shape[2:]))
     least, most = torch.aminmax(sums)
     if not (float(least) >= -REACH and float(most) <= REACH):
         return None
     middle, whole = sums[:, :, CHUNK // 2].clone(), sums[:, :, -1].clone()
     near = sums.sub_(middle.unsqueeze(2)).exp_()
-    return Factors(near, torch.reciprocal(near, out=gates), middle, whole.sub_(middle))
+    return _factors(near, torch.reciprocal(near, out=gates), middle, whole.sub_(middle))
 
 
 def numbers(x: Tensor, dtype: torch.dtype, size: int = CHUNK) -> Tensor:
@@ -168,50 +165,52 @@ class Buffers:
         return out
 
     def inverse(self, lower: Tensor) -> Tensor:
-        """(I + A)^-1 [chunks, h, C, C], A what `lower` has below the diagonal, C a power of two.
+        """(I + A)^-1 [chunks, h, CHUNK, CHUNK], A what `lower` has below the diagonal.
 
         LAPACK takes one matrix after the other, products all at once: it is left with small corners.
         """
-        at: _Quarters = self._seen("quarters", lower, self._quarters)
+        at: _Corners = self._seen("corners", lower, self._corners)
         at.corners.copy_(at.given)
-        if at.ones is None:
-            self.inverse(at.halves)
-        else:
-            torch.linalg.solve_triangular(
-                at.corners.mT,
-                at.ones.mT,
-                upper=True,
-                left=False,
-                unitriangular=True,
-                out=at.solved.mT,
-            )
-        torch.bmm(at.last, at.below, out=at.first_product)
-        torch.bmm(at.first_product, at.first, out=at.second_product)
-        at.found_diagonal.copy_(at.solved)
-        at.found_above.zero_()
-        torch.neg(at.second_product, out=at.found_below)
+        torch.linalg.solve_triangular(
+            at.corners.mT, at.ones.mT, upper=True, left=False, unitriangular=True, out=at.solved.mT
+        )
+        at.below.copy_(at.given_below)
+        at.found.zero_()
+        at.found_corners.copy_(at.solved)
+        for join in at.joins:
+            torch.bmm(join.last, join.below, out=join.product)
+            torch.bmm(join.product, join.first, out=join.other_product)
+            torch.neg(join.found_product, out=join.found)
         return at.found
 
-    def _quarters(self, lower: Tensor) -> _Quarters:
-        half = lower.shape[-1] // 2
-        each = lower.shape[1] // self._heads
-        given = lower.flatten(0, 1).view(-1, 2, half, 2, half)
-        halves = self.take(f"corners {half}", 2 * each, half, half).flatten(1, 2)
-        corners = halves.view(-1, 2, half, half)
-        if half > _LAPACK:
-            smaller: _Quarters = self._seen("quarters", halves, self._quarters)
-            ones, solved = None, smaller.found.view(corners.shape)
-        else:
-            ones = torch.eye(half, dtype=lower.dtype).expand_as(corners)
-            solved = self.take("solved", 2 * each, half, half).view(corners.shape)
-        products = corners.view(2, -1, half, half)
-        found = self.take(f"inverse {half}", each, 2, half, 2, half)
-        parts = found.view(-1, 2, half, 2, half)
-        return _Quarters(
-            _diagonal(given), given[:, 1, :, 0], halves, corners, ones, solved, solved[:, 0], solved[:, 1],
-            products[0], products[1], _diagonal(parts), parts[:, 0, :, 1], parts[:, 1, :, 0],
-            found.view(lower.shape),
+    def _corners(self, lower: Tensor) -> _Corners:
+        corner, half = CHUNK // 4, CHUNK // 2
+        flat = lower.flatten(0, 1)
+        found = self.take("inverse", CHUNK, CHUNK)
+        flat_found = found.flatten(0, 1)
+        corners, solved = (
+            self.take(name, 4, corner, corner).flatten(0, 1) for name in ("corners", "solved")
+        )
+        ones = torch.eye(corner, dtype=lower.dtype).expand_as(corners)
+        below = self.take("below", 2, corner, corner).flatten(0, 1)
+        first, last = solved.view(-1, 2, corner, corner).unbind(1)
+        in_quarters = _diagonal(flat_found, half)[:, :, corner:, :corner]
+        joins = (
+            self._join(first, below.flatten(0, 1), last, in_quarters),
+            self._join(
+                flat_found[:, :half, :half], flat[:, half:, :half], flat_found[:, half:, half:],
+                flat_found[:, half:, :half],
+            ),
         )  # fmt: skip
+        return _Corners(
+            _diagonal(flat, corner), corners, ones, solved, _diagonal(flat, half)[:, :, corner:, :corner],
+            below, found, _diagonal(flat_found, corner), joins,
+        )  # fmt: skip
+
+    def _join(self, first: Tensor, below: Tensor, last: Tensor, found: Tensor) -> _Join:
+        each, size = len(below) // (self.chunks * self._heads), below.shape[-1]
+        product, other = self.take(f"products {size}", 2 * each, size, size).view(2, -1, size, size)
+        return _Join(first, below, last, product, other, other.view(found.shape), found)
 
     def filled(self, name: str, x: Tensor, factor: Tensor | None = None) -> Tensor:
         """[chunks, h, C, D] of x [L, h, D], times a factor of chunks."""
@@ -227,11 +226,13 @@ class Buffers:
             found[self._whole, :, self._rest :] = 0
         return found
 
-    def empty_into(self, x: Tensor, found: Tensor, factor: Tensor | float) -> None:
-        """Writes chunks [chunks, h, C, D] times a factor to tokens [L, h, D]."""
+    def empty_into(self, x: Tensor, found: Tensor, factor: Tensor | None = None) -> None:
+        """Writes chunks [chunks, h, C, D], times a factor of chunks, to tokens [L, h, D]."""
         for own, tokens in self._halves(found, x):
-            own_factor = self._like(own, factor) if isinstance(factor, Tensor) else factor
-            torch.mul(own, own_factor, out=tokens)
+            if factor is None:
+                tokens.copy_(own)
+            else:
+                torch.mul(own, self._like(own, factor), out=tokens)
 
     def _halves(self, chunks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Views of the same tokens in chunks [n, h, C, D] and in x [L, h, D]: whole chunks, and the last."""
@@ -251,31 +252,37 @@ class Buffers:
         return factor[: self._whole] if whole else factor[self._whole :, :, : self._rest]
 
 
-class _Quarters(NamedTuple):
-    """Views for `Buffers.inverse`; of matrices [n, C, C] in quarters [n, 2, C / 2, 2, C / 2].
+class _Join(NamedTuple):
+    """Views for `Buffers.inverse`: -(last below first) goes to `found`."""
 
-    ones: of LAPACK, where it inverts the corners.
-    """
-
-    given: Tensor
-    below: Tensor
-    halves: Tensor
-    corners: Tensor
-    ones: Tensor | None
-    solved: Tensor
     first: Tensor
+    below: Tensor
     last: Tensor
-    first_product: Tensor
-    second_product: Tensor
-    found_diagonal: Tensor
-    found_above: Tensor
-    found_below: Tensor
+    product: Tensor
+    other_product: Tensor
+    found_product: Tensor
     found: Tensor
 
 
-def _diagonal(quarters: Tensor) -> Tensor:
-    """The quarters on the diagonal, [n, 2, C / 2, C / 2]."""
-    return quarters.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+class _Corners(NamedTuple):
+    """Views for `Buffers.inverse`: the four corners on the diagonal of each matrix [n, 4, C / 4, C / 4],
+    what lies below them [n, 2, C / 4, C / 4], and how corners are joined, then halves."""
+
+    given: Tensor
+    corners: Tensor
+    ones: Tensor
+    solved: Tensor
+    given_below: Tensor
+    below: Tensor
+    found: Tensor
+    found_corners: Tensor
+    joins: tuple[_Join, _Join]
+
+
+def _diagonal(x: Tensor, size: int) -> Tensor:
+    """The parts on the diagonal of x [n, C, C], [n, C / size, size, size]."""
+    parts: Tensor = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return parts.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 @kept(8)

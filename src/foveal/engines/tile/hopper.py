@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal._problem import Problem
 from foveal.engines.tile import triton
+from foveal.engines.tile.compiling import start_triton
 from foveal.engines.tile.lists import WalkLists, walk_lists
 from foveal.engines.tile.parts import Task
 from foveal.patterns.base import Extent, Pattern
@@ -129,6 +130,7 @@ LSE_UNIT = 1.0
 
 def forward(task: Task, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse [N, Hq, Lq] of q [N, Lq, Hq, D], k and v [N, Lk, Hkv, D]."""
+    start_triton()
     from foveal.engines.tile.hopper_forward import launch_forward
 
     pattern, lists = task.pattern, None

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from foveal.engines.tile.hopper_compat import load_box
+from foveal.engines.tile.hopper_compat import load_box, traced
 
 
 @gluon.jit
@@ -34,6 +34,7 @@ def numbered(WHICH: gl.constexpr, consumer: gl.constexpr, arguments):
 @gluon.jit
 def alone(producer: gl.constexpr, arguments):
     producer(*arguments)
+    traced()
 
 
 @gluon.jit

@@ -87,7 +87,7 @@ def takes_gates(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> bool:
         return False
     from foveal.engines.tile import token_attend
 
-    return token_attend.has_tiles(q, k, v, lists)
+    return token_attend.takes_gates(q, k, v, lists)
 
 
 def attend_gated(

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from foveal._capture import capturing
 from foveal._recent import Recent
-from foveal.engines.tile.compiling import Call, compile_side_by_side
+from foveal.engines.tile.compiling import Call, await_triton, compile_side_by_side
 
 Results = tuple[Tensor | None, ...]
 Pointers = Sequence[int]
@@ -41,6 +42,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """kernel[grid](*arguments, **options), by a recording of this thread if there is one."""
     recorder: _Recorder | None = getattr(_recording, "recorder", None)
     if recorder is None:
+        await_triton()
         kernel[grid](*arguments, **options)
     else:
         recorder.launch(kernel, grid, arguments, options)
@@ -193,7 +195,7 @@ class _Recorder(TorchDispatchMode):
     """Watches a call: where its tensors come from, and what it launches.
 
     Sound as long as the call only allocates, views and launches.  Launches wait until something is
-    computed or the call ends: the kernels of those that wait are compiled side by side.
+    computed on the device or the call ends: the kernels of those that wait are compiled side by side.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -227,7 +229,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in _ALLOCATIONS and not _only_looks(func):
+        if func not in _ALLOCATIONS and not _only_looks(func) and not self._apart(args, kwargs):
             self._start()
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
@@ -241,6 +243,13 @@ class _Recorder(TorchDispatchMode):
         else:
             self._sound = False
         return out
+
+    def _apart(self, *given: Any) -> bool:
+        """Whether an operation on these arguments only meets memory that the kernels do not: the host's."""
+        if self._bases[0].device.type == "cpu":
+            return False
+        places = (x.device if isinstance(x, Tensor) else x for x in tree_leaves(given))
+        return all(x.type == "cpu" for x in places if isinstance(x, torch.device))
 
     def _is_view(self, func: Any, out: Any, args: tuple[Any, ...]) -> bool:
         if func._schema.is_mutable or not isinstance(out, Tensor) or not args:

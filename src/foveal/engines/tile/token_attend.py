@@ -132,10 +132,22 @@ def forward(
 def forward_gated(
     q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, gated: Gated
 ) -> Tensor:
-    """gates[..., 1] times o of `forward` plus gates 0 and 2 times the others, where it `has_tiles`."""
+    """gates[..., 1] times o of `forward` plus gates 0 and 2 times the others, where it `takes_gates`."""
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    _forward_by_tile((q, k, v), lists, scale, _sizes(q, k, v, lists), o, None, gated)
+    size = _sizes(q, k, v, lists)
+    if has_tiles(q, k, v, lists):
+        _forward_by_tile((q, k, v), lists, scale, size, o, None, gated)
+        return o
+    for at in _rounds(q, lists, size, size.value_dim, _PART_BYTES):
+        q_own, k_own, v_own = at.cut(q, k, v)
+        results = at.cut_output(o), None, at.cut_gated(gated)
+        _forward_by_key(q_own, k_own, v_own, at.lists(lists), scale, size, *results)
     return o
+
+
+def takes_gates(q: Tensor, k: Tensor, v: Tensor, lists: TokenLists) -> bool:
+    """Whether a pass that leaves the output applies gates to it: not for groups walked token by token."""
+    return has_tiles(q, k, v, lists) or q.shape[2] // k.shape[2] < _BY_TOKEN_GROUP
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,15 @@ class _Round:
         return q[self.batch, :, self._queries], *(x[self.batch, :, self.heads] for x in keys)
 
     def cut_results(self, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        return o[self.batch, :, self._queries], lse[self.batch, self._queries]
+        return self.cut_output(o), lse[self.batch, self._queries]
+
+    def cut_output(self, o: Tensor) -> Tensor:
+        return o[self.batch, :, self._queries]
+
+    def cut_gated(self, gated: Gated) -> Gated:
+        heads = gated.others[0].shape[2]
+        gates = gated.gates.expand(-1, -1, heads, -1)
+        return Gated(self.cut_output(gates), tuple(self.cut_output(x) for x in gated.others))
 
     def lists(self, lists: TokenLists) -> TokenLists:
         return replace(lists, indices=lists.indices[self.batch, self.heads].contiguous())
@@ -188,7 +208,8 @@ def _chunk(q: Tensor, size: Sizes, most: int) -> int:
 
 
 def _forward_by_key(
-    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, size: Sizes, o: Tensor, lse: Tensor
+    q: Tensor, k: Tensor, v: Tensor, lists: TokenLists, scale: float, size: Sizes, o: Tensor,
+    lse: Tensor | None, gated: Gated | None = None,
 ) -> None:  # fmt: skip
     B, heads, Lq, slots = lists.indices.shape
     near = _has_near(lists, size)
@@ -210,15 +231,28 @@ def _forward_by_key(
 
     Launch(token_attend_by_key, len(found.cell), arguments, options)()
     if near:
-        _sum_near((q, k, v, part, level, lists.indices, o, lse), lists, scale, size, slots)
+        tensors = (q, k, v, part, level, lists.indices, o, lse)
+        _sum_near(tensors, lists, scale, size, slots, gated)
         return
     every = B * heads * Lq * size.groups
-    arguments = (part, level, lists.indices, o, lse, o.stride()[:3], heads, size.groups, Lq, every)
+    gates, others, strides = _gate_arguments(gated)
+    arguments = (
+        part, level, lists.indices, o, lse, gates, others, o.stride()[:3], strides,
+        heads, size.groups, Lq, every,
+    )  # fmt: skip
     options = {
         "SLOTS": slots, "ROWS": 16, "DV": size.value_dim, "DV_PAD": padded(size.value_dim),
         "num_warps": 4,
     }  # fmt: skip
     Launch(token_attend_sum, -(-every // 16), arguments, options)()
+
+
+def _gate_arguments(
+    gated: Gated | None,
+) -> tuple[Tensor | None, tuple[Tensor, ...], tuple[int, ...]]:
+    if gated is None:
+        return None, (), (0, 0, 0)
+    return gated.gates, gated.others, gated.gates.stride()[:3]
 
 
 def _has_near(lists: TokenLists, size: Sizes) -> bool:
@@ -227,8 +261,9 @@ def _has_near(lists: TokenLists, size: Sizes) -> bool:
 
 
 def _sum_near(
-    tensors: tuple[Tensor, ...], lists: TokenLists, scale: float, size: Sizes, slots: int
-) -> None:
+    tensors: tuple[Any, ...], lists: TokenLists, scale: float, size: Sizes, slots: int,
+    gated: Gated | None = None,
+) -> None:  # fmt: skip
     """Sums the parts of every token, if it has slots for them, and computes what is near to it."""
     from foveal.engines.tile.token_kernels import token_attend_sum_near
 
@@ -239,8 +274,10 @@ def _sum_near(
     options = (_SUM_NEAR if slots else _NEAR).options(size, q.dtype)
     tokens = max(options.pop("ROWS") // size.group_pad, 1)
     tiles = -(-Lq // tokens)
+    gates, others, strides = _gate_arguments(gated)
     arguments: tuple[Any, ...] = (
-        *tensors, q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
+        *tensors, gates, others,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], strides,
         heads, size.groups, Lq, k.shape[1], tiles, lists.shift, scale, *lists.near,
     )  # fmt: skip
     options |= {

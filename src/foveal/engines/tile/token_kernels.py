@@ -101,11 +101,27 @@ def token_attend_by_key(
 
 
 @triton.jit
+def gated(acc, p_gate, others, offset, inside, DV: tl.constexpr, DV_PAD: tl.constexpr):
+    """acc times the gate at p_gate + 1, plus the others at `offset` times the gates at p_gate and + 2."""
+    acc = acc * tl.load(p_gate + 1, mask=inside, other=0.0).to(tl.float32)[:, None]
+    for i in tl.static_range(len(others)):
+        gate = tl.load(p_gate + 2 * i, mask=inside, other=0.0).to(tl.float32)
+        other = load_rows(others[i] + offset, inside, DV, DV_PAD, True)
+        acc += gate[:, None] * other.to(tl.float32)
+    return acc
+
+
+@triton.jit
 def token_attend_sum(
-    p_part, p_level, p_indices, p_o, p_lse, o_strides, heads, groups, Lq, rows,
+    p_part, p_level, p_indices, p_o, p_lse, p_gates, others, o_strides, gate_strides,
+    heads, groups, Lq, rows,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
-    """o and base-2 lse of rows (batch, key head, token, head of the group) from the parts of their lists."""
+    """o and base-2 lse of rows (batch, key head, token, head of the group) from the parts of their lists.
+
+    With p_gates [B, Lq, Hq, 3] o is that times gate 1, plus the `others`, which lie as o does, times gates
+    0 and 2; lse is not written where p_lse is None.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     g = row % groups
@@ -130,10 +146,14 @@ def token_attend_sum(
     line = row // groups // Lq
     n = line // heads
     head = line % heads * groups + g
-    p_rows = p_o + n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
-    store_rows(p_rows, acc, inside, DV, DV_PAD)
-    p_row = p_lse + (n * heads * groups + head) * Lq + token
-    tl.store(p_row, row_lse(largest, total), mask=inside)
+    offset = n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
+    if p_gates is not None:
+        p_gate = p_gates + n * gate_strides[0] + token * gate_strides[1] + head * gate_strides[2]
+        acc = gated(acc, p_gate, others, offset, inside, DV, DV_PAD)
+    store_rows(p_o + offset, acc, inside, DV, DV_PAD)
+    if p_lse is not None:
+        p_row = p_lse + (n * heads * groups + head) * Lq + token
+        tl.store(p_row, row_lse(largest, total), mask=inside)
 
 
 @triton.jit
@@ -160,7 +180,8 @@ def _near_blocks(
 
 @triton.jit
 def token_attend_sum_near(
-    p_q, p_k, p_v, p_part, p_level, p_indices, p_o, p_lse, q_strides, k_strides, v_strides, o_strides,
+    p_q, p_k, p_v, p_part, p_level, p_indices, p_o, p_lse, p_gates, others,
+    q_strides, k_strides, v_strides, o_strides, gate_strides,
     heads, groups, Lq, Lk, tiles, shift, scale, sinks, locals_,
     SLOTS: tl.constexpr, TOKENS: tl.constexpr, G_PAD: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
@@ -215,10 +236,15 @@ def token_attend_sum_near(
         total = total * factor + weight
         largest = top
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    p_rows = p_o + n * o_strides[0] + token.to(tl.int64) * o_strides[1] + head * o_strides[2]
-    store_rows(p_rows, acc, inside, DV, DV_PAD)
-    p_row = p_lse + (n * heads * groups + head) * Lq + token
-    tl.store(p_row, row_lse(largest, total), mask=inside)
+    token = token.to(tl.int64)
+    offset = n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
+    if p_gates is not None:
+        p_gate = p_gates + n * gate_strides[0] + token * gate_strides[1] + head * gate_strides[2]
+        acc = gated(acc, p_gate, others, offset, inside, DV, DV_PAD)
+    store_rows(p_o + offset, acc, inside, DV, DV_PAD)
+    if p_lse is not None:
+        p_row = p_lse + (n * heads * groups + head) * Lq + token
+        tl.store(p_row, row_lse(largest, total), mask=inside)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from foveal.engines.common.softmax import (
     visible_product,
 )
 from foveal.engines.common.tiles import load_rows, store_rows
+from foveal.engines.tile.token_kernels import gated
 
 
 @triton.jit
@@ -97,18 +98,6 @@ def _along(
 
 
 @triton.jit
-def _gated(acc, p_gates, others, at, inside, shared, width, DV: tl.constexpr):
-    """acc times gate 1 plus the others times gates 0 and 2, of the rows `at` of [B, Lq, Hq, DV]."""
-    p_gate = p_gates + at // shared * width
-    acc = acc * tl.load(p_gate + 1, mask=inside, other=0.0).to(tl.float32)[:, None]
-    for i in tl.static_range(len(others)):
-        gate = tl.load(p_gate + 2 * i, mask=inside, other=0.0).to(tl.float32)
-        other = load_rows(others[i] + at * DV, inside, DV, DV, True)
-        acc += gate[:, None] * other.to(tl.float32)
-    return acc
-
-
-@triton.jit
 def token_attend_by_tile(
     p_q, k_desc, v_desc, p_o, p_lse, p_flags, p_unions, starts, stops, p_gates, others,
     q_strides, heads, Lq, Lk, tiles, shift, scale, shared, width,
@@ -160,7 +149,7 @@ def token_attend_by_tile(
         tl.store(p_flags + tl.program_id(0), any_not_finite(acc).to(tl.int8))
     at = (n * Lq + token) * (heads * GROUPS) + head
     if p_gates is not None:
-        acc = _gated(acc, p_gates, others, at, inside, shared, width, DV)
+        acc = gated(acc, p_gates + at // shared * width, others, at * DV, inside, DV, DV)
     store_rows(p_o + at * DV, acc, inside, DV, DV)
     if p_lse is not None:
         p_row = p_lse + (n * heads * GROUPS + head) * Lq + token

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,11 +233,11 @@ def _write(found: Sequence[Tensor], outputs: Sequence[Tensor], device: torch.dev
         torch.cuda.synchronize(device)
 
 
-class _Program:
+class _Program(ABC):
     """What a judge can ask of a program: `call`, and for the one of a task also what to call it with."""
 
-    def call(self, tensors: list[Tensor], **call: Any) -> object:
-        raise NotImplementedError
+    @abstractmethod
+    def call(self, tensors: list[Tensor], **call: Any) -> object: ...
 
     def describe(self, seed: int) -> Message:
         raise RefusedError("it describes no task")

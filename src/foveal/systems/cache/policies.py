@@ -46,6 +46,8 @@ def newest(policy: Policy, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | Non
     """
     held, length = Held(), k.shape[1]
     need_square(q, k)
+    if not len(q):  # a cache holds at least one sequence
+        return attend(q[:, -1:], k, v, Dense())
     held.append(k, v)
     if policy.due(Counts(length, length, length)):
         keys, values, real, positions = held.everything()

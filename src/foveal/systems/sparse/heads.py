@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from foveal._arguments import finite, need_tensors, tensors_or_none
 from foveal._attend import attend
 from foveal._errors import DtypeError, OptionError, SelectionError, ShapeError, UnknownNameError
 from foveal.compose.merge import merge
@@ -40,6 +41,9 @@ class Mode:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UnknownNameError("kind of head", self.kind, KINDS)
+        for size in (self.first, self.second):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise SelectionError("sizes", (self.first, self.second), "whole numbers are needed")
         least = {"dense": (0, 0), "a_shape": (0, 1), "vertical_slash": (1, 1), "blocks": (1, 0)}
         low = least.get(self.kind, (2, 1))
         if self.first < low[0] or self.second < low[1]:
@@ -61,6 +65,8 @@ class Head:
     def __post_init__(self) -> None:
         if self.boundary not in ("none", "query", "both") or not self.modes:
             raise UnknownNameError("boundary", self.boundary, ("none", "query", "both"))
+        if not isinstance(self.modes, tuple) or any(not isinstance(m, Mode) for m in self.modes):
+            raise OptionError("modes", repr(self.modes), "a tuple of Mode is needed")
         if self.boundary == "none" and len(self.modes) != 1:
             raise SelectionError(
                 "modes", len(self.modes), 'one mode is needed with boundary "none"'
@@ -74,6 +80,10 @@ class Head:
     @classmethod
     def from_json(cls, entry: Sequence[Any]) -> Head:
         """The head that `as_json` wrote."""
+        fits = isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[1], Mapping)
+        if not fits or not isinstance(entry[1].get("modes"), Sequence):
+            needed = '[boundary, {"modes": [[kind, first, second], ...]}] is needed'
+            raise SelectionError("plan", entry, needed)
         return cls(entry[0], tuple(Mode(*mode) for mode in entry[1]["modes"]))
 
 
@@ -243,6 +253,8 @@ def find_comb(columns: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
     Shapes: columns [..., L], mass per key; both results int64 [...].  Ties go to the smaller stride.
     """
+    if most < 2:
+        raise SelectionError("most", most, "at least 2 is needed")
     share = columns / columns.sum(-1, keepdim=True).clamp(min=1e-30)
     gains, places = [], []
     for stride in range(2, most + 1):
@@ -261,6 +273,8 @@ def _comb(mode: Mode, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple
     strides, places = find_comb(p.sum(2), min(mode.first, max(k.shape[1], 2)))
     near = (visible - mode.second).clamp(min=0)
     o, lse = attend(q, k, v, Rows(near, visible), return_lse=True)
+    if not len(q):
+        return o, lse
     batches = []
     for n in range(q.shape[0]):
         found = []
@@ -303,8 +317,14 @@ def search_heads(
     candidate and to the plainer boundary.
     Shapes: as of `attend_planned`; candidates cost about the same.
     """
+    need_tensors(q=q, k=k, v=v)
+    tensors_or_none(kinds=kinds)
     if not candidates:
         raise SelectionError("candidates", 0, "at least 1 is needed")
+    if any(not isinstance(each, Mode) for each in candidates):
+        raise OptionError("candidates", repr(candidates), "Modes are needed")
+    if not finite(tolerance) or tolerance < 0:
+        raise OptionError("tolerance", tolerance, "a number of at least 0 is needed")
     heads = q.shape[2]
     with torch.no_grad():
         dense = attend(q, k, v, Causal())
