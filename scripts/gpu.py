@@ -6,7 +6,7 @@ python scripts/gpu.py tile --out DIR [--implementations hopper,triton] [--cases 
 python scripts/gpu.py fuzz --out DIR [--problems 1000] [--first 0] [--seconds 600] [--processes 16]
     random problems against float64, gradients included; goes on behind those that DIR holds, and
     writes DIR/fuzz.jsonl: how many agreed, per implementation and kind of problem
-python scripts/gpu.py first-calls --out DIR [--implementations triton] [--alone]
+python scripts/gpu.py first-calls --out DIR [--implementations triton] [--alone] [--cases "causal;grid"]
     seconds until the first result of shapes never seen, each in a process and a cache of its own;
     with --alone one process at a time
 python scripts/gpu.py locality --out DIR [--check-seconds 90] [--seconds 60]
@@ -83,8 +83,11 @@ def _first_calls(options: argparse.Namespace) -> int:
     import gpu_first
 
     write = _writer(options.out / "first-calls.jsonl")
-    names = options.implementations.split(",")
-    return max(gpu_first.run(options.out, write, name, options.alone) for name in names)
+    sequences = [name for name in options.cases.split(";") if name]
+    return max(
+        gpu_first.run(options.out, write, name, options.alone, sequences)
+        for name in options.implementations.split(",")
+    )
 
 
 def _locality(options: argparse.Namespace) -> int:
@@ -114,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--implementations", default="hopper,triton")
     parser.add_argument("--seconds", type=float, default=600.0, help="after which no case begins")
-    parser.add_argument("--cases", default="", help="tile: names joined by ; (default: all)")
+    parser.add_argument(
+        "--cases", default="", help="tile, first-calls: names joined by ; (default: all)"
+    )
     parser.add_argument("--samples", type=int, default=9, help="tile: of each pass")
     parser.add_argument("--problems", type=int, default=1000, help="fuzz: how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")

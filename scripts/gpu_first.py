@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,12 +48,20 @@ SEQUENCES: dict[str, list[Shape]] = {
 }
 
 
-def run(out: Path, write: Writer, implementation: str = "triton", alone: bool = False) -> int:
+def run(
+    out: Path,
+    write: Writer,
+    implementation: str = "triton",
+    alone: bool = False,
+    sequences: Sequence[str] = (),
+) -> int:
     """Each sequence of shapes in a process and a compiler cache of its own, side by side; then again.
 
     alone: one after the other, as processes that compile on one machine slow each other down.
+    sequences: their names; all if there are none.
     """
-    together = [[name] for name in SEQUENCES] if alone else [list(SEQUENCES)]
+    chosen = list(sequences or SEQUENCES)
+    together = [[name] for name in chosen] if alone else [chosen]
     with tempfile.TemporaryDirectory() as caches:
         for restarted in (False, True):
             for names in together:

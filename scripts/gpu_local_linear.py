@@ -221,7 +221,14 @@ def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
 def timings(seconds: float, write: Writer) -> None:
     """Forward and backward of solved, given r and softmax, causal, B1 H16."""
     end = time.monotonic() + seconds
-    for dim, length in ((128, 4096), (64, 4096), (128, 16384), (64, 16384), (128, 32768)):
+    for dim, length in (
+        (128, 4096),
+        (64, 4096),
+        (128, 16384),
+        (64, 16384),
+        (128, 32768),
+        (64, 32768),
+    ):
         if time.monotonic() > end:
             print(f"left out from D{dim} L{length} on: no time left", flush=True)
             return

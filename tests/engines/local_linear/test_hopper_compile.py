@@ -17,17 +17,17 @@ pytestmark = [
 ]
 LONG_LINE = (128, 1, 1)
 F = "*fp32"
-BEGUN = (F, F, "*bf16", F, F, "*i32", F, "i32", F, F, "fp32", "fp32")
-STEP = (F, F, "i32", F)
+STEPS = (F, F, "*bf16", F, F, "*i32", F, "i32", F, F, "fp32")
+BEGUN = (*STEPS, "fp32")
 SPACE = 227 << 10
 """Bytes of shared memory of a program."""
 
 
 def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """A kernel, its signature and its constants, as `hopper` launches it for causal attention."""
-    from foveal.engines.local_linear import hopper_given, hopper_pass
+    from foveal.engines.local_linear import hopper_given, hopper_pass, hopper_steps
 
-    wide = name in ("step", "output")
+    wide = name in ("steps", "output")
     columns = LONG_LINE if wide else LINE
     q, kv = box_type(LINE, 1, dim), box_type(columns, 1, dim)
     signature: dict[str, Any] = {"q_desc": q}
@@ -41,15 +41,18 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         made = hopper_given.local_linear_given
         signature |= {"r_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, **written}
         constants |= {"STAGES": 3, "DV": dim}
+    elif name == "steps":
+        made = hopper_steps.local_linear_steps
+        signature |= {"d_desc": q, "k_desc": kv, "p_lse": F, "p_mean": F, "state": STEPS}
+        signature |= {"most": "i32"}
+        constants |= {"STAGES": 4, "D": dim}
     else:
-        made = hopper_pass.local_linear_pass
-        solves = name == "step"
-        signature |= {"d_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, "p_mean": F}
-        signature |= {"state": STEP if solves else (F, "i32"), **written}
-        constants |= {"STAGES": 4 if solves else 2, "SOLVES": solves, "D": dim, "DV": dim}
-        if solves:
-            constants |= {"v_desc": None, "p_o": None}
-    signature |= {"p_bad": "*i32", "p_bounds": "*i32"} | dict.fromkeys(INTS, "i32")
+        made = hopper_pass.local_linear_values
+        signature |= {"r_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, "p_mean": F}
+        signature |= {"p_lost": F, **written}
+        constants |= {"STAGES": 2, "D": dim, "DV": dim}
+    marks = "p_marks" if name == "steps" else "p_bad"
+    signature |= {marks: "*i32", "p_bounds": "*i32"} | dict.fromkeys(INTS, "i32")
     signature["unit"] = "fp32"
     return made, signature, constants
 
@@ -58,10 +61,10 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     ("name", "dim", "stack"),
     [
         ("means", 64, 256),
-        ("step", 64, 256),
+        ("steps", 64, 256),
         ("output", 64, 256),
         ("given", 64, 256),
-        ("step", 128, 512),
+        ("steps", 128, 1024),
         ("output", 128, 256),
         ("given", 128, 256),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foveal.engines.common.early import gdc_launch_dependents, gdc_wait
 from foveal.engines.common.softmax import contained_product, row_lse, running_softmax
 from foveal.engines.common.tiles import (
     box_rows,
@@ -34,7 +35,7 @@ def _add_keys(s, k, rows, SPEC: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def local_linear_moments(
     p_q, p_mean, p_lse, p_mark, q_strides, mean_strides, q_lengths, keys, heads, groups, unit, route,
-    SPEC: tl.constexpr,
+    SPEC: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Mean key and base-2 lse of one tile of queries; NaN where a row sees a key that is not finite.
 
@@ -42,6 +43,9 @@ def local_linear_moments(
     Tensors [N, x, y, z, H, D] by strides (batch, x, y, z, head); mean and lse [N, heads, queries] float32.
     keys: (k, its strides, lengths of the key grid); route as SPEC.route reads it.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if p_mark is not None:  # noqa: SIM102
         if tl.load(p_mark) == 0:
             return
@@ -116,6 +120,7 @@ def _add_values(s, k, v, lse, r, shift, acc, SPEC: tl.constexpr, MASKED: tl.cons
 def local_linear_output(
     p_q, p_mean, p_lse, p_r, p_o, q_strides, mean_strides, r_strides, o_strides, q_lengths,
     keys, values, heads, groups, unit, largest, p_mark, p_lost, route, SPEC: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """o of one tile of queries; values: (v, its strides), the rest as of `local_linear_moments`.
 
@@ -127,6 +132,9 @@ def local_linear_output(
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
     ROWS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2]
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if p_mark is not None:  # noqa: SIM102
         if (tl.load(p_mark) == 0) & (tl.load(p_mark + 1) == 0):
             return

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from foveal._recent import Recent
-from foveal.engines.local_linear.advance import local_linear_advance, local_linear_prepare
+from foveal.engines.common.early import starts_early
 from foveal.engines.local_linear.forward import local_linear_moments, local_linear_output
 from foveal.engines.local_linear.hopper_given import local_linear_given
-from foveal.engines.local_linear.hopper_pass import local_linear_means, local_linear_pass
+from foveal.engines.local_linear.hopper_pass import local_linear_means, local_linear_values
+from foveal.engines.local_linear.hopper_steps import local_linear_steps
 from foveal.engines.local_linear.kernels import LONG, Reached, Rows, Solver, unit
 from foveal.engines.local_linear.launch import stage
+from foveal.engines.local_linear.prepare import local_linear_prepare
 from foveal.engines.local_linear.solve import local_linear_solve
 from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, programs
 from foveal.engines.tile.hopper_plan import Walk, forward_walk, queries_walk, shared_heads
@@ -27,11 +29,9 @@ from foveal.engines.tile.replay import Replay, Results, replayed
 from foveal.engines.tile.spec import padded
 
 _STEPS = 5
-"""Steps that are launched ahead; what they leave is solved by the kernel that loops."""
+"""Steps of tiles of 64 rows; what they leave is solved by the kernel that takes fewer rows together."""
 _LEAST_KEYS = 256
 """Fewer are not worth kernels of their own."""
-_ROWS = 16
-"""Rows that `advance` takes together."""
 
 
 def suits(task: Task, q: Tensor, v: Tensor) -> bool:
@@ -47,7 +47,7 @@ def forward(
     """o [N, Lq, H, Dv], and what the portable kernels would have found, of a task that `suits`."""
 
     def compute() -> Results:
-        call = _Call(task, solver, q, k, v, min(_STEPS, solver.max_iterations))
+        call = _Call(task, solver, q, k, v)
         for one in call.launches():
             one()
         reached = call.reached
@@ -77,31 +77,27 @@ def _repeated(
 class _Call:
     """The launches of a forward, and the memory between them."""
 
-    def __init__(
-        self, task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor, steps: int
-    ) -> None:
-        self.task, self.solver, self.steps = task, solver, steps
+    def __init__(self, task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.task, self.solver = task, solver
+        self._most = min(_STEPS, solver.max_iterations)
         self.q, self.k, self.v = q, k, v
         self.mean = q.new_empty(q.shape, dtype=torch.float32)
         self.lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-        self.x, self.residual, self.of_q, self.image = (
-            torch.empty_like(self.mean) for _ in range(4)
-        )
+        self.x, self.residual, self.of_q = (torch.empty_like(self.mean) for _ in range(3))
         self.direction = torch.empty_like(self.mean, dtype=q.dtype)
         self.reached = Reached(
             torch.empty_like(self.lse), torch.empty_like(self.lse, dtype=torch.int32)
         )
-        self.levels = self.lse.new_empty(7, *self.lse.shape)
+        self.levels = self.lse.new_empty(5, *self.lse.shape)
         self.noise, self.marks = noise_and_marks(q)
         self.o = q.new_empty(*q.shape[:3], v.shape[3])
 
     def launches(self) -> list[Launch]:
         """All of them, in their order."""
-        steps = [one for count in range(self.steps) for one in self.step(count + 1)]
         return [
             prepare(self.k, self.noise, self.marks),
             self.means(),
-            *steps,
+            self.steps(),
             *self.rest(),
             *self.output(),
         ]
@@ -115,29 +111,21 @@ class _Call:
             float(self.solver.tolerance), LONG,
         )  # fmt: skip
         middle = (self.lse, self.mean, state, self.marks)
-        options = {"D": self.q.shape[3]}
+        options = {"D": self.q.shape[3], **follows(self.q)}
         return _prepared(self.task, local_linear_means, walk, (self.q,), (self.k,), middle, options)
 
-    def step(self, count: int) -> list[Launch]:
-        """One step of all tiles that are not solved."""
-        q, D = self.q, self.q.shape[3]
+    def steps(self) -> Launch:
+        """Steps of every tile until it is solved."""
         walk = forward_walk(self.task.pattern, self.task.extent, 128)
         walk = dataclasses.replace(walk, stages=4)
-        pitch = self.levels.stride(0)
-        state = (self.image, self.levels, pitch, self.reached.ratio)
-        middle = (self.lse, self.mean, state, None, (), self.marks)
-        options = {"SOLVES": True, "D": D, "DV": D}
-        product = _prepared(
-            self.task, local_linear_pass, walk, (q, self.direction), (self.k, None), middle, options
-        )
-        arguments = (
-            q, self.image, self.mean, self.x, self.residual, self.direction, self.of_q,
-            self.reached.ratio, self.reached.count, self.levels, pitch, self.solver.ridge,
-            self.noise, self.marks, q.stride()[:3], q.shape[2], q.shape[1], LONG, count,
+        state = (
+            self.x, self.residual, self.direction, self.of_q, self.reached.ratio, self.reached.count,
+            self.levels, self.levels.stride(0), self.solver.ridge, self.noise, LONG,
         )  # fmt: skip
-        sizes = {"D": D, "PAD": padded(D), "ROWS": _ROWS, "num_warps": 4}
-        programs = len(q) * q.shape[2] * -(-q.shape[1] // _ROWS)
-        return [product, Launch(local_linear_advance, programs, arguments, sizes)]
+        middle = (self.lse, self.mean, state, self.marks)
+        rows, options = (self.q, self.direction), {"D": self.q.shape[3], **follows(self.q)}
+        made = _prepared(self.task, local_linear_steps, walk, rows, (self.k,), middle, options)
+        return dataclasses.replace(made, arguments=(*made.arguments, self._most))
 
     def rest(self) -> list[Launch]:
         """What is not solved yet, and all of it anew where a sum was not finite."""
@@ -149,16 +137,16 @@ class _Call:
             layout = chosen.layout
             keys = k, layout.k_strides(k), layout.k_grid
             mean = self.mean
-            begun = (self.levels, self.marks, self.steps, LONG, self.levels[6])
+            begun = (self.levels, self.marks, self._most, LONG, self.levels[4])
             arguments = (
                 q, mean, mean, self.lse, self.solver.ridge, self.noise, self.x, self.residual,
-                self.direction, self.reached.ratio, self.reached.count, (self.levels[6],) if again else begun,
+                self.direction, self.reached.ratio, self.reached.count, (self.levels[4],) if again else begun,
                 layout.q_strides(q), layout.q_strides(mean), layout.q_strides(mean), layout.q_grid,
                 keys, heads, groups, unit(task), float(self.solver.tolerance),
                 self.solver.max_iterations, layout.arguments,
             )  # fmt: skip
             options = {"ADJOINT": False, "AGAIN": again, "BEGUN": not again}
-            options |= chosen.options
+            options |= chosen.options | follows(q)
             launches.append(Launch(local_linear_solve, chosen.queries(q), arguments, options))
         return launches
 
@@ -167,14 +155,18 @@ class _Call:
         task, q, k, v, o = self.task, self.q, self.k, self.v, self.o
         walk = forward_walk(task.pattern, task.extent, 128)
         walk = dataclasses.replace(walk, stages=2 if max(q.shape[3], v.shape[3]) > 64 else 4)
-        options = {"SOLVES": False, "D": q.shape[3], "DV": v.shape[3]}
-        lost = (self.levels, self.levels.stride(0))
-        middle = (self.lse, self.mean, lost, o, o.stride()[:3], self.marks)
+        options = {"D": q.shape[3], "DV": v.shape[3], **follows(q)}
+        middle = (self.lse, self.mean, self.levels[4], o, o.stride()[:3], self.marks)
         fast = _prepared(
-            task, local_linear_pass, walk, (q, self.direction), (k, v), middle, options
+            task, local_linear_values, walk, (q, self.direction), (k, v), middle, options
         )
         rows = Rows(self.x, self.mean, self.lse)
-        return [fast, _output_again(task, q, k, v, rows, o, self.marks, LONG, self.levels[6])]
+        return [fast, _output_again(task, q, k, v, rows, o, self.marks, LONG, self.levels[4])]
+
+
+def follows(q: Tensor) -> dict[str, Any]:
+    """Options of a kernel that starts while the one in front of it ends."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(q.device) else {}
 
 
 def noise_and_marks(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +247,7 @@ def _means_again(
         (k, layout.k_strides(k), layout.k_grid), heads, heads // k.shape[2], unit(task),
         layout.arguments,
     )  # fmt: skip
-    return Launch(local_linear_moments, chosen.queries(q), arguments, chosen.options)
+    return Launch(local_linear_moments, chosen.queries(q), arguments, chosen.options | follows(q))
 
 
 def _output_again(
@@ -278,4 +270,4 @@ def _output_again(
         (k, layout.k_strides(k), layout.k_grid), (v, layout.k_strides(v)),
         heads, heads // k.shape[2], unit(task), longest, mark, lost, layout.arguments,
     )  # fmt: skip
-    return Launch(local_linear_output, chosen.queries(q), arguments, chosen.options)
+    return Launch(local_linear_output, chosen.queries(q), arguments, chosen.options | follows(q))

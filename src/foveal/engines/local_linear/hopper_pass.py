@@ -1,9 +1,8 @@
 # mypy: ignore-errors
-"""Passes over the visible keys of every query on Hopper: sums of weighted keys or values.
+"""The first and the last pass over the visible keys of every query on Hopper: mean keys, and the output.
 
-One producer, two consumers of one box of queries each, as in the tile engine.  A consumer holds its
-queries q and a second operand d; of a box of keys it takes w = p (d.k - d.mean) and adds up w k (a
-product of the solve), or w = p (1 + d.mean - d.k) and adds up w v (the output).
+One producer, two consumers of one box of queries each, as in the tile engine.  In the last pass a consumer
+holds its queries q and r; of a box of keys it takes w = p (1 + r.mean - r.k) and adds up w v.
 """
 
 from __future__ import annotations
@@ -16,13 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from foveal.engines.local_linear.hopper_solve import (
-    UNSOLVED,
-    load_at,
-    rows_at,
-    settle_start,
-    store_at,
-)
+from foveal.engines.local_linear.early import follow
+from foveal.engines.local_linear.hopper_solve import load_at, rows_at, settle_start, store_at
 from foveal.engines.tile.hopper_scores import row_places
 from foveal.engines.tile.hopper_walk import (
     barriers,
@@ -92,19 +86,18 @@ def scores(q, d, k_s, k_ready, stage, phase, N: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def weigh_rows(
-    WHICH: gl.constexpr, q_s, d_s, q_ready, d_ready, q_free, d_free,
+def weigh_values(
+    WHICH: gl.constexpr, q_s, r_s, q_ready, r_ready, q_free, r_free,
     k_s, v_s, k_ready, v_ready, k_free, v_free,
-    p_lse, p_mean, state, p_o, o_strides, p_bad, p_bounds, X, Y, Z, heads, groups, shared, total, unit,
+    p_lse, p_mean, p_lost, p_o, o_strides, p_bad, p_bounds, X, Y, Z, heads, groups, shared, total, unit,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, SOLVES: gl.constexpr,
-    D: gl.constexpr, DV: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
 ):  # fmt: skip
-    """A consumer of `local_linear_pass`."""
+    """A consumer of `local_linear_values`."""
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q_s.shape[-1]
-    A_PAD: gl.constexpr = v_s.shape[-1]
+    V_PAD: gl.constexpr = v_s.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
     )
@@ -112,13 +105,13 @@ def weigh_rows(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, PAD, 16]
     )
     O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, A_PAD, 16]
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, V_PAD, 16]
     )
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     row = gl.arange(0, M, ROW)
     q = q_s.index(WHICH).reshape([M, PAD])
-    d = d_s.index(WHICH).reshape([M, PAD])
+    r = r_s.index(WHICH).reshape([M, PAD])
     g = 0
     for t_item in range(gl.program_id(0), total, gl.num_programs(0)):
         n, head, token, inside, seen, here, ends, walk = find_boxes(
@@ -127,78 +120,45 @@ def weigh_rows(
         x, y, z = here
         count, before, behind = walk
         plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-        active = True
-        if SOLVES:
-            reached = gl.load(state[3] + plane + token, mask=inside, other=0.0)
-            active = gl.max(reached, 0) >= UNSOLVED
-            before = gl.where(active, before, before + count + behind)
-            count = gl.where(active, count, 0)
-            behind = gl.where(active, behind, 0)
         lse = gl.load(p_lse + plane + token, mask=inside, other=float("inf"))
         lse = gl.where(lse - lse == 0.0, lse, float("inf"))
         rows = rows_at(token, inside, n, head, heads, X * Y * Z, D, E)
         mean = load_at(p_mean, rows)
         mbarrier.wait(q_ready.index(WHICH), 0)
-        mbarrier.wait(d_ready.index(WHICH), 0)
-        shift = gl.convert_layout(gl.sum(d.load(E).to(gl.float32) * mean, 1), ROW)
-        if not SOLVES:
-            lost = gl.load(state[0] + 6 * state[1] + plane + token, mask=inside, other=0.0)
-            shift += 1.0 + lost
-        if SOLVES:
-            g = skip_boxes(g, before, (k_ready,), (k_free,), STAGES)
-        elif SKIPS:
+        mbarrier.wait(r_ready.index(WHICH), 0)
+        shift = gl.convert_layout(gl.sum(r.load(E).to(gl.float32) * mean, 1), ROW)
+        shift += 1.0 + gl.load(p_lost + plane + token, mask=inside, other=0.0)
+        if SKIPS:
             g = skip_boxes(g, before, (k_ready, v_ready), (k_free, v_free), STAGES)
-        sums = gl.zeros([M], gl.float32, ROW)
-        squares = gl.zeros([M], gl.float32, ROW)
-        acc = gl.zeros([M, A_PAD], gl.float32, O)
+        acc = gl.zeros([M, V_PAD], gl.float32, O)
         for j in range(count):
             stage = g % STAGES
             phase = (g // STAGES) & 1
-            s, t = scores(q, d, k_s, k_ready, stage, phase, N, S)
+            s, t = scores(q, r, k_s, k_ready, stage, phase, N, S)
             s, t = warpgroup_mma_wait(0, deps=(s, t))
-            if not SOLVES:
-                mbarrier.arrive(k_free.index(stage), count=1)
+            mbarrier.arrive(k_free.index(stage), count=1)
             s = hide(s, (x, y, z), seen, C, AXES, HIDES)
             p = gl.exp2(s * unit - lse[:, None])
-            if SOLVES:
-                w = p * (t - shift[:, None])
-                sums += gl.sum(w, 1)
-                squares += gl.sum(w * w, 1)
-            else:
-                w = p * (shift[:, None] - t)
+            w = p * (shift[:, None] - t)
             weights = gl.convert_layout(w.to(q_s.dtype), P)
-            if SOLVES:
-                other = k_s.index(stage).reshape([N, A_PAD])
-            else:
-                mbarrier.wait(v_ready.index(stage), phase)
-                other = v_s.index(stage).reshape([N, A_PAD])
-            run = warpgroup_mma(weights, other, acc, is_async=True)
+            mbarrier.wait(v_ready.index(stage), phase)
+            v = v_s.index(stage).reshape([N, V_PAD])
+            run = warpgroup_mma(weights, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(run,))
-            if SOLVES:
-                mbarrier.arrive(k_free.index(stage), count=1)
-            else:
-                mbarrier.arrive(v_free.index(stage), count=1)
+            mbarrier.arrive(v_free.index(stage), count=1)
             x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
             g += 1
-        if SOLVES:
-            g = skip_boxes(g, behind, (k_ready,), (k_free,), STAGES)
-        elif SKIPS:
+        if SKIPS:
             g = skip_boxes(g, behind, (k_ready, v_ready), (k_free, v_free), STAGES)
         note_odd(acc, p_bad)
-        if SOLVES:
-            if active:
-                store_at(state[0], rows, acc)
-                p_level = state[1] + plane + token
-                gl.store(p_level + 4 * state[2], sums, mask=inside)
-                gl.store(p_level + 5 * state[2], squares, mask=inside)
-        else:
-            column = gl.arange(0, A_PAD, gl.SliceLayout(0, O))
-            own = gl.convert_layout(token, gl.SliceLayout(1, O)).to(gl.int64) * o_strides[1]
-            held = gl.convert_layout(inside.to(gl.int32), gl.SliceLayout(1, O)) > 0
-            p_rows = p_o + n.to(gl.int64) * o_strides[0] + head.to(gl.int64) * o_strides[2]
-            p_rows = p_rows + own[:, None] + column[None, :]
-            keep = held[:, None] & (column < DV)[None, :]
-            gl.store(p_rows, acc.to(q_s.dtype), mask=keep)
+        column = gl.arange(0, V_PAD, gl.SliceLayout(0, O))
+        own = gl.convert_layout(token, gl.SliceLayout(1, O)).to(gl.int64) * o_strides[1]
+        held = gl.convert_layout(inside.to(gl.int32), gl.SliceLayout(1, O)) > 0
+        p_rows = p_o + n.to(gl.int64) * o_strides[0] + head.to(gl.int64) * o_strides[2]
+        # As in `rows_at`: a part of the columns that a thread knows, and constants.
+        p_rows = (p_rows + own)[:, None] + (column % 8)[None, :] + (column // 8 * 8)[None, :]
+        keep = held[:, None] & (column < DV)[None, :]
+        gl.store(p_rows, acc.to(q_s.dtype), mask=keep)
 
 
 @gluon.jit
@@ -209,70 +169,44 @@ def note_odd(x, p_bad):
         gl.store(p_bad, 1)
 
 
-@gluon.jit
-def unsolved(p_reached, t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr):
-    """Whether a work item holds rows that are not solved."""
-    M: gl.constexpr = R[0] * R[1] * R[2]
-    row = gl.arange(0, M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
-    plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-    worst = 0.0
-    for which in gl.static_range(W):
-        rx, ry, rz, inside = row_places(row, x0 + which * R[0], y0, z0, X, Y, Z, R)
-        reached = gl.load(p_reached + plane + (rx * Y + ry) * Z + rz, mask=inside, other=0.0)
-        worst = gl.maximum(worst, gl.max(reached, 0))
-    return worst >= UNSOLVED
-
-
 @gluon.jit(do_not_specialize=PLAIN)
-def local_linear_pass(
-    q_desc, d_desc, k_desc, v_desc, p_lse, p_mean, state, p_o, o_strides, p_bad, p_bounds, X, Y, Z,
+def local_linear_values(
+    q_desc, r_desc, k_desc, v_desc, p_lse, p_mean, p_lost, p_o, o_strides, p_bad, p_bounds, X, Y, Z,
     heads, groups, shared, total, unit,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, SOLVES: gl.constexpr,
-    D: gl.constexpr, DV: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    EARLY: gl.constexpr = False,
 ):  # fmt: skip
-    """A step of the solve for work items that are not solved, or the output of all.
+    """o of every query.
 
-    lse base 2, mean float32; d: the direction, or r; state: image, levels and their pitch, and reached as
-    of `advance`; of the output, levels and their pitch.
+    lse base 2, mean float32; r in the dtype of q; lost [N, heads, tokens]: what the rounding of the mean took
+    from r.mean.
     """
-    if SOLVES:
-        if not unsolved(state[3], gl.program_id(0), X, Y, Z, heads, shared, W, R):
-            total = 0
+    follow(EARLY)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
-    d_s = gl.allocate_shared_memory(d_desc.dtype, [W] + d_desc.block_type.shape, d_desc.layout)
+    r_s = gl.allocate_shared_memory(r_desc.dtype, [W] + r_desc.block_type.shape, r_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    if SOLVES:
-        v_s = k_s
-    else:
-        v_s = gl.allocate_shared_memory(
-            k_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout
-        )
+    v_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     q_ready = barriers(W, 1)
     q_free = barriers(W, 1)
-    d_ready = barriers(W, 1)
-    d_free = barriers(W, 1)
+    r_ready = barriers(W, 1)
+    r_free = barriers(W, 1)
     k_ready = barriers(STAGES, 1)
     v_ready = barriers(STAGES, 1)
     k_free = barriers(STAGES, W)
     v_free = barriers(STAGES, W)
-    if SOLVES:
-        columns = ((k_desc,), (k_s,), (k_ready,), (k_free,))
-    else:
-        columns = ((k_desc, v_desc), (k_s, v_s), (k_ready, v_ready), (k_free, v_free))
     specialised(
-        weigh_rows,
+        weigh_values,
         (
-            q_s, d_s, q_ready, d_ready, q_free, d_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
-            p_lse, p_mean, state, p_o, o_strides, p_bad, p_bounds, X, Y, Z,
+            q_s, r_s, q_ready, r_ready, q_free, r_free, k_s, v_s, k_ready, v_ready, k_free, v_free,
+            p_lse, p_mean, p_lost, p_o, o_strides, p_bad, p_bounds, X, Y, Z,
             heads, groups, shared, total, unit,
-            W, R, C, AXES, STAGES, HIDES, SKIPS, SOLVES, D, DV,
+            W, R, C, AXES, STAGES, HIDES, SKIPS, D, DV,
         ),
         load_boxes,
         (
-            (q_desc, d_desc), (q_s, d_s), (q_ready, d_ready), (q_free, d_free),
-            columns[0], columns[1], (), (), columns[2], columns[3],
+            (q_desc, r_desc), (q_s, r_s), (q_ready, r_ready), (q_free, r_free),
+            (k_desc, v_desc), (k_s, v_s), (), (), (k_ready, v_ready), (k_free, v_free),
             p_bounds, X, Y, Z, heads, shared, total, groups, 1, (), (),
             W, R, C, AXES, STAGES,
         ),
@@ -376,9 +310,10 @@ def local_linear_means(
     q_desc, k_desc, p_lse, p_mean, state, p_bad, p_bounds, X, Y, Z,
     heads, groups, shared, total, unit,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """Mean key float32 [N, tokens, heads, D] and base-2 lse of every query, and how its solve begins."""
+    follow(EARLY)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     q_ready = barriers(W, 1)

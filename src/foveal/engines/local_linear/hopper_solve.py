@@ -1,5 +1,9 @@
 # mypy: ignore-errors
-"""How a solve begins, for the rows of one consumer of the Hopper edition: a step along q (see `advance`)."""
+"""How a solve begins, for the rows of one consumer of the Hopper edition: a step along q.
+
+Steps of all rows are kept orthogonal to it; its product comes with the pass that finds the means.  A last
+step needs no product: its length is that of the step before.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,18 @@ from triton.experimental.gluon import language as gl
 
 # What `reached` holds while a tile of rows is not solved.
 UNSOLVED = gl.constexpr(3.0e38)
-# As in `advance`.
+# A step without a product is taken to leave no less than a tenth of a residual, and not taken where
+# the step before it left more than an eighth.
 LEAST, MOST = gl.constexpr(0.01), gl.constexpr(0.0625)
 
 
 @gluon.jit
 def rows_at(token, inside, n, head, heads, tokens, D: gl.constexpr, E: gl.constexpr):
-    """Rows of [N, tokens, heads, D] in the layout E: where each starts, its columns, which exist."""
+    """Rows of [N, tokens, heads, D] in the layout E: where each starts, its columns, which exist.
+
+    Columns in two parts: that of a thread, and a constant of a register, which an instruction can hold.
+    Sums of both would take a register for every pair of columns.
+    """
     PAD: gl.constexpr = E.instr_shape[1]
     own = gl.convert_layout(token, gl.SliceLayout(1, E))
     held = gl.convert_layout(inside.to(gl.int32), gl.SliceLayout(1, E)) > 0
@@ -23,17 +32,19 @@ def rows_at(token, inside, n, head, heads, tokens, D: gl.constexpr, E: gl.conste
     kept = held[:, None]
     if D < PAD:
         kept = kept & (column < D)[None, :]
-    return starts, column, kept
+    return starts, column % 8, column // 8 * 8, kept
 
 
 @gluon.jit
 def load_at(p, rows):
-    return gl.load((p + rows[0])[:, None] + rows[1][None, :], mask=rows[2], other=0.0)
+    place = (p + rows[0])[:, None] + rows[1][None, :]
+    return gl.load(place + rows[2][None, :], mask=rows[3], other=0.0)
 
 
 @gluon.jit
 def store_at(p, rows, x):
-    gl.store((p + rows[0])[:, None] + rows[1][None, :], x.to(p.dtype.element_ty), mask=rows[2])
+    place = (p + rows[0])[:, None] + rows[1][None, :]
+    gl.store(place + rows[2][None, :], x.to(p.dtype.element_ty), mask=rows[3])
 
 
 @gluon.jit
@@ -70,8 +81,10 @@ def settle_start(
 ):
     """The start of a solve from the mean and, with s = q.k - centre, the sums of p s k, p s and (p s)^2.
 
-    state: x, residual, direction, image of q, reached, count, levels and their pitch as of `advance`, ridge,
-    noise, tolerance, the longest x that the second mark is not set for.
+    state: x, residual float32, direction, and image of q float32 [N, tokens, heads, D]; reached, count
+    [N, heads, tokens]; levels float32 [5, N, heads, tokens] and their pitch; ridge; noise; tolerance; the
+    longest x that the second mark is not set for.  Levels: the square of the residual that is allowed, the
+    step along q, q.A q, noise so far, and what the rounding of the mean took from x.mean.
     """
     E: gl.constexpr = mean.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, E)
@@ -103,7 +116,7 @@ def settle_start(
     gl.store(p_level + state[7], alpha, mask=held)
     gl.store(p_level + 2 * state[7], share, mask=held)
     gl.store(p_level + 3 * state[7], drift, mask=held)
-    gl.store(p_level + 6 * state[7], gl.where(there, alpha * lost, 0.0), mask=held)
+    gl.store(p_level + 4 * state[7], gl.where(there, alpha * lost, 0.0), mask=held)
     new = residual - turn[:, None] * q
     length = gl.sum(q * q, 1)
     rate = gl.where(good, energy / gl.where(length > 0.0, length, 1.0), 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foveal.engines.common.early import gdc_launch_dependents, gdc_wait
 from foveal.engines.common.tiles import (
     box_rows,
     box_tokens,
@@ -74,6 +75,7 @@ def local_linear_solve(
     p_q, p_b, p_mean, p_lse, p_ridge, p_noise, p_x, p_residual, p_direction, p_reached, p_count, begun,
     q_strides, b_strides, strides, q_lengths, keys, heads, groups, unit, tolerance, most, route,
     SPEC: tl.constexpr, ADJOINT: tl.constexpr, AGAIN: tl.constexpr, BEGUN: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """x with (sum_j p_j c_j c_j^T + ridge I) x = b for one tile of queries; b is mean - q, or p_b if ADJOINT.
 
@@ -86,9 +88,12 @@ def local_linear_solve(
     count int32 [N, heads, Lq]: iterations of the tile of a row; in the end direction is x in the dtype of k.
     BEGUN goes on where `reached` is UNSOLVED, from x and residual; begun: (squares of the residuals that
     are allowed [N, heads, Lq], two marks, of which the first makes every tile start anew and the second is
-    set as by `advance`, iterations so far, longest, and what the rounding of the mean took from x.mean
+    set as by `take_step`, iterations so far, longest, and what the rounding of the mean took from x.mean
     [N, heads, Lq]), of which AGAIN takes the last alone.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
