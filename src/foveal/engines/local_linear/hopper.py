@@ -115,7 +115,7 @@ class _Call:
         return _prepared(self.task, local_linear_means, walk, (self.q,), (self.k,), middle, options)
 
     def steps(self) -> Launch:
-        """Steps of every tile until it is solved."""
+        """Steps of every tile until it is solved, or _STEPS are taken."""
         walk = forward_walk(self.task.pattern, self.task.extent, 128)
         walk = dataclasses.replace(walk, stages=4)
         state = (

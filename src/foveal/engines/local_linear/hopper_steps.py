@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The solve on Hopper: a work item walks its keys again and again until its rows are solved.
+"""The solve on Hopper: a work item walks its keys again and again until its rows are solved, or given up.
 
 One launch for all steps.  Behind a pass a consumer takes the step of conjugate gradients on its rows in the
 layout of the product, which stays in registers; the direction stays in shared memory, residual and x go
