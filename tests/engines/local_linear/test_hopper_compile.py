@@ -54,6 +54,8 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     marks = "p_marks" if name == "steps" else "p_bad"
     signature |= {marks: "*i32", "p_bounds": "*i32"} | dict.fromkeys(INTS, "i32")
     signature["unit"] = "fp32"
+    if "EARLY" in made.arg_names:
+        constants["EARLY"] = True
     return made, signature, constants
 
 

@@ -116,7 +116,7 @@ def test_joins_in_groups() -> None:
         kinds = {n: "*fp32" if n.startswith("p_") else "i32" for n in kernel.arg_names}
         signature = kinds | dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, signature, constants)
-        options = {"num_warps": 8, "num_stages": 1}
+        options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
         found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert found.metadata.shared <= LARGEST_SHARED
 
