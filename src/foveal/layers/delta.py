@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,13 @@ class DeltaLayer(StateLayer):
         heads: Tensor = x.unflatten(-1, (self.value_heads, -1))
         return heads
 
+    @abstractmethod
     def log_decay(self, x: Tensor) -> Tensor:
         """[B, L, value_heads] or [B, L, value_heads, head_dim]"""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_gate(self, x: Tensor) -> Tensor:
         """The factor on the normalised output [B, L, value_heads, value_dim]."""
-        raise NotImplementedError
 
 
 def decay_rates(heads: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -213,15 +214,8 @@ def kernelised(
     return weighted(feature_map(q), feature_map(k), v, causal, implementation)
 
 
-class FeatureAttention(StateLayer):
-    """y = W_o o, o_i = sum_j w_ij v_j / sum_j w_ij with w_ij = phi(q_i) . phi'(k_j).
-
-    Shapes: x and y [B, L, dim]; packed and, where causal, in pieces as for `StateLayer`.
-    Options: causal sums over j <= i; head_dim of q and k, None is dim / heads.
-    A layer overrides `map_q` and `map_k`.
-    """
-
-    rule: Additive = _NORMALISED
+class _FeatureLayer(StateLayer):
+    """The projections of a layer whose q and k may be narrower or wider than v."""
 
     def __init__(
         self, dim: int, heads: int, *, causal: bool = True, head_dim: int | None = None
@@ -234,9 +228,20 @@ class FeatureAttention(StateLayer):
         self.v = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
+
+class FeatureAttention(_FeatureLayer):
+    """y = W_o o, o_i = sum_j w_ij v_j / sum_j w_ij with w_ij = phi(q_i) . phi'(k_j).
+
+    Shapes: x and y [B, L, dim]; packed and, where causal, in pieces as for `StateLayer`.
+    Options: causal sums over j <= i; head_dim of q and k, None is dim / heads.
+    A layer overrides `map_q` and `map_k`.
+    """
+
+    rule: Additive = _NORMALISED
+
+    @abstractmethod
     def map_q(self, q: Tensor, places: Tensor) -> Tensor:
         """Features of q [B, L, H, D] at their places [B, L]."""
-        raise NotImplementedError
 
     def map_k(self, k: Tensor, places: Tensor) -> Tensor:
         """Features of k."""
@@ -460,7 +465,7 @@ class FeedForwardKernelAttention(FeatureAttention):
         return y
 
 
-class AdvisorAttention(FeatureAttention):
+class AdvisorAttention(_FeatureLayer):
     """y = W_o performer(q, [k, a], [v, a']): attention over the tokens and learned advisor tokens.
 
     Shapes: x and y [B, L, dim]; not causal; packed as for `StateLayer`.

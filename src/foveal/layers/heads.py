@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -78,7 +79,7 @@ class Projections(nn.Module):
         return y
 
 
-class MultiHead(Projections):
+class MultiHead(Projections, ABC):
     """y = join(mix(split(x))); a layer overrides `mix`.
 
     Shapes: x and y [B, *grid, dim].
@@ -87,6 +88,6 @@ class MultiHead(Projections):
     def forward(self, x: Tensor) -> Tensor:
         return self.join(self.mix(*self.split(x)))
 
+    @abstractmethod
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """o [B, *grid, heads, D] of q, k, v of the same shape."""
-        raise NotImplementedError

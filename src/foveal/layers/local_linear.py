@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,9 @@ class _LineLayer(StateLayer):
         """r [B, L, heads, head_dim], for a layer that projects it."""
         return None
 
+    @abstractmethod
     def score(self, r: Tensor | None) -> Score:
         """The score of a call."""
-        raise NotImplementedError
 
 
 class LocalLinearAttention(_LineLayer):

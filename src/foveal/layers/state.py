@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class LayerState(NamedTuple):
         return LayerState(tails, tuple(change(x) for x in self.memory))
 
 
-class StateLayer(nn.Module):
+class StateLayer(nn.Module, ABC):
     """A layer y, state = layer(x, state): a sequence may come in pieces, several in one tensor.
 
     Shapes: x and y [B, L, dim]; with cu_seqlens int32 [N + 1], B = 1 and N sequences one behind the
@@ -82,11 +83,11 @@ class StateLayer(nn.Module):
             raise OptionError("state", f"a {type(state).__name__}", "a LayerState is needed")
         _need_sequences(state, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
 
+    @abstractmethod
     def mix(
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         """y and the state after x."""
-        raise NotImplementedError
 
     def split(self, x: Tensor) -> Tensor:
         """[B, L, heads, D] of [B, L, heads * D]"""

@@ -11,7 +11,7 @@ from foveal._attend import attend
 from foveal._errors import OptionError, SelectionError
 from foveal._judged import judged, need_dtype, need_shape
 from foveal.compose.merge import merge
-from foveal.layers.heads import MultiHead
+from foveal.layers.heads import MultiHead, Projections
 from foveal.layers.trainable_sparse_blocks import ranks
 from foveal.layers.trainable_sparse_gates import polar_heads
 from foveal.layers.trainable_sparse_tokens import (
@@ -75,7 +75,7 @@ def superlinear(
     return total
 
 
-class SuperlinearAttention(MultiHead):
+class SuperlinearAttention(Projections):
     """`superlinear` between projections, with queries of their own for the search.
 
     Shapes: x and y [B, L, dim].  Options as of `superlinear`.
@@ -120,7 +120,7 @@ class CoreContextAttention(MultiHead):
         return core_context(q, k, v, group=self.group, window=self.window)
 
 
-class SparseKAttention(MultiHead):
+class SparseKAttention(Projections):
     """`sparsek_attention` between projections, with scores u_j = w x_j + e j per head.
 
     Shapes: x and y [B, L, dim].
@@ -167,7 +167,7 @@ class MonarchAttention(MultiHead):
         return monarch_attention(q, k, v, rows=self.rows, columns=self.columns)
 
 
-class PolarAttention(MultiHead):
+class PolarAttention(Projections):
     """`polar_heads` between projections; a small net on the last token says which heads are computed.
 
     The net learns by `router_loss(layer.scores(x), layer.sizes(x))` on a frozen layer.

@@ -11,7 +11,7 @@ from foveal._attend import attend
 from foveal._errors import SelectionError, ShapeError
 from foveal._judged import judged, need_shape
 from foveal.engines.common.once import once_differentiable
-from foveal.layers.heads import MultiHead
+from foveal.layers.heads import Projections
 from foveal.patterns import Causal, Pattern
 from foveal.patterns.lifetimes import Lifetimes
 
@@ -108,7 +108,7 @@ class _TypesOf(torch.autograd.Function):
         return do, types.to(ctx.dtype), None, None, None, None, None, None
 
 
-class NeuralAttentionSearch(MultiHead):
+class NeuralAttentionSearch(Projections):
     """`nats_attention` between projections, with a type per token and head by a linear map of the input.
 
     In training the types are drawn by Gumbel noise at `temperature`, forward their largest entry, backward

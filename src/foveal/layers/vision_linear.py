@@ -10,7 +10,7 @@ from foveal._errors import ShapeError
 from foveal._judged import judged_alone, need_shape
 from foveal._problem import describe
 from foveal.features import contract, norm_aware_k, norm_aware_q
-from foveal.layers.heads import MultiHead
+from foveal.layers.heads import MultiHead, Projections
 
 
 @judged_alone
@@ -121,7 +121,7 @@ class L2ViTAttention(MultiHead):
         return l2vit(q, k, v, self.temperature)
 
 
-class NaLaAttention(MultiHead):
+class NaLaAttention(Projections):
     """y = W_o [silu(W_g x) * LayerNorm(nala(q, k, v) + depthwise_5x5(v))].
 
     Shapes: x and y [B, X, Y, dim].

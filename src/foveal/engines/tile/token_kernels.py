@@ -112,6 +112,27 @@ def gated(acc, p_gate, others, offset, inside, DV: tl.constexpr, DV_PAD: tl.cons
 
 
 @triton.jit
+def store_results(
+    acc, sums, p_o, p_lse, p_gates, others, o_strides, gate_strides, place, sizes, inside,
+    DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of o, under gates where there are some, and of lse unless p_lse is None.
+
+    sums: largest score and sum of weights of each row; place: its batch, token and query head; sizes: key
+    heads, query heads of each, and tokens.
+    """
+    n, token, head = place
+    offset = n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
+    if p_gates is not None:
+        p_gate = p_gates + n * gate_strides[0] + token * gate_strides[1] + head * gate_strides[2]
+        acc = gated(acc, p_gate, others, offset, inside, DV, DV_PAD)
+    store_rows(p_o + offset, acc, inside, DV, DV_PAD)
+    if p_lse is not None:
+        p_row = p_lse + (n * sizes[0] * sizes[1] + head) * sizes[2] + token
+        tl.store(p_row, row_lse(sums[0], sums[1]), mask=inside)
+
+
+@triton.jit
 def token_attend_sum(
     p_part, p_level, p_indices, p_o, p_lse, p_gates, others, o_strides, gate_strides,
     heads, groups, Lq, rows,
@@ -146,14 +167,10 @@ def token_attend_sum(
     line = row // groups // Lq
     n = line // heads
     head = line % heads * groups + g
-    offset = n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
-    if p_gates is not None:
-        p_gate = p_gates + n * gate_strides[0] + token * gate_strides[1] + head * gate_strides[2]
-        acc = gated(acc, p_gate, others, offset, inside, DV, DV_PAD)
-    store_rows(p_o + offset, acc, inside, DV, DV_PAD)
-    if p_lse is not None:
-        p_row = p_lse + (n * heads * groups + head) * Lq + token
-        tl.store(p_row, row_lse(largest, total), mask=inside)
+    store_results(
+        acc, (largest, total), p_o, p_lse, p_gates, others, o_strides, gate_strides, (n, token, head),
+        (heads, groups, Lq), inside, DV, DV_PAD,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -237,14 +254,10 @@ def token_attend_sum_near(
         largest = top
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     token = token.to(tl.int64)
-    offset = n * o_strides[0] + token * o_strides[1] + head * o_strides[2]
-    if p_gates is not None:
-        p_gate = p_gates + n * gate_strides[0] + token * gate_strides[1] + head * gate_strides[2]
-        acc = gated(acc, p_gate, others, offset, inside, DV, DV_PAD)
-    store_rows(p_o + offset, acc, inside, DV, DV_PAD)
-    if p_lse is not None:
-        p_row = p_lse + (n * heads * groups + head) * Lq + token
-        tl.store(p_row, row_lse(largest, total), mask=inside)
+    store_results(
+        acc, (largest, total), p_o, p_lse, p_gates, others, o_strides, gate_strides, (n, token, head),
+        (heads, groups, Lq), inside, DV, DV_PAD,
+    )  # fmt: skip
 
 
 @triton.jit
