@@ -1,6 +1,7 @@
 """Checks and times local linear attention on a CUDA device; one line per case.
 
 python scripts/gpu_local_linear.py check [--part 0/4] [--match A,B] outputs and gradients against float64
+python scripts/gpu_local_linear.py fuzz [--seconds 40] [--seed N] random shapes, in memory full of NaN
 python scripts/gpu_local_linear.py accuracy [--out F]             error by ridge, against a direct solve
 python scripts/gpu_local_linear.py time [--seconds 40] [--out F]  beside softmax, interleaved; JSON lines
 python scripts/gpu_local_linear.py decode [--out F]               one query against a cache, in a graph
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -43,8 +45,9 @@ def draw(
     kv_heads: int | None = None,
     batch: int = 1,
     value_dim: int | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    source = torch.Generator(DEVICE).manual_seed(0)
+    source = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(count: int, width: int) -> Tensor:
         x = torch.randn(batch, *grid, count, width, generator=source, device=DEVICE)
@@ -154,6 +157,48 @@ def check(part: str, match: str) -> None:
         except Exception as failure:
             line = f"FAILED {name} {type(failure).__name__}: {str(failure)[:900]}"
         print(f"{line} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def fuzz(seconds: float, seed: int) -> None:
+    """Random problems against float64, gradients too; memory that is not written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    end, draws = time.monotonic() + seconds, random.Random(seed)
+    agree = others = 0
+    while time.monotonic() < end:
+        dim, groups, length = draws.choice((64, 128)), draws.choice((1, 2)), draws.randint(256, 900)
+        pattern, grid = draws.choice(
+            (
+                (fv.Causal(), (length,)),
+                (fv.Sliding(draws.randint(1, 400)), (length,)),
+                (fv.Neighborhood((5, 7)), (17, length // 17)),
+            )
+        )
+        q, k, v = draw(
+            grid,
+            2 * groups,
+            dim,
+            BF16,
+            2,
+            value_dim=draws.choice((dim, dim // 2)),
+            seed=draws.getrandbits(31),
+        )
+        own = [10 ** draws.uniform(-1.5, 1.5) for _ in range(2 * groups)]
+        case = f"{pattern} q {list(q.shape)} v {list(v.shape)} ridge {own}"
+        score = fv.LocalLinear(torch.tensor(own, device=DEVICE))
+        try:
+            check_attend(q, k, v, pattern, score, implementation="triton")
+            agree += 1
+        except AssertionError as error:
+            others += 1
+            wrong = [line.strip() for line in str(error).splitlines() if " > " in line]
+            print(f"FAILED seed {seed}, {case}: {'; '.join(wrong)}", flush=True)
+        except RuntimeError:
+            print(f"FAILED seed {seed}, {case}", flush=True)
+            raise
+        if (agree + others) % 5 == 0:
+            print(f"seed {seed}: {agree} agree, {others} do not so far", flush=True)
+    print(f"seed {seed}: {agree} agree, {others} do not", flush=True)
 
 
 def direct(q: Tensor, k: Tensor, v: Tensor, ridge: float) -> Tensor:
@@ -346,14 +391,17 @@ def writer(path: str | None) -> Writer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("task", choices=("check", "accuracy", "time", "decode"))
+    parser.add_argument("task", choices=("check", "fuzz", "accuracy", "time", "decode"))
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--match", default="", help="words, any of which names of checks hold")
     parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out")
     given = parser.parse_args()
     if given.task == "check":
         check(given.part, given.match)
+    elif given.task == "fuzz":
+        fuzz(given.seconds, given.seed)
     elif given.task == "accuracy":
         accuracy(writer(given.out))
     elif given.task == "time":

@@ -12,6 +12,7 @@ from tests.engines.tile.interpreted import ready, start
 __all__ = [
     "agree",
     "contained",
+    "continued",
     "decoded",
     "decoded_beside_its_keys",
     "first_rows",
@@ -77,6 +78,49 @@ def small_gradients(seed: int) -> bool:
         o = fv.attend(q, k, v, fv.Causal(), fv.LocalLinear(0.5), implementation="triton")
         found.append([x / size for x in torch.autograd.grad(o, (q, k, v), size * tensors[3])])
     return all(torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in zip(*found, strict=True))
+
+
+def continued(seed: int) -> list[bool]:
+    """Whether a solve goes on from the residuals of rows that are open, and leaves solved ones as they are.
+
+    Solved rows have a residual that was never written; both kinds lie in one tile.
+    """
+    from foveal._problem import describe
+    from foveal.engines.local_linear import hopper, kernels
+    from foveal.engines.local_linear.solve import UNSOLVED
+    from foveal.engines.tile.parts import whole_task
+    from foveal.scores.base import Geometry
+    from foveal.scores.normal import NormalForm
+
+    q, k = _draw(seed, (1, 70, 2, 16), (1, 70, 1, 16))
+    problem = describe(q, k, k, True)
+    pattern = fv.Causal().simplify(problem.extent)
+    geometry = Geometry(pattern, problem.extent, 1, 2, 1)
+    form = NormalForm(0.25, None, None, ())
+    task = whole_task(problem, pattern, form, geometry, q.device)
+    solver = kernels.Solver(torch.tensor([2.0, 10.0]), 1e-5, 50)
+    mean, lse = kernels.moments(task, q, k, k)
+    exact, _ = kernels.solve(task, solver, q, k, k, mean, lse)
+    call = hopper._Call(task, solver, q, k, k)
+    call.mean.copy_(mean)
+    call.lse.copy_(lse)
+    for x in (call.marks, call.noise, call.levels[4]):
+        x.zero_()
+    right = mean - q
+    allowed = right.square().sum(-1).clamp(max=4 * solver.ridge) * solver.tolerance**2
+    call.levels[0] = allowed.transpose(1, 2)
+    solved = torch.rand(1, 70, 2, generator=torch.Generator().manual_seed(seed)) < 0.5
+    call.x.copy_(torch.where(solved[..., None], exact, 0.0))
+    call.residual.copy_(torch.where(solved[..., None], torch.nan, right))
+    at_rest = solved.transpose(1, 2)
+    call.reached.ratio.copy_(torch.where(at_rest, 0.5, UNSOLVED.value))
+    call.reached.count.fill_(3)
+    call.rest()[1]()
+    same = torch.equal(call.x[solved], exact[solved])
+    near = torch.allclose(call.x, exact, rtol=1e-3, atol=1e-4)
+    told = bool((call.reached.ratio[at_rest] == 0.5).all() & (call.reached.ratio <= 1.0).all())
+    counted = bool((call.reached.count[at_rest] == 3).all() & (call.reached.count > 2).all())
+    return [same, near, told, counted, torch.equal(call.direction, call.x)]
 
 
 def first_rows(seed: int, ridge: float) -> float:

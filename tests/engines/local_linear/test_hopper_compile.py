@@ -17,6 +17,7 @@ pytestmark = [
 ]
 LONG_LINE = (128, 1, 1)
 F = "*fp32"
+WORDS = ("p_marks", "p_rows", "p_counts", "p_bounds")
 STEPS = (F, F, "*bf16", F, F, "*i32", F, "i32", F, F, "fp32")
 BEGUN = (*STEPS, "fp32")
 SPACE = 227 << 10
@@ -25,38 +26,52 @@ SPACE = 227 << 10
 
 def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """A kernel, its signature and its constants, as `hopper` launches it for causal attention."""
-    from foveal.engines.local_linear import hopper_given, hopper_pass, hopper_steps
+    from foveal.engines.local_linear import hopper_given, hopper_pass
 
-    wide = name in ("steps", "output")
-    columns = LONG_LINE if wide else LINE
-    q, kv = box_type(LINE, 1, dim), box_type(columns, 1, dim)
+    if name == "steps":
+        return steps(dim)
+    q, kv = box_type(LINE, 1, dim), box_type(LONG_LINE if name == "output" else LINE, 1, dim)
     signature: dict[str, Any] = {"q_desc": q}
+    columns = LONG_LINE if name == "output" else LINE
     constants = {"W": 2, "R": LINE, "C": columns, "AXES": 1, "HIDES": True, "SKIPS": False}
     written = {"p_o": "*bf16", "o_strides": ("i32", "i32", "i32")}
     if name == "means":
         made = hopper_pass.local_linear_means
-        signature |= {"k_desc": kv, "p_lse": F, "p_mean": F, "state": BEGUN}
+        signature |= {"k_desc": kv, "p_lse": F, "p_mean": F, "p_spread": F, "state": BEGUN}
         constants |= {"STAGES": 4, "D": dim}
     elif name == "given":
         made = hopper_given.local_linear_given
         signature |= {"r_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, **written}
         constants |= {"STAGES": 3, "DV": dim}
-    elif name == "steps":
-        made = hopper_steps.local_linear_steps
-        signature |= {"d_desc": q, "k_desc": kv, "p_lse": F, "p_mean": F, "state": STEPS}
-        signature |= {"most": "i32"}
-        constants |= {"STAGES": 4, "D": dim}
     else:
         made = hopper_pass.local_linear_values
         signature |= {"r_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, "p_mean": F}
         signature |= {"p_lost": F, **written}
         constants |= {"STAGES": 2, "D": dim, "DV": dim}
-    marks = "p_marks" if name == "steps" else "p_bad"
-    signature |= {marks: "*i32", "p_bounds": "*i32"} | dict.fromkeys(INTS, "i32")
+    signature |= {"p_bad": "*i32", "p_bounds": "*i32"} | dict.fromkeys(INTS, "i32")
     signature["unit"] = "fp32"
     if "EARLY" in made.arg_names:
         constants["EARLY"] = True
     return made, signature, constants
+
+
+def steps(dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The kernel of the steps, as `kernel` gives others."""
+    from foveal.engines.local_linear.hopper_steps import local_linear_steps
+
+    signature: dict[str, Any] = {"k_desc": box_type(LONG_LINE, 1, dim), "p_q": "*bf16"}
+    signature |= {
+        "q_strides": ("i32", "i32", "i32"),
+        "p_lse": F,
+        "p_mean": F,
+        "p_spread": F,
+        "state": STEPS,
+    }
+    signature |= {**dict.fromkeys(WORDS, "*i32")}
+    sizes = ("X", "Y", "Z", "heads", "groups", "shared", "tiles")
+    signature |= dict.fromkeys(sizes, "i32") | {"unit": "fp32", "most": "i32"}
+    constants = {"W": 2, "M": 64, "C": LONG_LINE, "AXES": 1, "STAGES": 4, "HIDES": True}
+    return local_linear_steps, signature, constants | {"D": dim, "PAD": dim, "EARLY": True}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +81,8 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         ("steps", 64, 256),
         ("output", 64, 256),
         ("given", 64, 256),
-        ("steps", 128, 1024),
+        ("means", 128, 768),
+        ("steps", 128, 512),
         ("output", 128, 256),
         ("given", 128, 256),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -38,7 +39,9 @@ class Launch:
         from triton.compiler import ASTSource
 
         names = self.kernel.arg_names
-        constants = {n: self.options[n] for n in names if n in self.options}
+        parameters = inspect.signature(self.kernel.fn).parameters.values()
+        constants = {p.name: p.default for p in parameters if p.default is not p.empty}
+        constants |= {n: self.options[n] for n in names if n in self.options}
         values = dict(zip(names, self.arguments, strict=False)) | constants
         signature, constexprs, attributes = {}, {}, {}
         for position, name in enumerate(names):

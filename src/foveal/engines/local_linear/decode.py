@@ -29,16 +29,22 @@ def _lines(w, x, APART: tl.constexpr):
 
 
 @triton.jit
+def _kept(line, column, SIDE: tl.constexpr):
+    """What is written of [line, column]: squares of SIDE lines below the diagonal repeat others."""
+    return column[None, :] // SIDE >= line[:, None] // SIDE
+
+
+@triton.jit
 def local_linear_decode(
     p_q, p_k, p_v, p_lower, p_upper, p_sums, p_matrices,
     q_strides, k_strides, v_strides, heads, groups, Lq, splits, unit,
-    D: tl.constexpr, PAD: tl.constexpr, DV: tl.constexpr, VALUE_PAD: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, SIDE: tl.constexpr,
     KEYS: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of one query over one part of the keys that it sees, lower <= j < upper.
 
-    Tensors by strides (batch, token, head).  sums float32 [programs, 2 + PAD + VALUE_PAD]: largest score in
-    base 2, sum of weights, of keys, of values; matrices float32 [programs, PAD, PAD + VALUE_PAD].
+    Tensors by strides (batch, token, head).  sums float32 [programs, 2 + 2 PAD]: largest score in base 2,
+    sum of weights, of keys, of values; matrices float32 [programs, PAD, 2 PAD], as far as `_kept`.
     """
     program = tl.program_id(0)
     split = program % splits
@@ -62,46 +68,51 @@ def local_linear_decode(
     largest = tl.full([], float("-inf"), tl.float32)
     weights = tl.zeros([KEYS], tl.float32)
     key_sum = tl.zeros([APART, PAD], tl.float32)
-    value_sum = tl.zeros([APART, VALUE_PAD], tl.float32)
-    second = tl.zeros([PAD, PAD], tl.float32)
-    cross = tl.zeros([PAD, VALUE_PAD], tl.float32)
+    value_sum = tl.zeros([APART, PAD], tl.float32)
+    matrix = tl.zeros([PAD, 2 * PAD], tl.float32)
     for first in range(start, stop, KEYS):
         j = first + tl.arange(0, KEYS)
         inside = j < stop
         k = load_rows(p_keys + j.to(tl.int64) * k_strides[1], inside, D, PAD, True)
-        v = load_rows(p_values + j.to(tl.int64) * v_strides[1], inside, DV, VALUE_PAD, True)
+        v = load_rows(p_values + j.to(tl.int64) * v_strides[1], inside, DV, PAD, True)
         s = tl.sum(k.to(tl.float32) * q[None, :], 1)
         s = tl.where(inside, s, float("-inf"))
         found = tl.maximum(largest, tl.max(s, 0))
         base = tl.where(found == float("-inf"), 0.0, found)
         w = tl.exp2(s - base)
         factor = tl.exp2(largest - base)
+        # The largest score seldom changes after a few boxes; NaN counts as a change.
+        if factor != 1.0:
+            weights *= factor
+            key_sum *= factor
+            value_sum *= factor
+            matrix *= factor
         largest = found
-        weights = weights * factor + w
-        key_sum = key_sum * factor + _lines(w, k, APART)
-        value_sum = value_sum * factor + _lines(w, v, APART)
+        weights += w
+        key_sum += _lines(w, k, APART)
+        value_sum += _lines(w, v, APART)
         roots = tl.sqrt(w)
         side = _rooted(k, roots)
-        turned = tl.trans(side)
-        second = tl.dot(turned, side, second * factor, input_precision=PRECISION)
-        cross = tl.dot(turned, _rooted(v, roots), cross * factor, input_precision=PRECISION)
-    p_sum = p_sums + program.to(tl.int64) * (2 + PAD + VALUE_PAD)
+        # One product for both matrices: keys and values beside each other.
+        both = tl.trans(tl.join(side, _rooted(v, roots)), 0, 2, 1)
+        both = tl.reshape(both, (KEYS, 2 * PAD))
+        matrix = tl.dot(tl.trans(side), both, matrix, input_precision=PRECISION)
+    p_matrix = p_matrices + program.to(tl.int64) * 2 * PAD * PAD
+    place = column[:, None] * (2 * PAD) + column[None, :]
+    # Apart: a matrix at a time is laid out for the way to memory.
+    second, cross = tl.split(tl.trans(tl.reshape(matrix, (PAD, 2, PAD)), 0, 2, 1))
+    tl.store(p_matrix + place, second, mask=_kept(column, column, SIDE))
+    tl.store(p_matrix + PAD + place, cross)
+    p_sum = p_sums + program.to(tl.int64) * (2 + 2 * PAD)
     tl.store(p_sum, largest)
     tl.store(p_sum + 1, tl.sum(weights, 0))
     tl.store(p_sum + 2 + column, tl.sum(key_sum, 0))
-    value_column = tl.arange(0, VALUE_PAD)
-    tl.store(p_sum + 2 + PAD + value_column, tl.sum(value_sum, 0))
-    p_matrix = p_matrices + program.to(tl.int64) * PAD * (PAD + VALUE_PAD)
-    p_line = p_matrix + column[:, None] * (PAD + VALUE_PAD)
-    tl.store(p_line + column[None, :], second)
-    tl.store(p_line + PAD + value_column[None, :], cross)
+    tl.store(p_sum + 2 + PAD + column, tl.sum(value_sum, 0))
 
 
 @triton.jit
-def _shares(p_part, there):
+def _shares(largest, total):
     """Of every part, the factor that makes its sums means; base-2 lse."""
-    largest = tl.load(p_part, mask=there, other=float("-inf"))
-    total = tl.load(p_part + 1, mask=there, other=0.0)
     most = tl.max(largest, 0)
     base = tl.where(most == float("-inf"), 0.0, most)
     factor = tl.exp2(largest - base)
@@ -114,71 +125,73 @@ def _shares(p_part, there):
 @triton.jit
 def local_linear_decode_merge(
     p_sums, p_matrices, p_means, p_system, splits,
-    PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr,
+    PAD: tl.constexpr, SIDE: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """LINES lines of a query's centred matrices: system float32 [queries, PAD, PAD + VALUE_PAD]; and means
-    float32 [queries, 1 + PAD + VALUE_PAD]: base-2 lse, mean key, mean value."""
-    WIDTH: tl.constexpr = PAD + VALUE_PAD
+    """LINES lines of a query's centred matrices: system float32 [queries, PAD, 2 PAD]; and means
+    float32 [queries, 1 + 2 PAD]: base-2 lse, mean key, mean value."""
     blocks: tl.constexpr = PAD // LINES
     row = tl.program_id(0) // blocks
     line = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
-    column, value_column = tl.arange(0, PAD), tl.arange(0, VALUE_PAD)
+    column = tl.arange(0, 2 * PAD)
     part = tl.arange(0, SPLITS)
     there = part < splits
-    p_part = p_sums + (row * splits + part).to(tl.int64) * (2 + WIDTH)
-    p_sum = p_part[:, None] + 2
-    # Asked for here, used behind the matrices: their way is long.
-    keys = tl.load(p_sum + column[None, :], mask=there[:, None], other=0.0)
-    values = tl.load(p_sum + PAD + value_column[None, :], mask=there[:, None], other=0.0)
-    share, lse = _shares(p_part, there)
-    place = line[:, None].to(tl.int64) * WIDTH
-    second = tl.zeros([LINES, PAD], tl.float32)
-    cross = tl.zeros([LINES, VALUE_PAD], tl.float32)
-    # Not a loop: the loads of all parts are under way at once.
-    for part in tl.static_range(SPLITS):
-        own = tl.sum(tl.where(tl.arange(0, SPLITS) == part, share, 0.0), 0)
-        at = row * splits + tl.minimum(part, splits - 1)
-        p_matrix = p_matrices + at.to(tl.int64) * PAD * WIDTH + place
-        second += own * tl.load(p_matrix + column[None, :])
-        cross += own * tl.load(p_matrix + PAD + value_column[None, :])
-    mean = tl.sum(share[:, None] * keys, 0)
-    value = tl.sum(share[:, None] * values, 0)
+    p_part = p_sums + (row * splits + part).to(tl.int64) * (2 + 2 * PAD)
+    place = line[:, None].to(tl.int64) * (2 * PAD) + column[None, :]
+    kept = _kept(line, column, SIDE)
+    p_own = p_matrices + (row * splits + part).to(tl.int64)[:, None, None] * 2 * PAD * PAD
+    own = tl.load(p_own + place[None], mask=there[:, None, None] & kept[None], other=0.0)
+    sums = tl.load(p_part[:, None] + 2 + column[None, :], mask=there[:, None], other=0.0)
+    # Matrices take long and are asked for first: no load moves across a barrier.
+    tl.debug_barrier()
+    largest = tl.load(p_part, mask=there, other=float("-inf"))
+    total = tl.load(p_part + 1, mask=there, other=0.0)
+    share, lse = _shares(largest, total)
+    matrix = tl.sum(share[:, None, None] * own, 0)
+    mean = tl.sum(share[:, None] * sums, 0)
     at_line = tl.sum(tl.where(line[:, None] == column[None, :], mean[None, :], 0.0), 1)
-    p_matrix = p_system + row.to(tl.int64) * PAD * WIDTH + place
-    tl.store(p_matrix + column[None, :], second - at_line[:, None] * mean[None, :])
-    tl.store(p_matrix + PAD + value_column[None, :], cross - at_line[:, None] * value[None, :])
+    matrix -= at_line[:, None] * mean[None, :]
+    p_matrix = p_system + row.to(tl.int64) * 2 * PAD * PAD
+    tl.store(p_matrix + place, matrix, mask=kept)
+    # What was not written repeats what is on the other side of the diagonal.
+    turned = column[None, :].to(tl.int64) * (2 * PAD) + line[:, None]
+    other = (column[None, :] // SIDE > line[:, None] // SIDE) & (column < PAD)[None, :]
+    tl.store(p_matrix + turned, matrix, mask=other)
     if tl.program_id(0) % blocks == 0:
-        p_mean = p_means + row.to(tl.int64) * (1 + WIDTH)
+        p_mean = p_means + row.to(tl.int64) * (1 + 2 * PAD)
         tl.store(p_mean, lse)
         tl.store(p_mean + 1 + column, mean)
-        tl.store(p_mean + 1 + PAD + value_column, value)
 
 
 @triton.jit
 def local_linear_decode_solve(
     p_q, p_ridge, p_means, p_system, p_o, p_lse, q_strides, o_strides, heads, Lq, most, tolerance,
-    D: tl.constexpr, PAD: tl.constexpr, DV: tl.constexpr, VALUE_PAD: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PAD: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """o and lse [N, heads, Lq] of one query, by conjugate gradients on chip."""
-    WIDTH: tl.constexpr = PAD + VALUE_PAD
-    row = tl.program_id(0)
+    """o and lse [N, heads, Lq] of one query, by conjugate gradients on chip; a program has COLUMNS of o."""
+    blocks: tl.constexpr = PAD // COLUMNS
+    row = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     i_q = (row % Lq).to(tl.int64)
     h = (row // Lq % heads).to(tl.int64)
     n = (row // Lq // heads).to(tl.int64)
-    column, value_column = tl.arange(0, PAD), tl.arange(0, VALUE_PAD)
-    p_line = p_system + row.to(tl.int64) * PAD * WIDTH + column[:, None] * WIDTH
+    column = tl.arange(0, PAD)
+    value_column = block * COLUMNS + tl.arange(0, COLUMNS)
+    # A sum over lines is held by every warp, so that sums of its products need no barrier: of HELD lines
+    # all but the first are 0.
+    first = (tl.arange(0, HELD) == 0)[:, None]
+    at = column[None, :] + tl.zeros([HELD, 1], tl.int32)
+    p_query = p_q + n * q_strides[0] + i_q * q_strides[1] + h * q_strides[2]
+    q = tl.load(p_query + at, mask=first & (column < D)[None, :], other=0.0).to(tl.float32)
+    ridge = tl.load(p_ridge + h)
+    p_mean = p_means + row.to(tl.int64) * (1 + 2 * PAD)
+    p_line = p_system + row.to(tl.int64) * 2 * PAD * PAD + column[:, None] * (2 * PAD)
+    lse = tl.load(p_mean)
+    mean = tl.load(p_mean + 1 + at, mask=first, other=0.0)
     system = tl.load(p_line + column[None, :])
     cross = tl.load(p_line + PAD + value_column[None, :])
-    p_mean = p_means + row.to(tl.int64) * (1 + WIDTH)
-    lse = tl.load(p_mean)
-    mean = tl.load(p_mean + 1 + column)
     value = tl.load(p_mean + 1 + PAD + value_column)
-    q = tl.load(
-        p_q + n * q_strides[0] + i_q * q_strides[1] + h * q_strides[2] + column,
-        mask=column < D, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    ridge = tl.load(p_ridge + h)
-    residual = tl.where(lse - lse == 0.0, mean - q, 0.0)
+    residual = tl.sum(mean - q, 0)
+    residual = tl.where(lse - lse == 0.0, residual, 0.0)
     r = tl.zeros([PAD], tl.float32)
     d = residual
     size = tl.sum(residual * residual, 0)
@@ -200,4 +213,5 @@ def local_linear_decode_solve(
     o = tl.where(lse == lse, o, float("nan"))
     p_row = p_o + n * o_strides[0] + i_q * o_strides[1] + h * o_strides[2] + value_column
     tl.store(p_row, o.to(p_o.dtype.element_ty), mask=value_column < DV)
-    tl.store(p_lse + row, lse * LN2)
+    if block == 0:
+        tl.store(p_lse + row, lse * LN2)

@@ -18,18 +18,24 @@ from foveal.engines.local_linear.hopper_pass import local_linear_means, local_li
 from foveal.engines.local_linear.hopper_steps import local_linear_steps
 from foveal.engines.local_linear.kernels import LONG, Reached, Rows, Solver, unit
 from foveal.engines.local_linear.launch import stage
-from foveal.engines.local_linear.prepare import local_linear_prepare
+from foveal.engines.local_linear.open_rows import local_linear_open_rows
+from foveal.engines.local_linear.prepare import local_linear_prepare, local_linear_spread
 from foveal.engines.local_linear.solve import local_linear_solve
-from foveal.engines.tile.hopper_launch import descriptor, on_grid, packed_bounds, programs
+from foveal.engines.tile.hopper_launch import descriptor, head_pad, on_grid, packed_bounds, programs
 from foveal.engines.tile.hopper_plan import Walk, forward_walk, queries_walk, shared_heads
 from foveal.engines.tile.launch import separable
 from foveal.engines.tile.launches import Launch
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.replay import Replay, Results, replayed
 from foveal.engines.tile.spec import padded
+from foveal.patterns.dense import Dense
 
 _STEPS = 5
 """Steps of tiles of 64 rows; what they leave is solved by the kernel that takes fewer rows together."""
+_SOME = 512
+"""Keys of a head whose covariance is looked at."""
+_SLOTS = 4096
+"""Rows that a program looks at together to find those that are left."""
 _LEAST_KEYS = 256
 """Fewer are not worth kernels of their own."""
 
@@ -90,17 +96,29 @@ class _Call:
         )
         self.levels = self.lse.new_empty(5, *self.lse.shape)
         self.noise, self.marks = noise_and_marks(q)
+        self.spread = self.lse.new_empty(k.shape[0], k.shape[2])
+        self.rows = torch.empty_like(self.reached.count)
+        self.counts = self.rows.new_empty(q.shape[0], q.shape[2])
         self.o = q.new_empty(*q.shape[:3], v.shape[3])
 
     def launches(self) -> list[Launch]:
         """All of them, in their order."""
         return [
             prepare(self.k, self.noise, self.marks),
+            self.find_spread(),
             self.means(),
-            self.steps(),
+            *self.steps(),
             *self.rest(),
             *self.output(),
         ]
+
+    def find_spread(self) -> Launch:
+        """How much the variance of the keys differs from axis to axis."""
+        k, D = self.k, self.k.shape[3]
+        sizes = {"D": D, "PAD": padded(D), "ROWS": 128, "SOME": _SOME, "num_warps": 8}
+        arguments = k, self.spread, k.stride()[:3], k.shape[1], k.shape[2]
+        lines = k.shape[0] * k.shape[2]
+        return Launch(local_linear_spread, lines, arguments, sizes | follows(k))
 
     def means(self) -> Launch:
         """Mean keys, lse, and the start of the solve."""
@@ -110,22 +128,40 @@ class _Call:
             self.reached.count, self.levels, self.levels.stride(0), self.solver.ridge, self.noise,
             float(self.solver.tolerance), LONG,
         )  # fmt: skip
-        middle = (self.lse, self.mean, state, self.marks)
+        middle = (self.lse, self.mean, self.spread, state, self.marks)
         options = {"D": self.q.shape[3], **follows(self.q)}
         return _prepared(self.task, local_linear_means, walk, (self.q,), (self.k,), middle, options)
 
-    def steps(self) -> Launch:
-        """Steps of every tile until it is solved, or _STEPS are taken."""
-        walk = forward_walk(self.task.pattern, self.task.extent, 128)
-        walk = dataclasses.replace(walk, stages=4)
+    def steps(self) -> list[Launch]:
+        """Steps of the rows that are not solved, until they are or _STEPS are taken."""
+        task, q, k = self.task, self.q, self.k
+        walk = forward_walk(task.pattern, task.extent, 128)
+        (X, Y, Z), axes, bounds = packed_bounds(task.pattern, task.extent, q.device, False)
+        kv_grid = task.extent.kv_grid if axes > 1 else (task.extent.Lk,)
+        heads, groups, D = q.shape[2], q.shape[2] // k.shape[2], q.shape[3]
+        lines, length = q.shape[0] * heads, math.prod(walk.rows)
+        tiles = -(-X * Y * Z // (walk.consumers * length))
         state = (
             self.x, self.residual, self.direction, self.of_q, self.reached.ratio, self.reached.count,
             self.levels, self.levels.stride(0), self.solver.ridge, self.noise, LONG,
         )  # fmt: skip
-        middle = (self.lse, self.mean, state, self.marks)
-        rows, options = (self.q, self.direction), {"D": self.q.shape[3], **follows(self.q)}
-        made = _prepared(self.task, local_linear_steps, walk, rows, (self.k,), middle, options)
-        return dataclasses.replace(made, arguments=(*made.arguments, self._most))
+        lists = self.reached.ratio, self.rows, self.counts, X, Y, Z
+        slots = min(_SLOTS, 1 << (X * Y * Z - 1).bit_length())
+        options = {"R": walk.rows, "SLOTS": slots, "num_warps": 8, **follows(q)}
+        find = Launch(local_linear_open_rows, lines, lists, options)
+        arguments = (
+            descriptor(on_grid(k, kv_grid), walk.columns, axes), q, q.stride()[:3], self.lse, self.mean,
+            self.spread, state, self.marks, self.rows, self.counts, bounds, X, Y, Z, heads, groups,
+            shared_heads(heads, groups, k.shape[1], D), tiles, unit(task), self._most,
+        )  # fmt: skip
+        # Rows of a tile come from anywhere: without hidden pairs only where all see the same.
+        hides = walk.hides or not isinstance(task.pattern, Dense)
+        options = {
+            "W": walk.consumers, "M": length, "C": walk.columns, "AXES": axes, "STAGES": 4,
+            "HIDES": hides, "D": D, "PAD": head_pad(D), "num_warps": 4, "enable_fp_fusion": True,
+            **follows(q),
+        }  # fmt: skip
+        return [find, Launch(local_linear_steps, lines * tiles, arguments, options)]
 
     def rest(self) -> list[Launch]:
         """What is not solved yet, and all of it anew where a sum was not finite."""

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from foveal.engines.local_linear.hopper_pass import FLOOR, find_boxes, hide, note_odd, scores
+from foveal.engines.local_linear.hopper_pass import find_boxes, hide, note_odd, scores
 from foveal.engines.tile.hopper_walk import (
     barriers,
     following,
@@ -23,6 +23,9 @@ from foveal.engines.tile.hopper_walk import (
     skip_boxes,
     specialised,
 )
+
+# Below every score.
+FLOOR = gl.constexpr(-3.0e38)
 
 
 @gluon.jit

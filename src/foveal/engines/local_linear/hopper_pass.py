@@ -33,20 +33,24 @@ from foveal.engines.tile.hopper_walk import (
     whole,
 )
 
-FLOOR = gl.constexpr(-3.0e38)
+# A hidden score that is finite: p s is 0 then.  No maximum falls below half of it.
+HIDDEN = gl.constexpr(-3.0e38)
 # Sizes that a kernel is not compiled anew for.
 PLAIN = ["X", "heads", "groups", "shared", "total"]
 
 
 @gluon.jit
-def hide(s, box, seen, C: gl.constexpr, AXES: gl.constexpr, HIDES: gl.constexpr):
-    """Scores of hidden pairs become -inf; seen: (low, width, last_low, first_up)."""
+def hide(
+    s, box, seen, C: gl.constexpr, AXES: gl.constexpr, HIDES: gl.constexpr,
+    SCORE: gl.constexpr = float("-inf"),
+):  # fmt: skip
+    """Hidden pairs get the score SCORE; seen: (low, width, last_low, first_up)."""
     LAYOUT: gl.constexpr = s.type.layout
     if HIDES:
         x, y, z = box
         if whole(x, y, z, seen[2], seen[3], C, AXES) == 0:
             pairs = visible(x, y, z, seen[0], seen[1], LAYOUT, C, AXES)
-            s = gl.where(pairs, s, float("-inf"))
+            s = gl.where(pairs, s, SCORE)
     return s
 
 
@@ -128,17 +132,22 @@ def weigh_values(
         mbarrier.wait(r_ready.index(WHICH), 0)
         shift = gl.convert_layout(gl.sum(r.load(E).to(gl.float32) * mean, 1), ROW)
         shift += 1.0 + gl.load(p_lost + plane + token, mask=inside, other=0.0)
+        ready = (k_ready, v_ready)
+        free = (k_free, v_free)
         if SKIPS:
-            g = skip_boxes(g, before, (k_ready, v_ready), (k_free, v_free), STAGES)
+            g = skip_boxes(g, before, ready, free, STAGES)
         acc = gl.zeros([M, V_PAD], gl.float32, O)
         for j in range(count):
             stage = g % STAGES
             phase = (g // STAGES) & 1
             s, t = scores(q, r, k_s, k_ready, stage, phase, N, S)
-            s, t = warpgroup_mma_wait(0, deps=(s, t))
-            mbarrier.arrive(k_free.index(stage), count=1)
+            s = warpgroup_mma_wait(1, deps=(s,))
             s = hide(s, (x, y, z), seen, C, AXES, HIDES)
             p = gl.exp2(s * unit - lse[:, None])
+            # Over by now: without it ptxas puts exponentials behind the second product.
+            mbarrier.wait(k_ready.index(stage), phase)
+            t = warpgroup_mma_wait(0, deps=(t,))
+            mbarrier.arrive(k_free.index(stage), count=1)
             w = p * (shift[:, None] - t)
             weights = gl.convert_layout(w.to(q_s.dtype), P)
             mbarrier.wait(v_ready.index(stage), phase)
@@ -149,7 +158,7 @@ def weigh_values(
             x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
             g += 1
         if SKIPS:
-            g = skip_boxes(g, behind, (k_ready, v_ready), (k_free, v_free), STAGES)
+            g = skip_boxes(g, behind, ready, free, STAGES)
         note_odd(acc, p_bad)
         column = gl.arange(0, V_PAD, gl.SliceLayout(0, O))
         own = gl.convert_layout(token, gl.SliceLayout(1, O)).to(gl.int64) * o_strides[1]
@@ -214,10 +223,71 @@ def local_linear_values(
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def rescaling(count):
+    """Instructions and constraints of `rescaled`, for so many numbers of a thread."""
+    one = "0f3F800000"
+    # A thread holds numbers of two rows, two of each in turn.
+    first, second = f"${2 * count}", f"${2 * count + 2}"
+    lines = [
+        "{ .reg .pred p;",
+        f"setp.neu.f32 p, {first}, {one};",
+        f"setp.neu.or.f32 p, {second}, {one}, p;",
+        "vote.sync.any.pred p, p, 0xffffffff;",
+        "@!p bra.uni same_${:uid};",
+        *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)),
+        "same_${:uid}: }",
+    ]
+    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["f"] * count
+    return "\n".join(lines), ",".join(constraints)
+
+
+@gluon.jit
+def rescaled(x, shrink):
+    """x [rows, columns] of products times shrink [rows]; a warp leaves out what it would multiply by 1."""
+    COUNT: gl.constexpr = x.shape[0] * x.shape[1] // (32 * gl.num_warps())
+    TEXT: gl.constexpr = rescaling(COUNT)
+    x, wide = gl.broadcast(x, shrink[:, None])
+    return gl.inline_asm_elementwise(
+        TEXT[0], TEXT[1], [x, wide], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
+
+
+@gluon.jit
+def own_sum(x):
+    """Sums of rows [rows, columns] over the columns that a thread holds: [rows, 4]."""
+    return gl.sum(gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def of_rows(x, like):
+    """Numbers per row beside sums of `own_sum`."""
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def whole_sum(x, ROW: gl.constexpr):
+    return gl.convert_layout(gl.sum(x, 1), ROW)
+
+
+@gluon.jit
+def more_weights(s, m, l, along, squares, centre, unit):
+    """p, p (s - centre), new maxima, the factor of sums so far and sums."""
+    m_new = gl.maximum(m, gl.max(s, 1) * unit)
+    shrink = gl.exp2(m - m_new)
+    p = gl.exp2(s * unit - m_new[:, None])
+    own = of_rows(shrink, l)
+    l = l * own + own_sum(p)
+    ps = p * (s - centre[:, None])
+    along = along * own + own_sum(ps)
+    squares = squares * (own * own) + own_sum(ps * ps)
+    return p, ps, m_new, shrink, l, along, squares
+
+
 @gluon.jit
 def average_rows(
     WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, k_ready, k_free,
-    p_lse, p_mean, state, p_bad, p_bounds, X, Y, Z, heads, groups, shared, total, unit,
+    p_lse, p_mean, p_spread, state, p_bad, p_bounds, X, Y, Z, heads, groups, shared, total, unit,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
@@ -246,68 +316,82 @@ def average_rows(
         mbarrier.wait(q_ready.index(WHICH), 0)
         if SKIPS:
             g = skip_boxes(g, before, (k_ready,), (k_free,), STAGES)
-        m = gl.full([M], FLOOR, gl.float32, ROW)
-        l = gl.zeros([M], gl.float32, ROW)
-        along = gl.zeros([M], gl.float32, ROW)
-        squares = gl.zeros([M], gl.float32, ROW)
-        centre = gl.zeros([M], gl.float32, ROW)
+        stage = g % STAGES
+        mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
+        k = k_s.index(stage).reshape([N, PAD])
+        s = warpgroup_mma(
+            q, k.permute((1, 0)), gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
+        )
+        s = warpgroup_mma_wait(0, deps=(s,))
+        s = hide(s, (x, y, z), seen, C, AXES, HIDES, HIDDEN)
+        # Above all that is hidden.
+        m = gl.maximum(gl.max(s, 1) * unit, gl.maximum(0.5 * HIDDEN * unit, HIDDEN))
+        p = gl.exp2(s * unit - m[:, None])
+        mass = gl.sum(p, 1)
+        # Scores keep their digits near 0: they are taken from their mean in the first box.
+        centre = gl.sum(p * gl.where(p > 0.0, s, 0.0), 1) / gl.where(mass > 0.0, mass, 1.0)
+        ps = p * (s - centre[:, None])
+        l = own_sum(p)
+        along = own_sum(ps)
+        squares = own_sum(ps * ps)
+        weights = gl.convert_layout(p.to(q_s.dtype), P)
+        more = gl.convert_layout(ps.to(q_s.dtype), P)
         acc = gl.zeros([M, PAD], gl.float32, E)
         image = gl.zeros([M, PAD], gl.float32, E)
-        for j in range(count):
+        for j in range(1, count):
+            x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
+            last = g % STAGES
+            g += 1
             stage = g % STAGES
             mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
-            k = k_s.index(stage).reshape([N, PAD])
-            s = warpgroup_mma(
-                q, k.permute((1, 0)), gl.zeros([M, N], gl.float32, S), use_acc=False, is_async=True
-            )
-            s = warpgroup_mma_wait(0, deps=(s,))
-            s = hide(s, (x, y, z), seen, C, AXES, HIDES)
-            m_old = m
-            m = gl.maximum(m, gl.max(s, 1) * unit)
-            p = gl.exp2(s * unit - m[:, None])
-            shrink = gl.exp2(m_old - m)
-            mass = gl.sum(p, 1)
-            l = l * shrink + mass
-            wide = gl.convert_layout(shrink, E_ROW)[:, None]
-            acc = acc * wide
-            weights = gl.convert_layout(p.to(q_s.dtype), P)
+            k = k_s.index(last).reshape([N, PAD])
+            k_next = k_s.index(stage).reshape([N, PAD]).permute((1, 0))
+            none = gl.zeros([M, N], gl.float32, S)
             run = warpgroup_mma(weights, k, acc, is_async=True)
-            s = gl.where(p > 0.0, s, 0.0)
-            # Scores keep their digits near 0: they are taken from their mean in the first box.
-            if j == 0:
-                centre = gl.sum(p * s, 1) / gl.where(mass > 0.0, mass, 1.0)
-            ps = p * (s - centre[:, None])
-            along = along * shrink + gl.sum(ps, 1)
-            squares = squares * shrink * shrink + gl.sum(ps * ps, 1)
-            image = image * wide
-            more = gl.convert_layout(ps.to(q_s.dtype), P)
             image_run = warpgroup_mma(more, k, image, is_async=True)
-            acc, image = warpgroup_mma_wait(0, deps=(run, image_run))
-            mbarrier.arrive(k_free.index(stage), count=1)
-            x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
-            g += 1
+            s_run = warpgroup_mma(q, k_next, none, use_acc=False, is_async=True)
+            acc, image, s = warpgroup_mma_wait(0, deps=(run, image_run, s_run))
+            mbarrier.arrive(k_free.index(last), count=1)
+            s = hide(s, (x, y, z), seen, C, AXES, HIDES, HIDDEN)
+            p, ps, m, shrink, l, along, squares = more_weights(
+                s, m, l, along, squares, centre, unit
+            )
+            weights = gl.convert_layout(p.to(q_s.dtype), P)
+            more = gl.convert_layout(ps.to(q_s.dtype), P)
+            wide = gl.convert_layout(shrink, E_ROW)
+            acc = rescaled(acc, wide)
+            image = rescaled(image, wide)
+        stage = g % STAGES
+        k = k_s.index(stage).reshape([N, PAD])
+        run = warpgroup_mma(weights, k, acc, is_async=True)
+        image_run = warpgroup_mma(more, k, image, is_async=True)
+        acc, image = warpgroup_mma_wait(0, deps=(run, image_run))
+        mbarrier.arrive(k_free.index(stage), count=1)
+        g += 1
         if SKIPS:
             g = skip_boxes(g, behind, (k_ready,), (k_free,), STAGES)
         note_odd(acc, p_bad)
+        l = whole_sum(l, ROW)
         plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
         lse = gl.where(l == 0.0, float("-inf"), m + gl.log2(l))
         gl.store(p_lse + plane + token, lse, mask=inside)
         inverse = gl.where(l == 0.0, 0.0, 1.0 / l)
-        along = along * inverse
-        squares = squares * inverse * inverse
+        # Scores of -inf that are no hidden ones leave NaN where nothing has weight.
+        along = gl.where(l == 0.0, 0.0, whole_sum(along, ROW) * inverse)
+        squares = gl.where(l == 0.0, 0.0, whole_sum(squares, ROW) * inverse * inverse)
         inverse = gl.convert_layout(inverse, E_ROW)
         acc = acc * inverse[:, None]
         rows = rows_at(token, inside, n, head, heads, X * Y * Z, D, E)
         store_at(p_mean, rows, acc)
         settle_start(
             acc, image * inverse[:, None], centre, along, squares, q, lse, rows, token, inside, plane,
-            head, state, p_bad,
+            head, gl.load(p_spread + (n * heads + head) // groups), state, p_bad,
         )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PLAIN)
 def local_linear_means(
-    q_desc, k_desc, p_lse, p_mean, state, p_bad, p_bounds, X, Y, Z,
+    q_desc, k_desc, p_lse, p_mean, p_spread, state, p_bad, p_bounds, X, Y, Z,
     heads, groups, shared, total, unit,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, EARLY: gl.constexpr = False,
@@ -323,7 +407,7 @@ def local_linear_means(
     specialised(
         average_rows,
         (
-            q_s, q_ready, q_free, k_s, k_ready, k_free, p_lse, p_mean, state, p_bad, p_bounds,
+            q_s, q_ready, q_free, k_s, k_ready, k_free, p_lse, p_mean, p_spread, state, p_bad, p_bounds,
             X, Y, Z, heads, groups, shared, total, unit,
             W, R, C, AXES, STAGES, HIDES, SKIPS, D,
         ),

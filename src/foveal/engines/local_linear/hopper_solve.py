@@ -10,11 +10,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from foveal.engines.tile.hopper_compat import thread_barrier
+
 # What `reached` holds while a tile of rows is not solved.
 UNSOLVED = gl.constexpr(3.0e38)
-# A step without a product is taken to leave no less than a tenth of a residual, and not taken where
-# the step before it left more than an eighth.
-LEAST, MOST = gl.constexpr(0.01), gl.constexpr(0.0625)
+# Squares of what a step without a product leaves of a residual: never taken to be less than LEAST, not taken
+# above MOST, and above SURE only where the residual is too long without it.
+LEAST, SURE, MOST = gl.constexpr(1e-4), gl.constexpr(0.01), gl.constexpr(0.0625)
+# How often the squared spread of the eigenvalues, over that of their mean, a row is allowed for.
+SPREADS = gl.constexpr(3.0)
 
 
 @gluon.jit
@@ -48,39 +52,41 @@ def store_at(p, rows, x):
 
 
 @gluon.jit
-def scaled(d):
-    """Rows of length 64: in 16 bits small numbers would lose digits, and products of long rows overflow."""
-    square = gl.sum(d * d, 1)
-    return d * (64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0)))[:, None]
+def own_query(q_s, there, E: gl.constexpr):
+    return gl.where(there[:, None], q_s.load(E).to(gl.float32), 0.0)
 
 
 @gluon.jit
-def leave(size, before, limit, at, new, rate, inside):
-    """Whether all rows are done, and the length of a last step along `new` of each.
+def leave(size, before, limit, at, square, image, length, rate, spread):
+    """Which rows are done, and how far each goes along the next direction as a last step.
 
-    size, before: squares of the residuals after and before a step; limit: of what is allowed; rate: the
-    step's d.Ad / d.d; at: residual.new.
+    size, before: squares of the residuals after and before a step; limit: of what is allowed.  Of the next
+    direction: at, its product with the residual; square, that with itself.  Of the step's direction d:
+    image, |Ad|^2; length, |d|^2; rate, d.Ad / d.d.  A last step by 1 / rate leaves what eigenvalues differ
+    from rate; their variance is the one that d has seen, or that of all keys, `spread`, if it is more.
+    Also the square of what is left behind that step.
     """
-    left = gl.maximum(4.0 * size / gl.where(before > 0.0, before, 1.0), LEAST)
-    steps = left < MOST
+    level = gl.where(rate > 0.0, rate, 1.0)
+    seen = image / gl.where(length > 0.0, length, 1.0) - level * level
+    left = SPREADS * gl.maximum(seen, spread) / (level * level)
+    left = gl.maximum(gl.maximum(left, size / gl.where(before > 0.0, before, 1.0)), LEAST)
+    steps = (left < MOST) & (rate > 0.0)
     end = gl.where(steps, gl.minimum(size * left, size), size)
     short = (size <= limit) | (steps & (end <= limit))
-    open_rows = gl.max(gl.where(short, 0, 1), 0)
-    length = gl.sum(new * new, 1)
-    last = gl.where(
-        steps & (rate > 0.0) & (length > 0.0),
-        at / (rate * gl.where(length > 0.0, length, 1.0)),
-        0.0,
-    )
-    return open_rows == 0, last, gl.where(steps, end, size)
+    steps = steps & ((size > limit) | (left < SURE))
+    steps = steps & (square > 0.0)
+    last = gl.where(steps, at / (level * gl.where(square > 0.0, square, 1.0)), 0.0)
+    return short, last, gl.where(steps, end, size)
 
 
 @gluon.jit
 def settle_start(
-    mean, image, centre, along, squares, q_s, lse, rows, token, inside, plane, head, state, p_marks
-):
+    mean, image, centre, along, squares, q_s, lse, rows, token, inside, plane, head, spread, state,
+    p_marks,
+):  # fmt: skip
     """The start of a solve from the mean and, with s = q.k - centre, the sums of p s k, p s and (p s)^2.
 
+    spread: of the keys of the head, as of `local_linear_spread`.
     state: x, residual float32, direction, and image of q float32 [N, tokens, heads, D]; reached, count
     [N, heads, tokens]; levels float32 [5, N, heads, tokens] and their pitch; ridge; noise; tolerance; the
     longest x that the second mark is not set for.  Levels: the square of the residual that is allowed, the
@@ -93,21 +99,26 @@ def settle_start(
     there = held & (gl.convert_layout(lse, ROW) - gl.convert_layout(lse, ROW) == 0.0)
     ridge = gl.load(state[8] + head)
     tolerance = state[10]
-    q = gl.where(there[:, None], q_s.load(E).to(gl.float32), 0.0)
-    b = mean - q
-    before = gl.sum(b * b, 1)
-    limit = gl.minimum(before, 4.0 * ridge) * tolerance * tolerance
     along = gl.convert_layout(along, ROW)
-    lost = along + gl.convert_layout(centre, ROW) - gl.sum(q * mean, 1)
-    image = image - along[:, None] * mean + ridge * q
-    image = gl.where(there[:, None], image, 0.0)
-    energy = gl.sum(q * image, 1)
+    met = gl.sum(own_query(q_s, there, E) * mean, 1)
+    length = gl.sum(own_query(q_s, there, E) * own_query(q_s, there, E), 1)
+    lost = along + gl.convert_layout(centre, ROW) - met
+    image = gl.where(there[:, None], image - along[:, None] * mean, 0.0)
+    # What is loaded behind a barrier takes registers from there on only.
+    thread_barrier()
+    image += ridge * own_query(q_s, there, E)
+    energy = gl.sum(own_query(q_s, there, E) * image, 1)
     good = energy > 0.0
     energy = gl.where(good, energy, 1.0)
-    alpha = gl.where(good, gl.sum(q * b, 1) / energy, 0.0)
-    residual = b - alpha[:, None] * image
+    alpha = gl.where(good, (met - length) / energy, 0.0)
+    thread_barrier()
+    residual = mean - own_query(q_s, there, E)
+    before = gl.sum(residual * residual, 1)
+    limit = gl.minimum(before, 4.0 * ridge) * tolerance * tolerance
+    residual -= alpha[:, None] * image
     size = gl.sum(residual * residual, 1)
     turn = gl.where(good, gl.sum(residual * image, 1) / energy, 0.0)
+    product = gl.sum(image * image, 1)
     store_at(state[3], rows, image)
     share = gl.where(there, gl.where(good, energy, float("inf")), -1.0)
     drift = alpha * alpha * gl.load(state[9]) * gl.convert_layout(squares, ROW)
@@ -117,21 +128,20 @@ def settle_start(
     gl.store(p_level + 2 * state[7], share, mask=held)
     gl.store(p_level + 3 * state[7], drift, mask=held)
     gl.store(p_level + 4 * state[7], gl.where(there, alpha * lost, 0.0), mask=held)
-    new = residual - turn[:, None] * q
-    length = gl.sum(q * q, 1)
     rate = gl.where(good, energy / gl.where(length > 0.0, length, 1.0), 0.0)
-    done, last, end = leave(size, before, limit, gl.sum(residual * new, 1), new, rate, held)
-    if done:
-        x = alpha[:, None] * q + last[:, None] * new
-        store_at(state[0], rows, x)
-        store_at(state[2], rows, x)
-        store_at(state[1], rows, x * 0.0)
-        ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))
-        gl.store(state[4] + p_rows, ratio, mask=held)
-        gl.store(state[5] + p_rows, held.to(gl.int32) * 0, mask=held)
-        longest = gl.max(gl.sum(x * x, 1), 0)
-        if (longest > state[11] * state[11]) | (gl.max(ratio, 0) > 1.0):
-            gl.store(p_marks + 1, 1)
-    else:
-        store_at(state[2], rows, scaled(new))
-        gl.store(state[4] + p_rows, limit * 0.0 + UNSOLVED, mask=held)
+    thread_barrier()
+    at = size - turn * gl.sum(residual * own_query(q_s, there, E), 1)
+    new = residual - turn[:, None] * own_query(q_s, there, E)
+    square = gl.sum(new * new, 1)
+    short, last, end = leave(size, before, limit, at, square, product, length, rate, spread)
+    x = alpha[:, None] * own_query(q_s, there, E) + last[:, None] * new
+    store_at(state[0], rows, x)
+    factor = 64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0))
+    store_at(state[2], rows, gl.where(short[:, None], x, factor[:, None] * new))
+    ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))
+    gl.store(state[4] + p_rows, gl.where(short, ratio, UNSOLVED), mask=held)
+    gl.store(state[5] + p_rows, held.to(gl.int32) * 0, mask=held)
+    over = held & short
+    longest = gl.max(gl.where(over, gl.sum(x * x, 1), 0.0), 0)
+    if (longest > state[11] * state[11]) | (gl.max(gl.where(over, ratio, 0.0), 0) > 1.0):
+        gl.store(p_marks + 1, 1)

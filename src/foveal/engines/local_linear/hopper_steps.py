@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""The solve on Hopper: a work item walks its keys again and again until its rows are solved, or given up.
+"""The solve on Hopper: rows that are not solved, together in work items, walk their keys until they are.
 
-One launch for all steps.  Behind a pass a consumer takes the step of conjugate gradients on its rows in the
+`open_rows` lists them.  Behind a pass a consumer takes the step of conjugate gradients on its rows in the
 layout of the product, which stays in registers; the direction stays in shared memory, residual and x go
 through the cache once a step.
 """
@@ -18,41 +18,98 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.local_linear.early import follow
-from foveal.engines.local_linear.hopper_pass import PLAIN, find_boxes, hide, scores
-from foveal.engines.local_linear.hopper_solve import UNSOLVED, leave, load_at, rows_at, store_at
+from foveal.engines.local_linear.hopper_pass import hide, scores
+from foveal.engines.local_linear.hopper_solve import leave, load_at, rows_at, store_at
 from foveal.engines.tile.hopper_compat import thread_barrier
-from foveal.engines.tile.hopper_scores import row_places
 from foveal.engines.tile.hopper_walk import (
     barriers,
-    copy_box,
     following,
     load_columns,
-    place,
-    reach,
     skip_boxes,
     specialised,
 )
 
 
 @gluon.jit
-def work_item(total, shared):
-    """Which item a program takes: short rows need most steps, so the last tiles come first."""
-    return (gl.program_id(0) + total - shared) % total
+def work_item(p_counts, tiles, heads, shared, ROWS: gl.constexpr):
+    """Batch, head and first number of the ROWS of a program, and how many rows its head has.
+
+    0 rows if the program has none.  Short rows need most steps, so the first rows come first, then the
+    others from the last.
+    """
+    t = gl.program_id(0)
+    tile = t // shared % tiles
+    rest = t // (shared * tiles)
+    groups = heads // shared
+    head = rest % groups * shared + t % shared
+    n = rest // groups
+    count = gl.load(p_counts + n * heads + head)
+    own = gl.cdiv(count, ROWS)
+    first = gl.where(tile == 0, 0, own - tile) * ROWS
+    return n, head, first, gl.where(tile < own, count, 0)
 
 
 @gluon.jit
-def unsolved(p_reached, t, X, Y, Z, heads, shared, W: gl.constexpr, R: gl.constexpr):
-    """Whether a work item holds rows that are not solved."""
-    M: gl.constexpr = R[0] * R[1] * R[2]
-    row = gl.arange(0, M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
-    plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-    worst = 0.0
-    for which in gl.static_range(W):
-        rx, ry, rz, inside = row_places(row, x0 + which * R[0], y0, z0, X, Y, Z, R)
-        reached = gl.load(p_reached + plane + (rx * Y + ry) * Z + rz, mask=inside, other=0.0)
-        worst = gl.maximum(worst, gl.max(reached, 0))
-    return worst >= UNSOLVED
+def seen_by(p_bounds, X, Y, Z, token, AXES: gl.constexpr):
+    """Of tokens anywhere on the grid, the ends of what they see, axis after axis: lower and upper."""
+    x = token // (Y * Z)
+    lx, ux = gl.load(p_bounds + x), gl.load(p_bounds + (X + x))
+    ly, uy, lz, uz = 0, 1, 0, 1
+    if AXES > 1:
+        p_axis = p_bounds + 2 * X + token // Z % Y
+        ly, uy = gl.load(p_axis), gl.load(p_axis + Y)
+    if AXES > 2:
+        p_axis = p_bounds + 2 * X + 2 * Y + token % Z
+        lz, uz = gl.load(p_axis), gl.load(p_axis + Z)
+    return (lx, ly, lz), (ux, uy, uz)
+
+
+@gluon.jit
+def listed(p_rows, first, count, row):
+    """The tokens of rows of a work item; behind the last the last again."""
+    return gl.load(p_rows + gl.minimum(first + row, count - 1))
+
+
+@gluon.jit
+def item_boxes(
+    p_rows, first, count, p_bounds, X, Y, Z, ROWS: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr
+):
+    """Start and number of the boxes of keys that the rows of a work item see, per axis."""
+    row = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    low, up = seen_by(p_bounds, X, Y, Z, listed(p_rows, first, count, row), AXES)
+    x, y, z = gl.min(low[0], 0), 0, 0
+    nx, ny, nz = gl.maximum(gl.cdiv(gl.max(up[0], 0) - x, C[0]), 1), 1, 1
+    if AXES > 1:
+        y = gl.min(low[1], 0)
+        ny = gl.maximum(gl.cdiv(gl.max(up[1], 0) - y, C[1]), 1)
+    if AXES > 2:
+        z = gl.min(low[2], 0)
+        nz = gl.maximum(gl.cdiv(gl.max(up[2], 0) - z, C[2]), 1)
+    return (x, y, z), (nx, ny, nz)
+
+
+@gluon.jit
+def own_walk(low, up, corner, counts, C: gl.constexpr, AXES: gl.constexpr):
+    """What hides pairs of the rows of a consumer, where its walk begins and ends, and how many boxes it is.
+
+    Boxes of the first axis that none of its rows sees are not walked: (own, before, behind).
+    """
+    ly, uy, lz, uz = 0, 1, 0, 1
+    if AXES > 1:
+        ly, uy = gl.max(low[1], 0), gl.min(up[1], 0)
+    if AXES > 2:
+        lz, uz = gl.max(low[2], 0), gl.min(up[2], 0)
+    last_low = (gl.max(low[0], 0), ly, lz)
+    first_up = (gl.min(up[0], 0), uy, uz)
+    width = (up[0] - low[0], up[1] - low[1], up[2] - low[2])
+    nx, ny, nz = counts
+    first = gl.minimum((gl.min(low[0], 0) - corner[0]) // C[0], nx - 1)
+    stop = gl.minimum(gl.cdiv(gl.max(up[0], 0) - corner[0], C[0]), nx)
+    stop = gl.maximum(stop, first + 1)
+    here = (corner[0] + first * C[0], corner[1], corner[2])
+    ends = (corner[1], corner[2], corner[1] + ny * C[1], corner[2] + nz * C[2])
+    walk = ((stop - first) * ny * nz, first * ny * nz, (nx - stop) * ny * nz)
+    return (low, width, last_low, first_up), here, ends, walk
 
 
 @gluon.jit
@@ -81,98 +138,121 @@ def goes_on(round, flags, decided, W: gl.constexpr):
 
 @gluon.jit
 def take_step(
-    acc, sums, squares, q_s, d_s, rows, token, inside, plane, head, p_mean, state, p_marks,
-    flags, decided, slot, round,
+    acc, sums, squares, q_s, d_s, rows, token, still, plane, head, spread, p_mean, state, p_marks,
+    flags, decided, slot, taken,
 ):  # fmt: skip
-    """One step of the rows of a consumer with acc = sum w k of their direction; whether rows are open.
+    """One step of the rows of a consumer with acc = sum w k of their direction; which rows are open then.
 
-    sums, squares: of w and of w^2.  state as of `settle_start`, less the tolerance.
+    sums, squares: of w and of w^2; still: which rows were open.  spread and state as of
+    `settle_start`, less the tolerance.  taken: steps before this one.
     """
     E: gl.constexpr = acc.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, E)
-    held = gl.convert_layout(inside.to(gl.int32), ROW) > 0
+    held = gl.convert_layout(still, ROW) > 0
     p_row = plane + gl.convert_layout(token, ROW)
     sums = gl.convert_layout(sums, ROW)
     squares = gl.convert_layout(squares, ROW)
     odd = gl.max((gl.sum(acc * 0.0, 1) != 0.0).to(gl.int32), 0) > 0
     p_level = state[6] + p_row
     pitch = state[7]
-    limit = gl.load(p_level, mask=held, other=0.0)
-    alpha = gl.load(p_level + pitch, mask=held, other=0.0)
-    share = gl.load(p_level + 2 * pitch, mask=held, other=float("inf"))
-    drift = gl.load(p_level + 3 * pitch, mask=held, other=0.0)
-    lost = gl.load(p_level + 4 * pitch, mask=held, other=0.0)
-    ridge = gl.load(state[8] + head)
-    noise = gl.load(state[9])
-    d = d_s.load(E).to(gl.float32)
     # The mean was rounded; with this the product stays symmetric.
-    acc += ridge * d - sums[:, None] * load_at(p_mean, rows)
-    energy = gl.sum(d * acc, 1)
-    length = gl.sum(d * d, 1)
+    acc -= sums[:, None] * load_at(p_mean, rows)
+    # What is loaded behind a barrier takes registers from there on only.
+    thread_barrier()
+    acc += gl.load(state[8] + head) * d_s.load(E).to(gl.float32)
+    energy = gl.sum(d_s.load(E).to(gl.float32) * acc, 1)
+    length = gl.sum(d_s.load(E).to(gl.float32) * d_s.load(E).to(gl.float32), 1)
+    product = gl.sum(acc * acc, 1)
     good = energy > 0.0
     energy = gl.where(good, energy, 1.0)
     rate = gl.where(good, energy / gl.where(length > 0.0, length, 1.0), 0.0)
-    if round == 0:
+    thread_barrier()
+    limit = gl.load(p_level, mask=held, other=0.0)
+    alpha = gl.load(p_level + pitch, mask=held, other=0.0)
+    share = gl.load(p_level + 2 * pitch, mask=held, other=float("inf"))
+    if taken == 0:
         residual = load_at(p_mean, rows) - q_s.load(E).to(gl.float32)
+        thread_barrier()
         residual -= alpha[:, None] * load_at(state[3], rows)
         residual = gl.where((share > 0.0)[:, None], residual, 0.0)
     else:
         residual = load_at(state[1], rows)
+    thread_barrier()
     before = gl.sum(residual * residual, 1)
     along = gl.sum(residual * d_s.load(E).to(gl.float32), 1)
     step = gl.where(good & (before > limit), along / energy, 0.0)
     residual -= step[:, None] * acc
     size = gl.sum(residual * residual, 1)
     turn = -gl.sum(residual * acc, 1) / energy
-    new = residual + turn[:, None] * d_s.load(E).to(gl.float32)
+    thread_barrier()
     back = gl.sum(residual * load_at(state[3], rows), 1) / gl.where(share > 0.0, share, 1.0)
-    new -= back[:, None] * q_s.load(E).to(gl.float32)
-    drift += step * step * noise * squares
-    lost += step * sums
-    at = gl.sum(residual * new, 1)
+    # The next direction is residual + turn d - back q.  Its products, before it takes registers.
+    thread_barrier()
+    with_d = turn * gl.sum(residual * d_s.load(E).to(gl.float32), 1)
+    with_q = back * gl.sum(residual * q_s.load(E).to(gl.float32), 1)
+    at = size + with_d - with_q
+    square = gl.sum(q_s.load(E).to(gl.float32) * q_s.load(E).to(gl.float32), 1) * back * back
+    cross = gl.sum(q_s.load(E).to(gl.float32) * d_s.load(E).to(gl.float32), 1) * back
+    square += size + turn * (turn * length - 2.0 * cross) + 2.0 * (with_d - with_q)
+    square = gl.maximum(square, 0.0)
+    drift = gl.load(p_level + 3 * pitch, mask=held, other=0.0)
+    drift += step * step * gl.load(state[9]) * squares
+    lost = gl.load(p_level + 4 * pitch, mask=held, other=0.0) + step * sums
     # A product that rounding made indefinite leads nowhere.
     size_left = gl.where(good, size, 0.0)
-    done, last, end = leave(size_left, before, limit, at, new, rate, held)
+    short, last, end = leave(size_left, before, limit, at, square, product, length, rate, spread)
     end = gl.where(good, end, size)
-    open_rows = gl.where(done | odd, 0, 1)
-    announce(open_rows, flags, decided, slot)
+    short = short | odd
+    left = gl.where(held & (short == 0), 1, 0)
+    announce(gl.max(left, 0), flags, decided, slot)
     gl.store(p_level + 4 * pitch, lost, mask=held)
-    if round == 0:
+    gl.store(p_level + 3 * pitch, drift, mask=held)
+    store_at(state[1], (rows[0], rows[1], rows[2], rows[3] & (short == 0)[:, None]), residual)
+    thread_barrier()
+    new = residual + turn[:, None] * d_s.load(E).to(gl.float32)
+    new -= back[:, None] * q_s.load(E).to(gl.float32)
+    if taken == 0:
         x = alpha[:, None] * q_s.load(E).to(gl.float32)
     else:
         x = load_at(state[0], rows)
+    thread_barrier()
     x += step[:, None] * d_s.load(E).to(gl.float32)
+    x += gl.where(short, last, 0.0)[:, None] * new
+    store_at(state[0], rows, x)
     if odd:
         gl.store(p_marks, 1)
-    if done:
-        x += last[:, None] * new
-        store_at(state[2], rows, x)
-        ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))
-        gl.store(state[4] + p_row, ratio, mask=held)
-        gl.store(state[5] + p_row, held.to(gl.int32) * (round + 1), mask=held)
-        longest = gl.max(gl.sum(x * x, 1), 0)
-        if (longest > state[10] * state[10]) | (gl.max(ratio, 0) > 1.0):
-            gl.store(p_marks + 1, 1)
-    else:
-        store_at(state[1], rows, residual)
-        gl.store(p_level + 3 * pitch, drift, mask=held)
-        square = gl.sum(new * new, 1)
-        factor = 64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0))
-        d_s.store((new * factor[:, None]).to(d_s.dtype))
-    store_at(state[0], rows, x)
-    return open_rows
+    over = held & short
+    ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))
+    gl.store(state[4] + p_row, ratio, mask=over)
+    gl.store(state[5] + p_row, held.to(gl.int32) * (taken + 1), mask=over)
+    longest = gl.max(gl.where(over, gl.sum(x * x, 1), 0.0), 0)
+    if (longest > state[10] * state[10]) | (gl.max(gl.where(over, ratio, 0.0), 0) > 1.0):
+        gl.store(p_marks + 1, 1)
+    factor = 64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0))
+    narrow = gl.where(short[:, None], x, new * factor[:, None]).to(d_s.dtype)
+    store_at(state[2], rows, narrow)
+    d_s.store(narrow)
+    return left
+
+
+@gluon.jit
+def load_rows(p, token, PAD: gl.constexpr, D: gl.constexpr, buffer):
+    """Rows of D columns, and zeros behind, to shared memory.  p: the first row of a head, their stride."""
+    LANES: gl.constexpr = PAD // 8
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    column = gl.arange(0, PAD, gl.SliceLayout(0, B))[None, :]
+    own = gl.convert_layout(token, gl.SliceLayout(1, B)).to(gl.int64) * p[1]
+    buffer.store(gl.load((p[0] + own)[:, None] + column, mask=column < D, other=0.0))
 
 
 @gluon.jit
 def solve_rows(
-    WHICH: gl.constexpr, q_s, d_s, q_ready, d_ready, k_s, k_ready, k_free, flags, decided,
-    p_lse, p_mean, state, p_marks, p_bounds, X, Y, Z,
-    heads, groups, shared, total, items, unit, most, W: gl.constexpr, R: gl.constexpr,
-    C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr,
-    SKIPS: gl.constexpr, D: gl.constexpr,
+    WHICH: gl.constexpr, q_s, d_s, k_s, k_ready, k_free, flags, decided, item,
+    p_rows, p_q, q_strides, p_lse, p_mean, p_spread, state, p_marks, p_bounds, X, Y, Z,
+    heads, groups, unit, most, W: gl.constexpr, M: gl.constexpr, C: gl.constexpr,
+    AXES: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """A consumer of `local_linear_steps`."""
-    M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q_s.shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
@@ -183,36 +263,43 @@ def solve_rows(
     )
     P: gl.constexpr = gl.DotOperandLayout(0, E, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    row = gl.arange(0, M, ROW)
-    q = q_s.index(WHICH).reshape([M, PAD])
-    d = d_s.index(WHICH).reshape([M, PAD])
-    if total > 0:
-        n, head, token, inside, seen, here, ends, walk = find_boxes(
-            work_item(items, shared), p_bounds, X, Y, Z, heads, shared, row, WHICH, W, R, C, AXES,
-            SKIPS,
-        )  # fmt: skip
-        plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
-        lse = gl.load(p_lse + plane + token, mask=inside, other=float("inf"))
+    q = q_s.index(WHICH)
+    d = d_s.index(WHICH)
+    n, head, first, count = item
+    if count > 0:
+        tokens = X * Y * Z
+        plane = (n.to(gl.int64) * heads + head) * tokens
+        p_list = p_rows + plane
+        spread = gl.load(p_spread + (n * heads + head) // groups)
+        corner, counts = item_boxes(p_list, first, count, p_bounds, X, Y, Z, W * M, C, AXES)
+        row = WHICH * M + gl.arange(0, M, ROW)
+        token = listed(p_list, first, count, row)
+        still = gl.where(first + row < count, 1, 0)
+        low, up = seen_by(p_bounds, X, Y, Z, token, AXES)
+        seen, here, ends, walk = own_walk(low, up, corner, counts, C, AXES)
+        lse = gl.load(p_lse + plane + token)
         lse = gl.where(lse - lse == 0.0, lse, float("inf"))
-        reached = gl.load(state[4] + plane + token, mask=inside, other=0.0)
-        active = gl.max(reached, 0) >= UNSOLVED
-        mbarrier.wait(q_ready.index(WHICH), 0)
-        mbarrier.wait(d_ready.index(WHICH), 0)
+        p_head = p_q + n.to(gl.int64) * q_strides[0] + head.to(gl.int64) * q_strides[2]
+        load_rows((p_head, q_strides[1]), token, PAD, D, q)
+        p_head = state[2] + (n.to(gl.int64) * tokens * heads + head) * D
+        load_rows((p_head, heads * D), token, PAD, D, d)
+        fence_async_shared()
+        thread_barrier()
+        active = gl.max(still, 0) > 0
         g = 0
         round = 0
         found = 1
         while found > 0:
-            count, before, behind = walk
-            before = gl.where(active, before, before + count + behind)
-            count = gl.where(active, count, 0)
+            boxes, before, behind = walk
+            before = gl.where(active, before, before + boxes + behind)
+            boxes = gl.where(active, boxes, 0)
             behind = gl.where(active, behind, 0)
             shift = gl.zeros([M], gl.float32, ROW)
             if active:
                 # Found anew (nothing in `found` or `g` is negative): addresses that are kept from round
                 # to round, or beside the products, would not fit in registers.
-                rows = rows_at(
-                    token + gl.minimum(found, 0), inside, n, head, heads, X * Y * Z, D, E
-                )
+                own = token + gl.minimum(found, 0)
+                rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
                 along = gl.sum(d.load(E).to(gl.float32) * load_at(p_mean, rows), 1)
                 shift = gl.convert_layout(along, ROW)
             g = skip_boxes(g, before, (k_ready,), (k_free,), STAGES)
@@ -220,12 +307,16 @@ def solve_rows(
             squares = gl.zeros([M], gl.float32, ROW)
             acc = gl.zeros([M, PAD], gl.float32, E)
             x, y, z = here
-            for j in range(count):
+            for j in range(boxes):
                 stage = g % STAGES
                 s, t = scores(q, d, k_s, k_ready, stage, (g // STAGES) & 1, N, S)
-                s, t = warpgroup_mma_wait(0, deps=(s, t))
+                s = warpgroup_mma_wait(1, deps=(s,))
                 s = hide(s, (x, y, z), seen, C, AXES, HIDES)
-                w = gl.exp2(s * unit - lse[:, None]) * (t - shift[:, None])
+                p = gl.exp2(s * unit - lse[:, None])
+                # Over by now: without it ptxas puts exponentials behind the second product.
+                mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
+                t = warpgroup_mma_wait(0, deps=(t,))
+                w = p * (t - shift[:, None])
                 sums += gl.sum(w, 1)
                 squares += gl.sum(w * w, 1)
                 weights = gl.convert_layout(w.to(q_s.dtype), P)
@@ -238,12 +329,13 @@ def solve_rows(
             slot = (round & 1) * W + WHICH
             if active:
                 own = token + gl.minimum(g, 0)
-                rows = rows_at(own, inside, n, head, heads, X * Y * Z, D, E)
-                more = take_step(
-                    acc, sums, squares, q, d, rows, own, inside, plane, head, p_mean, state, p_marks,
+                rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
+                left = take_step(
+                    acc, sums, squares, q, d, rows, own, still, plane, head, spread, p_mean, state, p_marks,
                     flags, decided, slot, round,
                 )  # fmt: skip
-                active = more > 0
+                still = gl.convert_layout(left, ROW)
+                active = gl.max(left, 0) > 0
                 fence_async_shared()
                 thread_barrier()
             else:
@@ -255,28 +347,24 @@ def solve_rows(
 
 @gluon.jit
 def load_rounds(
-    q_desc, d_desc, k_desc, q_s, d_s, q_ready, d_ready, k_s, k_ready, k_free, flags, decided, p_bounds,
-    X, Y, Z, heads, groups, shared, total, items, most,
-    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    k_desc, k_s, k_ready, k_free, flags, decided, item, p_rows, p_bounds, X, Y, Z,
+    heads, groups, most, W: gl.constexpr, M: gl.constexpr, C: gl.constexpr,
+    AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer of `local_linear_steps`: the queries and directions, and the keys once a round."""
-    if total > 0:
-        n, head, x, y, z = place(work_item(items, shared), X, Y, Z, heads, shared, W, R, True)
-        for c in gl.static_range(W):
-            mbarrier.expect(q_ready.index(c), q_desc.block_type.nbytes)
-            copy_box(q_desc, n, x + c * R[0], y, z, head, q_ready.index(c), q_s.index(c), AXES)
-            mbarrier.expect(d_ready.index(c), d_desc.block_type.nbytes)
-            copy_box(d_desc, n, x + c * R[0], y, z, head, d_ready.index(c), d_s.index(c), AXES)
-        cx, nx = reach(p_bounds, 0, X, x, W * R[0], C[0], 1)
-        y0, ny = reach(p_bounds, 2 * X, Y, y, R[1], C[1], 1)
-        z0, nz = reach(p_bounds, 2 * X + 2 * Y, Z, z, R[2], C[2], 1)
+    """The producer of `local_linear_steps`: the keys once a round."""
+    n, head, first, count = item
+    if count > 0:
+        p_list = p_rows + (n.to(gl.int64) * heads + head) * (X * Y * Z)
+        corner, counts = item_boxes(p_list, first, count, p_bounds, X, Y, Z, W * M, C, AXES)
+        _, y, z = corner
+        nx, ny, nz = counts
         g = 0
         round = 0
         found = 1
         while found > 0:
             g = load_columns(
-                g, 0, nx * ny * nz, n, 0, 0, head // groups, (cx, y0, z0), (y0, z0),
-                (y0 + ny * C[1], z0 + nz * C[2]), (k_desc,), (k_s,), (), (), (k_ready,), (k_free,), (),
+                g, 0, nx * ny * nz, n, 0, 0, head // groups, corner, (y, z),
+                (y + ny * C[1], z + nz * C[2]), (k_desc,), (k_s,), (), (), (k_ready,), (k_free,), (),
                 C, AXES, STAGES,
             )  # fmt: skip
             found = goes_on(round, flags, decided, W)
@@ -284,39 +372,40 @@ def load_rounds(
             found = gl.where(round < most, found, 0)
 
 
-@gluon.jit(do_not_specialize=[*PLAIN, "most"])
+@gluon.jit(do_not_specialize=["X", "heads", "groups", "shared", "tiles", "most"])
 def local_linear_steps(
-    q_desc, d_desc, k_desc, p_lse, p_mean, state, p_marks, p_bounds, X, Y, Z,
-    heads, groups, shared, total, unit, most,
-    W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, EARLY: gl.constexpr = False,
+    k_desc, p_q, q_strides, p_lse, p_mean, p_spread, state, p_marks, p_rows, p_counts, p_bounds, X, Y, Z,
+    heads, groups, shared, tiles, unit, most,
+    W: gl.constexpr, M: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, D: gl.constexpr, PAD: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
-    """At most `most` steps of items that are not solved; d: the first direction, state as of `take_step`."""
+    """At most `most` steps of the rows [N, heads, tokens] that are listed, counts [N, heads] of a head.
+
+    q by strides (batch, token, head); state as of `take_step`.
+    """
     follow(EARLY)
-    items = total
-    if not unsolved(state[4], work_item(items, shared), X, Y, Z, heads, shared, W, R):
-        total = 0
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
-    d_s = gl.allocate_shared_memory(d_desc.dtype, [W] + d_desc.block_type.shape, d_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    item = work_item(p_counts, tiles, heads, shared, W * M)
+    DTYPE: gl.constexpr = k_desc.dtype
+    BOX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, PAD], DTYPE)
+    q_s = gl.allocate_shared_memory(DTYPE, [W, M, PAD], BOX)
+    d_s = gl.allocate_shared_memory(DTYPE, [W, M, PAD], BOX)
+    k_s = gl.allocate_shared_memory(DTYPE, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     FLAGS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     flags = gl.allocate_shared_memory(gl.int32, [2 * W, 32], FLAGS)
-    q_ready = barriers(W, 1)
-    d_ready = barriers(W, 1)
     k_ready = barriers(STAGES, 1)
     k_free = barriers(STAGES, W)
     decided = barriers(1, W)
     specialised(
         solve_rows,
         (
-            q_s, d_s, q_ready, d_ready, k_s, k_ready, k_free, flags, decided,
-            p_lse, p_mean, state, p_marks, p_bounds, X, Y, Z,
-            heads, groups, shared, total, items, unit, most, W, R, C, AXES, STAGES, HIDES, SKIPS, D,
+            q_s, d_s, k_s, k_ready, k_free, flags, decided, item,
+            p_rows, p_q, q_strides, p_lse, p_mean, p_spread, state, p_marks, p_bounds, X, Y, Z,
+            heads, groups, unit, most, W, M, C, AXES, STAGES, HIDES, D,
         ),
         load_rounds,
         (
-            q_desc, d_desc, k_desc, q_s, d_s, q_ready, d_ready, k_s, k_ready, k_free, flags, decided,
-            p_bounds, X, Y, Z, heads, groups, shared, total, items, most, W, R, C, AXES, STAGES,
+            k_desc, k_s, k_ready, k_free, flags, decided, item, p_rows, p_bounds, X, Y, Z,
+            heads, groups, most, W, M, C, AXES, STAGES,
         ),
         W,
     )  # fmt: skip

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from foveal.engines.local_linear.spec import Spec
 from foveal.engines.local_linear.tuning import sizes
-from foveal.engines.tile.launch import Layout, lay_out, options
+from foveal.engines.tile.launch import Layout, lay_out, least_columns, options
 from foveal.engines.tile.parts import Task
 from foveal.tuning.config import Config
-from foveal.tuning.tile import BACKWARD_KV, FORWARD
+from foveal.tuning.tile import BACKWARD_KV, FORWARD, architecture
 
 LOG2E = 1.4426950408889634
 
@@ -53,5 +53,6 @@ def stage(name: str, task: Task, q: Tensor, v: Tensor, precise: bool = False) ->
         route=layout.route,
         precision="ieee",
         precise=precise,
+        columns=least_columns(architecture(q.device), q.dtype),
     )
     return Stage(spec, config, layout)

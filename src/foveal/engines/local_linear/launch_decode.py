@@ -31,8 +31,13 @@ _KEYS = 32
 # Bytes of a column of a box of keys where r is given.
 _GIVEN_BYTES = 128
 _WARPS = 8
-# Lines of a matrix that a program merges.
+# Lines of a matrix that a program merges, at most, and of those of all parts, at 128 columns.
 _LINES = 4
+_MERGED = 64
+# Squares of so many lines below the diagonal of a symmetric matrix are not written.
+_SIDE = 16
+# Programs that solve a system, each for its columns of the output.
+_SOLVERS = 2
 # Keys of a part are at least so many.
 _LEAST_SHARE = 256
 _MOST_SPLITS = 64
@@ -50,31 +55,34 @@ def decode(task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> tuple
     on_device = boxes(task.pattern, task.extent, q.device)
     assert on_device is not None
     N, Lq, heads, D = q.shape
-    DV, pad, value_pad = v.shape[3], padded(D), padded(v.shape[3])
+    DV, pad = v.shape[3], max(padded(D), padded(v.shape[3]))
     rows = N * heads * Lq
     splits = _splits(rows, task.extent.Lk, q.device)
-    sums = torch.empty(rows, splits, 2 + pad + value_pad, device=q.device)
-    matrices = torch.empty(rows, splits, pad, pad + value_pad, device=q.device)
-    means = torch.empty(rows, 1 + pad + value_pad, device=q.device)
-    system = torch.empty(rows, pad, pad + value_pad, device=q.device)
+    sums = torch.empty(rows, splits, 2 + 2 * pad, device=q.device)
+    matrices = torch.empty(rows, splits, pad, 2 * pad, device=q.device)
+    means = torch.empty(rows, 1 + 2 * pad, device=q.device)
+    system = torch.empty(rows, pad, 2 * pad, device=q.device)
     o, lse = q.new_empty(N, Lq, heads, DV), torch.empty(N, heads, Lq, device=q.device)
-    sizes = {"D": D, "PAD": pad, "DV": DV, "VALUE_PAD": value_pad}
+    side = {"PAD": pad, "SIDE": _SIDE}
+    sizes = {"D": D, "DV": DV, "PAD": pad}
     arguments = (
         q, k, v, on_device.lower[0], on_device.upper[0], sums, matrices,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], heads, heads // k.shape[2], Lq, splits,
         float(task.score.scale * LOG2E),
     )  # fmt: skip
-    options = {**_boxed(q, max(pad, value_pad)), **sizes}
-    Launch(local_linear_decode, rows * splits, arguments, options)()
+    Launch(local_linear_decode, rows * splits, arguments, _boxed(q, pad) | sizes | side)()
     merged = (sums, matrices, means, system, splits)
-    options = {"PAD": pad, "VALUE_PAD": value_pad, "LINES": _LINES, "num_warps": 4}
-    options |= {"SPLITS": 1 << (splits - 1).bit_length()}
-    Launch(local_linear_decode_merge, rows * (pad // _LINES), merged, options)()
+    some = 1 << (splits - 1).bit_length()
+    lines = max(1, min(_LINES, _MERGED * 128 // (some * pad)))
+    options = {"LINES": lines, "SPLITS": some, "num_warps": 8 if some * pad > 2048 else 4}
+    Launch(local_linear_decode_merge, rows * (pad // lines), merged, side | options)()
     solved = (
         q, solver.ridge, means, system, o, lse, q.stride()[:3], o.stride()[:3], heads, Lq,
         solver.max_iterations, float(solver.tolerance),
     )  # fmt: skip
-    Launch(local_linear_decode_solve, rows, solved, {**sizes, "num_warps": 4})()
+    columns = max(pad // _SOLVERS, 16)
+    options = {"COLUMNS": columns, "HELD": 512 // pad, "num_warps": 4}
+    Launch(local_linear_decode_solve, rows * (pad // columns), solved, sizes | options)()
     return o, lse
 
 

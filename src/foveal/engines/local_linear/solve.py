@@ -150,7 +150,9 @@ def local_linear_solve(
     lost = tl.zeros([ROWS], tl.float32)
     if BEGUN:
         if not anew:
-            b = load_rows(p_residual + place, in_grid, D, PAD, True)
+            # Rows that are solved rest.
+            b = load_rows(p_residual + place, in_grid & (reached >= UNSOLVED), D, PAD, True)
+            store_rows(p_residual + place, b, in_grid, D, PAD)
             size = tl.sum(b * b, 1)
             allowed = tl.load(begun[0] + first_query + i_q, mask=in_grid, other=0.0)
             lost = tl.load(begun[4] + first_query + i_q, mask=in_grid, other=0.0)
@@ -229,10 +231,12 @@ def local_linear_solve(
             tl.zeros([ROWS], tl.float32) if AGAIN else lost,
             mask=in_grid,
         )
+    told = in_grid
     if BEGUN:
+        told = in_grid & (tl.where(anew, UNSOLVED, reached) >= UNSOLVED)
         counts += tl.where(anew, 0, begun[2])
         longest = tl.max(tl.where(in_grid, tl.sum(x * x, 1), 0.0), 0)
-        if (longest > begun[3] * begun[3]) | (tl.max(ratio, 0) > 1.0):
+        if (longest > begun[3] * begun[3]) | (tl.max(tl.where(told, ratio, 0.0), 0) > 1.0):
             tl.store(begun[1] + 1, 1)
-    tl.store(p_count + first_query + i_q, counts, mask=in_grid)
-    tl.store(p_row, ratio, mask=in_grid)
+    tl.store(p_count + first_query + i_q, counts, mask=told)
+    tl.store(p_row, ratio, mask=told)

@@ -14,8 +14,8 @@ Tile = tuple[int, int, int]
 class Spec:
     """Tiles in tokens per axis (x, y, z; axes that the grid lacks are 1), sizes, and the route between tiles.
 
-    head_dim and value_dim are padded on chip to powers of two of at least 16; precision is that of float32
-    products; precise: what is not of the dtype of k enters products in pieces that are.
+    head_dim and value_dim are padded on chip to powers of two of at least `columns`; precision is that of
+    float32 products; precise: what is not of the dtype of k enters products in pieces that are.
     """
 
     q_tile: Tile
@@ -26,14 +26,15 @@ class Spec:
     route: Any
     precision: str
     precise: bool
+    columns: int = 32
 
     @property
     def head_pad(self) -> int:
-        return padded(self.head_dim)
+        return max(self.columns, padded(self.head_dim))
 
     @property
     def value_pad(self) -> int:
-        return padded(self.value_dim)
+        return max(self.columns, padded(self.value_dim))
 
     @property
     def cache_key(self) -> str:

@@ -147,12 +147,12 @@ def stage(
         first=chosen[0],
         second=chosen[1],
         precision="ieee",
-        columns=_columns(architecture, sizes.dtype),
+        columns=least_columns(architecture, sizes.dtype),
     )
     return Stage(spec, config, layout)
 
 
-def _columns(architecture: str, dtype: torch.dtype) -> int:
+def least_columns(architecture: str, dtype: torch.dtype) -> int:
     """Columns of a tensor on chip, at least."""
     # With 16 and 32 columns and 4 warps, o was wrong on an H100, for 5 values per head (Triton 3.6).
     return 64 if architecture == "sm_90" and dtype != torch.float32 else 32
