@@ -1,11 +1,13 @@
 """Counts iterations of local linear attention's solves: plain, preconditioned and with a warm start.
 
 python scripts/local_linear_iterations.py           a table; seconds on one thread
-python scripts/local_linear_iterations.py causal    means over the rows of a causal sequence; a minute
+python scripts/local_linear_iterations.py causal    means over the rows of a causal sequence
+python scripts/local_linear_iterations.py stops     where rows rest by two rules, and how well; minutes
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -106,8 +108,108 @@ def causal() -> None:
             print(f"D{dim} ridge 10, {name}: {shown}", flush=True)
 
 
+def structured(kind: str, dim: int, keys: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Queries and keys, float64 of rounded numbers: of one kind of structure that keys may have."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source)
+
+    q, k = normal(QUERIES, dim), normal(keys, dim)
+    if kind.startswith("long axes"):  # of the keys, which queries hardly see
+        k[:, :4] *= 6
+        q[:, :4] *= 0.02
+        k += normal(dim) * kind.endswith("shifted")
+    elif kind == "decaying axes":
+        spread = torch.arange(1, dim + 1).float() ** -0.5
+        spread = spread / spread.square().mean().sqrt()
+        q, k = q * spread, k * spread + 0.5 * normal(dim)
+    elif kind == "smooth":
+        waves = torch.arange(1, 9)
+        phases = torch.arange(keys)[:, None] / keys * 6 * waves + waves - 1
+        k = phases.sin() @ normal(8, dim) / 2 + 0.3 * k
+        q = k[-QUERIES:] + 0.3 * q
+    elif kind == "clusters":
+        k = 2 * normal(8, dim)[torch.randint(8, (keys,), generator=source)] + 0.5 * k
+    return q.bfloat16().double(), k.bfloat16().double()
+
+
+def stops(kind: str, dim: int, ridge: float, keys: int, by_gain: bool) -> tuple[float, Tensor]:
+    """Mean passes, and residuals at rest over the tolerance, of the solve of the Hopper kernels in float64.
+
+    by_gain: a last step without a product is taken to leave at least a tenth, and half as much again of what
+    the step before left; else by the spread of eigenvalues that its direction and all keys show.
+    """
+    q, k = structured(kind, dim, keys, torch.Generator().manual_seed(keys + dim))
+    p = (q @ k.T * dim**-0.5).softmax(-1)
+    mean = p @ k
+    some = k[torch.arange(512) * keys // 512]
+    covariance = torch.cov(some.T, correction=0)
+    average = covariance.diagonal().mean()
+    round_part = average.square() * (1 + dim / min(keys, 512))
+    spread = (covariance.square().sum() / dim - round_part).clamp(min=0)
+
+    def product(x: Tensor) -> Tensor:
+        return (p * (x @ k.T - dot(x, mean)[:, None])) @ k + ridge * x
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(-1)
+
+    b = mean - q
+    before = dot(b, b)
+    limit = before.clamp(max=4 * ridge) * 2.0**-16
+    direction, residual, x, image_q, energy_q = q, b, torch.zeros_like(b), None, None
+    rest, passes, open_rows = torch.zeros_like(b), torch.zeros(QUERIES), before > -1
+    for count in range(200):
+        image = product(direction)
+        energy, length = dot(direction, image), dot(direction, direction)
+        step = torch.where(before > limit, dot(residual, direction) / energy, 0.0)
+        x, residual = x + step[:, None] * direction, residual - step[:, None] * image
+        size, rate = dot(residual, residual), energy / length
+        following = residual - (dot(residual, image) / energy)[:, None] * direction
+        if image_q is None:
+            image_q, energy_q = image, energy
+        else:
+            following = following - (dot(residual, image_q) / energy_q)[:, None] * q
+        if by_gain:
+            left = (4 * size / before).clamp(min=0.01)
+        else:
+            seen = dot(image, image) / length - rate * rate
+            left = torch.maximum(3 * torch.maximum(seen, spread) / rate**2, size / before)
+        steps = left < 0.0625
+        short = (size <= limit) | (steps & (size * left <= limit))
+        taken = steps if by_gain else steps & ((size > limit) | (left < 0.01))
+        last = dot(residual, following) / (rate * dot(following, following).clamp(min=1e-300))
+        now = open_rows & short
+        rest[now] = (x + torch.where(taken, last, 0.0)[:, None] * following)[now]
+        passes[now] = count
+        open_rows &= ~short
+        if not bool(open_rows.any()):
+            break
+        before, direction = size, following
+    return float(passes.mean()), (b - product(rest)).norm(dim=-1) / limit.sqrt()
+
+
+def compare_stops() -> None:
+    """Both rules on every kind of keys."""
+    kinds = ("random", "long axes", "long axes, shifted", "decaying axes", "smooth", "clusters")
+    for kind in kinds:
+        for dim, ridge, keys in itertools.product((64, 128), (10.0, 1.0), (512, 4096, 16384)):
+            shown = []
+            for by_gain in (True, False):
+                mean, ratio = stops(kind, dim, ridge, keys, by_gain)
+                above = f"{float((ratio > 1.02).double().mean()):.0%} of rows above the tolerance"
+                name = "by gain" if by_gain else "by spread"
+                shown.append(
+                    f"{name} {mean:.2f} passes, {above}, at most {float(ratio.max()):.1f}x"
+                )
+            print(f"{kind}, D{dim}, ridge {ridge:g}, {keys} keys: {'; '.join(shown)}", flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["stops"]:
+        compare_stops()
+        return
     if sys.argv[1:] == ["causal"]:
         causal()
         return
