@@ -16,8 +16,10 @@ __all__ = [
     "decoded",
     "decoded_beside_its_keys",
     "first_rows",
+    "lists_open_rows",
     "ready",
     "small_gradients",
+    "spread",
     "start",
 ]
 
@@ -121,6 +123,44 @@ def continued(seed: int) -> list[bool]:
     told = bool((call.reached.ratio[at_rest] == 0.5).all() & (call.reached.ratio <= 1.0).all())
     counted = bool((call.reached.count[at_rest] == 3).all() & (call.reached.count > 2).all())
     return [same, near, told, counted, torch.equal(call.direction, call.x)]
+
+
+def spread(seed: int) -> float:
+    """How far the spread of keys is from that of a float64 covariance of the same keys, relatively."""
+    from foveal.engines.local_linear.prepare import local_linear_spread
+
+    (k,) = _draw(seed, (2, 700, 3, 48))
+    k = k * torch.linspace(0.2, 3, 48) + 1
+    found = torch.empty(6)
+    sizes = {"D": 48, "PAD": 64, "ROWS": 128, "SOME": 512}
+    local_linear_spread[(6,)](k, found, k.stride()[:3], 700, 3, **sizes)
+    some = k[:, torch.arange(512) * 700 // 512].double().transpose(1, 2).flatten(0, 1)
+    covariances = torch.stack([torch.cov(x.T, correction=0) for x in some])
+    values = torch.linalg.eigvalsh(covariances)
+    exact = values.square().mean(1) - values.mean(1).square() * (1 + 48 / 512)
+    return float(((found - exact).abs() / exact).max())
+
+
+def lists_open_rows(seed: int) -> bool:
+    """Whether the rows that are open are listed once each, box by box, and counted."""
+    from foveal.engines.local_linear.open_rows import local_linear_open_rows
+    from foveal.engines.local_linear.solve import UNSOLVED
+
+    X, Y, R = 19, 13, (8, 4, 1)
+    drawn = torch.rand(4, X * Y, generator=torch.Generator().manual_seed(seed))
+    reached = torch.where(drawn < 0.4, UNSOLVED.value, drawn)
+    rows = torch.full((4, X * Y), -1, dtype=torch.int32)
+    counts = torch.empty(4, dtype=torch.int32)
+    local_linear_open_rows[(4,)](reached, rows, counts, X, Y, 1, R=R, SLOTS=64)
+    x, y = torch.arange(X)[:, None], torch.arange(Y)[None]
+    boxes = x // R[0] * -(-Y // R[1]) + y // R[1]
+    within = x % R[0] * R[1] + y % R[1]
+    order = (boxes * R[0] * R[1] + within).flatten().argsort()
+    expected = [order[(drawn[i] < 0.4)[order]] for i in range(4)]
+    return all(
+        rows[i].tolist() == each.tolist() + [-1] * (X * Y - len(each)) and counts[i] == len(each)
+        for i, each in enumerate(expected)
+    )
 
 
 def first_rows(seed: int, ridge: float) -> float:

@@ -76,6 +76,14 @@ def test_decodes_a_query_beside_its_keys(interpreter: Run, source: torch.Generat
     assert interpreter(interpreted.decoded_beside_its_keys, seed(source))
 
 
+def test_spread_of_keys(interpreter: Run, source: torch.Generator) -> None:
+    assert interpreter(interpreted.spread, seed(source)) < 1e-4
+
+
+def test_lists_open_rows(interpreter: Run, source: torch.Generator) -> None:
+    assert interpreter(interpreted.lists_open_rows, seed(source))
+
+
 def test_a_solve_goes_on_beside_solved_rows(interpreter: Run, source: torch.Generator) -> None:
     assert all(interpreter(interpreted.continued, seed(source)))
 

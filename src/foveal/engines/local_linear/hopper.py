@@ -23,7 +23,7 @@ from foveal.engines.local_linear.prepare import local_linear_prepare, local_line
 from foveal.engines.local_linear.solve import local_linear_solve
 from foveal.engines.tile.hopper_launch import descriptor, head_pad, on_grid, packed_bounds, programs
 from foveal.engines.tile.hopper_plan import Walk, forward_walk, queries_walk, shared_heads
-from foveal.engines.tile.launch import separable
+from foveal.engines.tile.launch import least_columns, separable
 from foveal.engines.tile.launches import Launch
 from foveal.engines.tile.parts import Task
 from foveal.engines.tile.replay import Replay, Results, replayed
@@ -115,7 +115,8 @@ class _Call:
     def find_spread(self) -> Launch:
         """How much the variance of the keys differs from axis to axis."""
         k, D = self.k, self.k.shape[3]
-        sizes = {"D": D, "PAD": padded(D), "ROWS": 128, "SOME": _SOME, "num_warps": 8}
+        pad = max(padded(D), least_columns("sm_90", k.dtype))
+        sizes = {"D": D, "PAD": pad, "ROWS": 128, "SOME": _SOME, "num_warps": 8}
         arguments = k, self.spread, k.stride()[:3], k.shape[1], k.shape[2]
         lines = k.shape[0] * k.shape[2]
         return Launch(local_linear_spread, lines, arguments, sizes | follows(k))
