@@ -112,8 +112,8 @@ def eigen_attention(q: Tensor, k: Tensor, v: Tensor, *, energy: float = 0.98) ->
 
 
 def _basis(x: Tensor, energy: float) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.to(wide).transpose(1, 2).transpose(0, 1).flatten(1, 2)  # [Hkv, B L, D]
+    # Vectors of a float32 decomposition are orthonormal up to several roundings, which would all show.
+    rows = x.double().transpose(1, 2).transpose(0, 1).flatten(1, 2)  # [Hkv, B L, D]
     _, sizes, directions = torch.linalg.svd(rows, full_matrices=rows.shape[1] < rows.shape[2])
     if energy == 1:
         rank = rows.shape[2]
