@@ -136,8 +136,8 @@ def structured(kind: str, dim: int, keys: int, source: torch.Generator) -> tuple
 def stops(kind: str, dim: int, ridge: float, keys: int, by_gain: bool) -> tuple[float, Tensor]:
     """Mean passes, and residuals at rest over the tolerance, of the solve of the Hopper kernels in float64.
 
-    by_gain: a last step without a product is taken to leave at least a tenth, and half as much again of what
-    the step before left; else by the spread of eigenvalues that its direction and all keys show.
+    by_gain: a last step without a product is taken to leave a tenth, or twice the share that the step before
+    left if that is more; else what the spread of eigenvalues allows that its direction or all keys show.
     """
     q, k = structured(kind, dim, keys, torch.Generator().manual_seed(keys + dim))
     p = (q @ k.T * dim**-0.5).softmax(-1)

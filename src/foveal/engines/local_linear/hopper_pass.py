@@ -55,6 +55,18 @@ def hide(
 
 
 @gluon.jit
+def between(starts, counts, first, stop, C: gl.constexpr):
+    """A consumer's walk over [first, stop) of the boxes of the first axis, and all of the others.
+
+    Where it begins, where the other axes begin and end, and how many boxes: its own, before and behind.
+    """
+    nx, ny, nz = counts
+    here = (starts[0] + first * C[0], starts[1], starts[2])
+    ends = (starts[1], starts[2], starts[1] + ny * C[1], starts[2] + nz * C[2])
+    return here, ends, ((stop - first) * ny * nz, first * ny * nz, (nx - stop) * ny * nz)
+
+
+@gluon.jit
 def find_boxes(
     t, p_bounds, X, Y, Z, heads, shared, row, WHICH: gl.constexpr, W: gl.constexpr,
     R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, SKIPS: gl.constexpr,
@@ -62,19 +74,16 @@ def find_boxes(
     """Where the rows of a consumer lie, what they see, and which boxes they walk."""
     n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
     starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 1)
-    nx, ny, nz = counts
     x0 += WHICH * R[0]
     low, width = seen_by_rows(p_bounds, X, Y, Z, x0, y0, z0, row, R)
     last_low, first_up = seen_whole(p_bounds, X, Y, Z, x0, y0, z0, R)
     first = 0
-    stop = nx
+    stop = counts[0]
     if SKIPS:
-        first, stop = own_boxes(p_bounds, X, x0, starts[0], nx, R, C)
+        first, stop = own_boxes(p_bounds, X, x0, starts[0], counts[0], R, C)
     rx, ry, rz, inside = row_places(row, x0, y0, z0, X, Y, Z, R)
     token = (rx * Y + ry) * Z + rz
-    here = (starts[0] + first * C[0], starts[1], starts[2])
-    ends = (starts[1], starts[2], starts[1] + ny * C[1], starts[2] + nz * C[2])
-    walk = ((stop - first) * ny * nz, first * ny * nz, (nx - stop) * ny * nz)
+    here, ends, walk = between(starts, counts, first, stop, C)
     return n, head, token, inside, (low, width, last_low, first_up), here, ends, walk
 
 

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.local_linear.early import follow
-from foveal.engines.local_linear.hopper_pass import hide, scores
+from foveal.engines.local_linear.hopper_pass import between, hide, scores
 from foveal.engines.local_linear.hopper_solve import leave, load_at, rows_at, store_at
 from foveal.engines.tile.hopper_compat import thread_barrier
 from foveal.engines.tile.hopper_walk import (
@@ -102,13 +102,10 @@ def own_walk(low, up, corner, counts, C: gl.constexpr, AXES: gl.constexpr):
     last_low = (gl.max(low[0], 0), ly, lz)
     first_up = (gl.min(up[0], 0), uy, uz)
     width = (up[0] - low[0], up[1] - low[1], up[2] - low[2])
-    nx, ny, nz = counts
-    first = gl.minimum((gl.min(low[0], 0) - corner[0]) // C[0], nx - 1)
-    stop = gl.minimum(gl.cdiv(gl.max(up[0], 0) - corner[0], C[0]), nx)
+    first = gl.minimum((gl.min(low[0], 0) - corner[0]) // C[0], counts[0] - 1)
+    stop = gl.minimum(gl.cdiv(gl.max(up[0], 0) - corner[0], C[0]), counts[0])
     stop = gl.maximum(stop, first + 1)
-    here = (corner[0] + first * C[0], corner[1], corner[2])
-    ends = (corner[1], corner[2], corner[1] + ny * C[1], corner[2] + nz * C[2])
-    walk = ((stop - first) * ny * nz, first * ny * nz, (nx - stop) * ny * nz)
+    here, ends, walk = between(corner, counts, first, stop, C)
     return (low, width, last_low, first_up), here, ends, walk
 
 
