@@ -157,7 +157,7 @@ def stops(kind: str, dim: int, ridge: float, keys: int, by_gain: bool) -> tuple[
     b = mean - q
     before = dot(b, b)
     limit = before.clamp(max=4 * ridge) * 2.0**-16
-    direction, residual, x, image_q, energy_q = q, b, torch.zeros_like(b), None, None
+    direction, residual, x = q, b, torch.zeros_like(b)
     rest, passes, open_rows = torch.zeros_like(b), torch.zeros(QUERIES), before > -1
     for count in range(200):
         image = product(direction)
@@ -166,10 +166,6 @@ def stops(kind: str, dim: int, ridge: float, keys: int, by_gain: bool) -> tuple[
         x, residual = x + step[:, None] * direction, residual - step[:, None] * image
         size, rate = dot(residual, residual), energy / length
         following = residual - (dot(residual, image) / energy)[:, None] * direction
-        if image_q is None:
-            image_q, energy_q = image, energy
-        else:
-            following = following - (dot(residual, image_q) / energy_q)[:, None] * q
         if by_gain:
             left = (4 * size / before).clamp(min=0.01)
         else:
@@ -185,7 +181,8 @@ def stops(kind: str, dim: int, ridge: float, keys: int, by_gain: bool) -> tuple[
         open_rows &= ~short
         if not bool(open_rows.any()):
             break
-        before, direction = size, following
+        # Behind the step along q conjugate gradients start anew.
+        before, direction = size, following if count else residual
     return float(passes.mean()), (b - product(rest)).norm(dim=-1) / limit.sqrt()
 
 

@@ -84,8 +84,8 @@ def test_lists_open_rows(interpreter: Run, source: torch.Generator) -> None:
     assert interpreter(interpreted.lists_open_rows, seed(source))
 
 
-def test_a_solve_goes_on_beside_solved_rows(interpreter: Run, source: torch.Generator) -> None:
-    assert all(interpreter(interpreted.continued, seed(source)))
+def test_solves_noisy_tiles_again(interpreter: Run, source: torch.Generator) -> None:
+    assert all(interpreter(interpreted.solved_again, seed(source)))
 
 
 def test_small_gradients(interpreter: Run, source: torch.Generator) -> None:

@@ -30,8 +30,6 @@ from foveal.engines.tile.replay import Replay, Results, replayed
 from foveal.engines.tile.spec import padded
 from foveal.patterns.dense import Dense
 
-_STEPS = 5
-"""Steps of tiles of 64 rows; what they leave is solved by the kernel that takes fewer rows together."""
 _SOME = 512
 """Keys of a head whose covariance is looked at."""
 _SLOTS = 4096
@@ -85,16 +83,15 @@ class _Call:
 
     def __init__(self, task: Task, solver: Solver, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.task, self.solver = task, solver
-        self._most = min(_STEPS, solver.max_iterations)
         self.q, self.k, self.v = q, k, v
         self.mean = q.new_empty(q.shape, dtype=torch.float32)
         self.lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-        self.x, self.residual, self.of_q = (torch.empty_like(self.mean) for _ in range(3))
+        self.x, self.residual = torch.empty_like(self.mean), torch.empty_like(self.mean)
         self.direction = torch.empty_like(self.mean, dtype=q.dtype)
         self.reached = Reached(
             torch.empty_like(self.lse), torch.empty_like(self.lse, dtype=torch.int32)
         )
-        self.levels = self.lse.new_empty(5, *self.lse.shape)
+        self.levels = self.lse.new_empty(4, *self.lse.shape)
         self.noise, self.marks = noise_and_marks(q)
         self.spread = self.lse.new_empty(k.shape[0], k.shape[2])
         self.rows = torch.empty_like(self.reached.count)
@@ -104,28 +101,33 @@ class _Call:
     def launches(self) -> list[Launch]:
         """All of them, in their order."""
         return [
-            prepare(self.k, self.noise, self.marks),
-            self.find_spread(),
+            self.begin(),
             self.means(),
             *self.steps(),
             *self.rest(),
             *self.output(),
         ]
 
-    def find_spread(self) -> Launch:
-        """How much the variance of the keys differs from axis to axis."""
+    def begin(self) -> Launch:
+        """What `prepare` does, and how much the variance of the keys differs from axis to axis."""
         k, D = self.k, self.k.shape[3]
         pad = max(padded(D), least_columns("sm_90", k.dtype))
         sizes = {"D": D, "PAD": pad, "ROWS": 128, "SOME": _SOME, "num_warps": 8}
-        arguments = k, self.spread, k.stride()[:3], k.shape[1], k.shape[2]
-        lines = k.shape[0] * k.shape[2]
-        return Launch(local_linear_spread, lines, arguments, sizes | follows(k))
+        sizes["EARLY"] = starts_early(k.device)
+        heads = k.shape[2]
+        arguments = (
+            k, self.noise, self.marks, self.spread, k.stride()[:3], k.shape[1], heads,
+            k.numel() // D, _rounding(k),
+        )  # fmt: skip
+        return Launch(local_linear_spread, k.shape[0] * heads, arguments, sizes)
 
     def means(self) -> Launch:
         """Mean keys, lse, and the start of the solve."""
         walk = queries_walk(self.task.pattern, self.task.extent, 128)
+        if self.k.shape[3] <= 64:
+            walk = dataclasses.replace(walk, consumers=1)
         state = (
-            self.x, self.residual, self.direction, self.of_q, self.reached.ratio,
+            self.x, self.residual, self.direction, self.reached.ratio,
             self.reached.count, self.levels, self.levels.stride(0), self.solver.ridge, self.noise,
             float(self.solver.tolerance), LONG,
         )  # fmt: skip
@@ -134,16 +136,17 @@ class _Call:
         return _prepared(self.task, local_linear_means, walk, (self.q,), (self.k,), middle, options)
 
     def steps(self) -> list[Launch]:
-        """Steps of the rows that are not solved, until they are or _STEPS are taken."""
+        """Steps of the rows that are not solved, until they are."""
         task, q, k = self.task, self.q, self.k
-        walk = forward_walk(task.pattern, task.extent, 128)
+        find_walk = forward_walk if k.shape[3] <= 64 else queries_walk
+        walk = dataclasses.replace(find_walk(task.pattern, task.extent, 128), consumers=1)
         (X, Y, Z), axes, bounds = packed_bounds(task.pattern, task.extent, q.device, False)
         kv_grid = task.extent.kv_grid if axes > 1 else (task.extent.Lk,)
         heads, groups, D = q.shape[2], q.shape[2] // k.shape[2], q.shape[3]
         lines, length = q.shape[0] * heads, math.prod(walk.rows)
         tiles = -(-X * Y * Z // (walk.consumers * length))
         state = (
-            self.x, self.residual, self.direction, self.of_q, self.reached.ratio, self.reached.count,
+            self.x, self.residual, self.direction, self.reached.ratio, self.reached.count,
             self.levels, self.levels.stride(0), self.solver.ridge, self.noise, LONG,
         )  # fmt: skip
         lists = self.reached.ratio, self.rows, self.counts, X, Y, Z
@@ -153,39 +156,36 @@ class _Call:
         arguments = (
             descriptor(on_grid(k, kv_grid), walk.columns, axes), q, q.stride()[:3], self.lse, self.mean,
             self.spread, state, self.marks, self.rows, self.counts, bounds, X, Y, Z, heads, groups,
-            shared_heads(heads, groups, k.shape[1], D), tiles, unit(task), self._most,
+            shared_heads(heads, groups, k.shape[1], D), tiles, unit(task),
+            self.solver.max_iterations,
         )  # fmt: skip
         # Rows of a tile come from anywhere: without hidden pairs only where all see the same.
         hides = walk.hides or not isinstance(task.pattern, Dense)
         options = {
             "W": walk.consumers, "M": length, "C": walk.columns, "AXES": axes, "STAGES": 4,
             "HIDES": hides, "D": D, "PAD": head_pad(D), "num_warps": 4, "enable_fp_fusion": True,
-            **follows(q),
+            **_registers(walk.consumers), **follows(q),
         }  # fmt: skip
         return [find, Launch(local_linear_steps, lines * tiles, arguments, options)]
 
     def rest(self) -> list[Launch]:
-        """What is not solved yet, and all of it anew where a sum was not finite."""
+        """Tiles of which a row had too much noise, more precisely; all of them if a sum was not finite."""
         task, q, k, v = self.task, self.q, self.k, self.v
         heads, groups = q.shape[2], q.shape[2] // k.shape[2]
-        launches = [_means_again(task, q, k, v, self.mean, self.lse, self.marks)]
-        for again in (False, True):
-            chosen = stage("solve", task, q, v, precise=again)
-            layout = chosen.layout
-            keys = k, layout.k_strides(k), layout.k_grid
-            mean = self.mean
-            begun = (self.levels, self.marks, self._most, LONG, self.levels[4])
-            arguments = (
-                q, mean, mean, self.lse, self.solver.ridge, self.noise, self.x, self.residual,
-                self.direction, self.reached.ratio, self.reached.count, (self.levels[4],) if again else begun,
-                layout.q_strides(q), layout.q_strides(mean), layout.q_strides(mean), layout.q_grid,
-                keys, heads, groups, unit(task), float(self.solver.tolerance),
-                self.solver.max_iterations, layout.arguments,
-            )  # fmt: skip
-            options = {"ADJOINT": False, "AGAIN": again, "BEGUN": not again}
-            options |= chosen.options | follows(q)
-            launches.append(Launch(local_linear_solve, chosen.queries(q), arguments, options))
-        return launches
+        chosen = stage("solve", task, q, v, precise=True)
+        layout, mean = chosen.layout, self.mean
+        arguments = (
+            q, mean, mean, self.lse, self.solver.ridge, self.noise, self.x, self.residual,
+            self.direction, self.reached.ratio, self.reached.count, (self.marks, self.levels[3]),
+            layout.q_strides(q), layout.q_strides(mean), layout.q_strides(mean), layout.q_grid,
+            (k, layout.k_strides(k), layout.k_grid), heads, groups, unit(task),
+            float(self.solver.tolerance), self.solver.max_iterations, layout.arguments,
+        )  # fmt: skip
+        options = {"ADJOINT": False, "AGAIN": True, **chosen.options, **follows(q)}
+        return [
+            _means_again(task, q, k, v, mean, self.lse, self.marks),
+            Launch(local_linear_solve, chosen.queries(q), arguments, options),
+        ]
 
     def output(self) -> list[Launch]:
         """o; tiles with a long r, or marked ones, by the portable kernel in pieces of r."""
@@ -193,12 +193,12 @@ class _Call:
         walk = forward_walk(task.pattern, task.extent, 128)
         walk = dataclasses.replace(walk, stages=2 if max(q.shape[3], v.shape[3]) > 64 else 4)
         options = {"D": q.shape[3], "DV": v.shape[3], **follows(q)}
-        middle = (self.lse, self.mean, self.levels[4], o, o.stride()[:3], self.marks)
+        middle = (self.lse, self.mean, self.levels[3], o, o.stride()[:3], self.marks)
         fast = _prepared(
             task, local_linear_values, walk, (q, self.direction), (k, v), middle, options
         )
         rows = Rows(self.x, self.mean, self.lse)
-        return [fast, _output_again(task, q, k, v, rows, o, self.marks, LONG, self.levels[4])]
+        return [fast, _output_again(task, q, k, v, rows, o, self.marks, LONG, self.levels[3])]
 
 
 def follows(q: Tensor) -> dict[str, Any]:
@@ -214,10 +214,18 @@ def noise_and_marks(q: Tensor) -> tuple[Tensor, Tensor]:
 def prepare(k: Tensor, noise: Tensor, marks: Tensor) -> Launch:
     """The noise of roundings to the dtype of k, and marks that are not set."""
     D, total = k.shape[3], k.numel() // k.shape[3]
-    rounding = 0.2 * torch.finfo(k.dtype).eps
-    arguments = (k, noise, marks, k.stride()[:3], k.shape[1], k.shape[2], total, rounding)
+    arguments = (k, noise, marks, k.stride()[:3], k.shape[1], k.shape[2], total, _rounding(k))
     sizes = {"D": D, "PAD": padded(D), "ROWS": 128, "num_warps": 4}
     return Launch(local_linear_prepare, 1, arguments, sizes)
+
+
+def _rounding(k: Tensor) -> float:
+    return 0.2 * torch.finfo(k.dtype).eps
+
+
+def _registers(consumers: int) -> dict[str, int]:
+    """Two programs of a single consumer share a processor: while one takes a step, the other multiplies."""
+    return {"maxnreg": 128} if consumers == 1 else {}
 
 
 def _prepared(
@@ -243,7 +251,7 @@ def _prepared(
     fixed = {
         "W": walk.consumers, "R": walk.rows, "C": walk.columns, "AXES": axes,
         "STAGES": walk.stages, "HIDES": walk.hides, "SKIPS": walk.skips,
-        "num_warps": 4, "enable_fp_fusion": True,
+        "num_warps": 4, "enable_fp_fusion": True, **_registers(walk.consumers),
     }  # fmt: skip
     return Launch(kernel, total, arguments, fixed | options)
 

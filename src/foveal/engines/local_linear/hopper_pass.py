@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from foveal.engines.local_linear.early import follow
+from foveal.engines.local_linear.early import follow, lead, wait
 from foveal.engines.local_linear.hopper_solve import load_at, rows_at, settle_start, store_at
 from foveal.engines.tile.hopper_scores import row_places
 from foveal.engines.tile.hopper_walk import (
@@ -298,7 +298,7 @@ def average_rows(
     WHICH: gl.constexpr, q_s, q_ready, q_free, k_s, k_ready, k_free,
     p_lse, p_mean, p_spread, state, p_bad, p_bounds, X, Y, Z, heads, groups, shared, total, unit,
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
-    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr,
+    HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """A consumer of `local_linear_means`."""
     M: gl.constexpr = R[0] * R[1] * R[2]
@@ -379,6 +379,7 @@ def average_rows(
         g += 1
         if SKIPS:
             g = skip_boxes(g, behind, (k_ready,), (k_free,), STAGES)
+        wait(EARLY)
         note_odd(acc, p_bad)
         l = whole_sum(l, ROW)
         plane = (n.to(gl.int64) * heads + head) * (X * Y * Z)
@@ -405,8 +406,11 @@ def local_linear_means(
     W: gl.constexpr, R: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, SKIPS: gl.constexpr, D: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
-    """Mean key float32 [N, tokens, heads, D] and base-2 lse of every query, and how its solve begins."""
-    follow(EARLY)
+    """Mean key float32 [N, tokens, heads, D] and base-2 lse of every query, and how its solve begins.
+
+    What the kernel before writes is read behind the walk only.
+    """
+    lead(EARLY)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [W] + q_desc.block_type.shape, q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     q_ready = barriers(W, 1)
@@ -418,7 +422,7 @@ def local_linear_means(
         (
             q_s, q_ready, q_free, k_s, k_ready, k_free, p_lse, p_mean, p_spread, state, p_bad, p_bounds,
             X, Y, Z, heads, groups, shared, total, unit,
-            W, R, C, AXES, STAGES, HIDES, SKIPS, D,
+            W, R, C, AXES, STAGES, HIDES, SKIPS, D, EARLY,
         ),
         load_boxes,
         (

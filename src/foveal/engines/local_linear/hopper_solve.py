@@ -1,8 +1,9 @@
 # mypy: ignore-errors
 """How a solve begins, for the rows of one consumer of the Hopper edition: a step along q.
 
-Steps of all rows are kept orthogonal to it; its product comes with the pass that finds the means.  A last
-step needs no product: its length is that of the step before.
+Its product comes with the pass that finds the means.  Conjugate gradients start anew from what it leaves: of
+directions that are kept conjugate to q, what rounding leaves of a residual along q would stay.  A last step
+needs no product: its length is that of the step before.
 """
 
 from __future__ import annotations
@@ -52,31 +53,44 @@ def store_at(p, rows, x):
 
 
 @gluon.jit
+def rows_that(rows, hold):
+    """Those of `rows_at` of which this holds."""
+    return rows[0], rows[1], rows[2], rows[3] & hold[:, None]
+
+
+@gluon.jit
 def own_query(q_s, there, E: gl.constexpr):
     return gl.where(there[:, None], q_s.load(E).to(gl.float32), 0.0)
 
 
 @gluon.jit
-def leave(size, before, limit, at, square, image, length, rate, spread):
-    """Which rows are done, and how far each goes along the next direction as a last step.
+def settled(size, before, limit, image, length, rate, spread):
+    """Which rows are done, which of them take a last step, and the share of size that it would leave.
 
-    size, before: squares of the residuals after and before a step; limit: of what is allowed.  Of the next
-    direction: at, its product with the residual; square, that with itself.  Of the step's direction d:
-    image, |Ad|^2; length, |d|^2; rate, d.Ad / d.d.  A last step by 1 / rate leaves what eigenvalues differ
-    from rate; their variance is the one that d has seen, or that of all keys, `spread`, if it is more.
-    Also the square of what is left behind that step.
+    size, before: squares of the residuals after and before a step; limit: of what is allowed.  Of the
+    step's direction d: image, |Ad|^2; length, |d|^2; rate, d.Ad / d.d.  A last step by 1 / rate leaves what
+    eigenvalues differ from rate; their variance is the one that d has seen, or that of all keys, `spread`,
+    if it is more.
     """
     level = gl.where(rate > 0.0, rate, 1.0)
     seen = image / gl.where(length > 0.0, length, 1.0) - level * level
     left = SPREADS * gl.maximum(seen, spread) / (level * level)
     left = gl.maximum(gl.maximum(left, size / gl.where(before > 0.0, before, 1.0)), LEAST)
     steps = (left < MOST) & (rate > 0.0)
-    end = gl.where(steps, gl.minimum(size * left, size), size)
-    short = (size <= limit) | (steps & (end <= limit))
-    steps = steps & ((size > limit) | (left < SURE))
+    left = gl.minimum(left, 1.0)
+    done = (size <= limit) | (steps & (size * left <= limit))
+    return done, steps & ((size > limit) | (left < SURE)), left
+
+
+@gluon.jit
+def last_step(steps, size, left, at, square, rate):
+    """How far rows go along the next direction, as a last step, and the square of what that leaves.
+
+    Of the direction: at, its product with the residual; square, that with itself; the rest as of `settled`.
+    """
     steps = steps & (square > 0.0)
-    last = gl.where(steps, at / (level * gl.where(square > 0.0, square, 1.0)), 0.0)
-    return short, last, gl.where(steps, end, size)
+    last = gl.where(steps, at / gl.where(steps, rate * square, 1.0), 0.0)
+    return last, gl.where(steps, size * left, size)
 
 
 @gluon.jit
@@ -87,18 +101,19 @@ def settle_start(
     """The start of a solve from the mean and, with s = q.k - centre, the sums of p s k, p s and (p s)^2.
 
     spread: of the keys of the head, as of `local_linear_spread`.
-    state: x, residual float32, direction, and image of q float32 [N, tokens, heads, D]; reached, count
-    [N, heads, tokens]; levels float32 [5, N, heads, tokens] and their pitch; ridge; noise; tolerance; the
-    longest x that the second mark is not set for.  Levels: the square of the residual that is allowed, the
-    step along q, q.A q, noise so far, and what the rounding of the mean took from x.mean.
+    state: x, residual float32, direction [N, tokens, heads, D]; reached, count [N, heads, tokens]; levels
+    float32 [4, N, heads, tokens] and their pitch; ridge; noise; tolerance; the longest x that the second mark
+    is not set for.  Levels: the square of the residual that is allowed, the step along q, noise so far, and
+    what the rounding of the mean took from x.mean.  Of solved rows x is written, in both dtypes; else
+    the residual.
     """
     E: gl.constexpr = mean.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, E)
     p_rows = plane + gl.convert_layout(token, ROW)
     held = gl.convert_layout(inside.to(gl.int32), ROW) > 0
     there = held & (gl.convert_layout(lse, ROW) - gl.convert_layout(lse, ROW) == 0.0)
-    ridge = gl.load(state[8] + head)
-    tolerance = state[10]
+    ridge = gl.load(state[7] + head)
+    tolerance = state[9]
     along = gl.convert_layout(along, ROW)
     met = gl.sum(own_query(q_s, there, E) * mean, 1)
     length = gl.sum(own_query(q_s, there, E) * own_query(q_s, there, E), 1)
@@ -119,29 +134,27 @@ def settle_start(
     size = gl.sum(residual * residual, 1)
     turn = gl.where(good, gl.sum(residual * image, 1) / energy, 0.0)
     product = gl.sum(image * image, 1)
-    store_at(state[3], rows, image)
-    share = gl.where(there, gl.where(good, energy, float("inf")), -1.0)
-    drift = alpha * alpha * gl.load(state[9]) * gl.convert_layout(squares, ROW)
-    p_level = state[6] + p_rows
+    drift = alpha * alpha * gl.load(state[8]) * gl.convert_layout(squares, ROW)
+    p_level = state[5] + p_rows
     gl.store(p_level, limit, mask=held)
-    gl.store(p_level + state[7], alpha, mask=held)
-    gl.store(p_level + 2 * state[7], share, mask=held)
-    gl.store(p_level + 3 * state[7], drift, mask=held)
-    gl.store(p_level + 4 * state[7], gl.where(there, alpha * lost, 0.0), mask=held)
+    gl.store(p_level + state[6], alpha, mask=held)
+    gl.store(p_level + 2 * state[6], drift, mask=held)
+    gl.store(p_level + 3 * state[6], gl.where(there, alpha * lost, 0.0), mask=held)
     rate = gl.where(good, energy / gl.where(length > 0.0, length, 1.0), 0.0)
+    short, steps, left = settled(size, before, limit, product, length, rate, spread)
+    store_at(state[1], rows_that(rows, short == 0), residual)
     thread_barrier()
-    at = size - turn * gl.sum(residual * own_query(q_s, there, E), 1)
     new = residual - turn[:, None] * own_query(q_s, there, E)
     square = gl.sum(new * new, 1)
-    short, last, end = leave(size, before, limit, at, square, product, length, rate, spread)
+    at = size - turn * (met - length - alpha * energy)
+    last, end = last_step(steps, size, left, at, square, rate)
     x = alpha[:, None] * own_query(q_s, there, E) + last[:, None] * new
-    store_at(state[0], rows, x)
-    factor = 64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0))
-    store_at(state[2], rows, gl.where(short[:, None], x, factor[:, None] * new))
+    store_at(state[0], rows_that(rows, short), x)
+    store_at(state[2], rows_that(rows, short), x)
     ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))
-    gl.store(state[4] + p_rows, gl.where(short, ratio, UNSOLVED), mask=held)
-    gl.store(state[5] + p_rows, held.to(gl.int32) * 0, mask=held)
+    gl.store(state[3] + p_rows, gl.where(short, ratio, UNSOLVED), mask=held)
+    gl.store(state[4] + p_rows, held.to(gl.int32) * 0, mask=held)
     over = held & short
     longest = gl.max(gl.where(over, gl.sum(x * x, 1), 0.0), 0)
-    if (longest > state[11] * state[11]) | (gl.max(gl.where(over, ratio, 0.0), 0) > 1.0):
+    if (longest > state[10] * state[10]) | (gl.max(gl.where(over, ratio, 0.0), 0) > 1.0):
         gl.store(p_marks + 1, 1)

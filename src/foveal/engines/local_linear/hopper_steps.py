@@ -19,7 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveal.engines.local_linear.early import follow
 from foveal.engines.local_linear.hopper_pass import between, hide, scores
-from foveal.engines.local_linear.hopper_solve import leave, load_at, rows_at, store_at
+from foveal.engines.local_linear.hopper_solve import (
+    last_step,
+    load_at,
+    rows_at,
+    rows_that,
+    settled,
+    store_at,
+)
 from foveal.engines.tile.hopper_compat import thread_barrier
 from foveal.engines.tile.hopper_walk import (
     barriers,
@@ -134,14 +141,20 @@ def goes_on(round, flags, decided, W: gl.constexpr):
 
 
 @gluon.jit
+def scale(square):
+    """What makes rows of these squares 64 long: in 16 bits small numbers would lose digits."""
+    return 64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0))
+
+
+@gluon.jit
 def take_step(
     acc, sums, squares, q_s, d_s, rows, token, still, plane, head, spread, p_mean, state, p_marks,
-    flags, decided, slot, taken,
+    flags, decided, slot, taken, most,
 ):  # fmt: skip
     """One step of the rows of a consumer with acc = sum w k of their direction; which rows are open then.
 
     sums, squares: of w and of w^2; still: which rows were open.  spread and state as of
-    `settle_start`, less the tolerance.  taken: steps before this one.
+    `settle_start`, less the tolerance.  taken: steps before this one, of at most `most`.
     """
     E: gl.constexpr = acc.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, E)
@@ -150,13 +163,13 @@ def take_step(
     sums = gl.convert_layout(sums, ROW)
     squares = gl.convert_layout(squares, ROW)
     odd = gl.max((gl.sum(acc * 0.0, 1) != 0.0).to(gl.int32), 0) > 0
-    p_level = state[6] + p_row
-    pitch = state[7]
+    p_level = state[5] + p_row
+    pitch = state[6]
     # The mean was rounded; with this the product stays symmetric.
     acc -= sums[:, None] * load_at(p_mean, rows)
     # What is loaded behind a barrier takes registers from there on only.
     thread_barrier()
-    acc += gl.load(state[8] + head) * d_s.load(E).to(gl.float32)
+    acc += gl.load(state[7] + head) * d_s.load(E).to(gl.float32)
     energy = gl.sum(d_s.load(E).to(gl.float32) * acc, 1)
     length = gl.sum(d_s.load(E).to(gl.float32) * d_s.load(E).to(gl.float32), 1)
     product = gl.sum(acc * acc, 1)
@@ -166,14 +179,7 @@ def take_step(
     thread_barrier()
     limit = gl.load(p_level, mask=held, other=0.0)
     alpha = gl.load(p_level + pitch, mask=held, other=0.0)
-    share = gl.load(p_level + 2 * pitch, mask=held, other=float("inf"))
-    if taken == 0:
-        residual = load_at(p_mean, rows) - q_s.load(E).to(gl.float32)
-        thread_barrier()
-        residual -= alpha[:, None] * load_at(state[3], rows)
-        residual = gl.where((share > 0.0)[:, None], residual, 0.0)
-    else:
-        residual = load_at(state[1], rows)
+    residual = load_at(state[1], rows)
     thread_barrier()
     before = gl.sum(residual * residual, 1)
     along = gl.sum(residual * d_s.load(E).to(gl.float32), 1)
@@ -181,33 +187,24 @@ def take_step(
     residual -= step[:, None] * acc
     size = gl.sum(residual * residual, 1)
     turn = -gl.sum(residual * acc, 1) / energy
-    thread_barrier()
-    back = gl.sum(residual * load_at(state[3], rows), 1) / gl.where(share > 0.0, share, 1.0)
-    # The next direction is residual + turn d - back q.  Its products, before it takes registers.
-    thread_barrier()
-    with_d = turn * gl.sum(residual * d_s.load(E).to(gl.float32), 1)
-    with_q = back * gl.sum(residual * q_s.load(E).to(gl.float32), 1)
-    at = size + with_d - with_q
-    square = gl.sum(q_s.load(E).to(gl.float32) * q_s.load(E).to(gl.float32), 1) * back * back
-    cross = gl.sum(q_s.load(E).to(gl.float32) * d_s.load(E).to(gl.float32), 1) * back
-    square += size + turn * (turn * length - 2.0 * cross) + 2.0 * (with_d - with_q)
-    square = gl.maximum(square, 0.0)
-    drift = gl.load(p_level + 3 * pitch, mask=held, other=0.0)
-    drift += step * step * gl.load(state[9]) * squares
-    lost = gl.load(p_level + 4 * pitch, mask=held, other=0.0) + step * sums
+    drift = gl.load(p_level + 2 * pitch, mask=held, other=0.0)
+    drift += step * step * gl.load(state[8]) * squares
+    lost = gl.load(p_level + 3 * pitch, mask=held, other=0.0) + step * sums
     # A product that rounding made indefinite leads nowhere.
     size_left = gl.where(good, size, 0.0)
-    short, last, end = leave(size_left, before, limit, at, square, product, length, rate, spread)
-    end = gl.where(good, end, size)
-    short = short | odd
+    short, steps, part = settled(size_left, before, limit, product, length, rate, spread)
+    short = short | odd | (taken + 1 >= most)
     left = gl.where(held & (short == 0), 1, 0)
     announce(gl.max(left, 0), flags, decided, slot)
-    gl.store(p_level + 4 * pitch, lost, mask=held)
-    gl.store(p_level + 3 * pitch, drift, mask=held)
-    store_at(state[1], (rows[0], rows[1], rows[2], rows[3] & (short == 0)[:, None]), residual)
+    gl.store(p_level + 3 * pitch, lost, mask=held)
+    gl.store(p_level + 2 * pitch, drift, mask=held)
+    store_at(state[1], rows_that(rows, short == 0), residual)
     thread_barrier()
     new = residual + turn[:, None] * d_s.load(E).to(gl.float32)
-    new -= back[:, None] * q_s.load(E).to(gl.float32)
+    square = gl.sum(new * new, 1)
+    at = size + turn * (along - step * energy)
+    last, end = last_step(steps, size_left, part, at, square, rate)
+    end = gl.where(good, end, size)
     if taken == 0:
         x = alpha[:, None] * q_s.load(E).to(gl.float32)
     else:
@@ -220,26 +217,25 @@ def take_step(
         gl.store(p_marks, 1)
     over = held & short
     ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))
-    gl.store(state[4] + p_row, ratio, mask=over)
-    gl.store(state[5] + p_row, held.to(gl.int32) * (taken + 1), mask=over)
+    gl.store(state[3] + p_row, ratio, mask=over)
+    gl.store(state[4] + p_row, held.to(gl.int32) * (taken + 1), mask=over)
     longest = gl.max(gl.where(over, gl.sum(x * x, 1), 0.0), 0)
-    if (longest > state[10] * state[10]) | (gl.max(gl.where(over, ratio, 0.0), 0) > 1.0):
+    if (longest > state[9] * state[9]) | (gl.max(gl.where(over, ratio, 0.0), 0) > 1.0):
         gl.store(p_marks + 1, 1)
-    factor = 64.0 / gl.sqrt(gl.where(square > 1e-30, square, 1.0))
-    narrow = gl.where(short[:, None], x, new * factor[:, None]).to(d_s.dtype)
-    store_at(state[2], rows, narrow)
+    narrow = gl.where(short[:, None], x, new * scale(square)[:, None]).to(d_s.dtype)
+    store_at(state[2], rows_that(rows, short), narrow)
     d_s.store(narrow)
     return left
 
 
 @gluon.jit
-def load_rows(p, token, PAD: gl.constexpr, D: gl.constexpr, buffer):
-    """Rows of D columns, and zeros behind, to shared memory.  p: the first row of a head, their stride."""
+def own_rows(p, token, PAD: gl.constexpr, D: gl.constexpr):
+    """Rows of D columns, and zeros behind.  p: the first row of a head, their stride."""
     LANES: gl.constexpr = PAD // 8
     B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     column = gl.arange(0, PAD, gl.SliceLayout(0, B))[None, :]
     own = gl.convert_layout(token, gl.SliceLayout(1, B)).to(gl.int64) * p[1]
-    buffer.store(gl.load((p[0] + own)[:, None] + column, mask=column < D, other=0.0))
+    return gl.load((p[0] + own)[:, None] + column, mask=column < D, other=0.0)
 
 
 @gluon.jit
@@ -277,9 +273,10 @@ def solve_rows(
         lse = gl.load(p_lse + plane + token)
         lse = gl.where(lse - lse == 0.0, lse, float("inf"))
         p_head = p_q + n.to(gl.int64) * q_strides[0] + head.to(gl.int64) * q_strides[2]
-        load_rows((p_head, q_strides[1]), token, PAD, D, q)
-        p_head = state[2] + (n.to(gl.int64) * tokens * heads + head) * D
-        load_rows((p_head, heads * D), token, PAD, D, d)
+        q.store(own_rows((p_head, q_strides[1]), token, PAD, D))
+        p_head = state[1] + (n.to(gl.int64) * tokens * heads + head) * D
+        residual = own_rows((p_head, heads * D), token, PAD, D)
+        d.store((residual * scale(gl.sum(residual * residual, 1))[:, None]).to(d.dtype))
         fence_async_shared()
         thread_barrier()
         active = gl.max(still, 0) > 0
@@ -329,7 +326,7 @@ def solve_rows(
                 rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
                 left = take_step(
                     acc, sums, squares, q, d, rows, own, still, plane, head, spread, p_mean, state, p_marks,
-                    flags, decided, slot, round,
+                    flags, decided, slot, round, most,
                 )  # fmt: skip
                 still = gl.convert_layout(left, ROW)
                 active = gl.max(left, 0) > 0
@@ -339,13 +336,12 @@ def solve_rows(
                 announce(0, flags, decided, slot)
             found = goes_on(round, flags, decided, W)
             round += 1
-            found = gl.where(round < most, found, 0)
 
 
 @gluon.jit
 def load_rounds(
     k_desc, k_s, k_ready, k_free, flags, decided, item, p_rows, p_bounds, X, Y, Z,
-    heads, groups, most, W: gl.constexpr, M: gl.constexpr, C: gl.constexpr,
+    heads, groups, W: gl.constexpr, M: gl.constexpr, C: gl.constexpr,
     AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer of `local_linear_steps`: the keys once a round."""
@@ -366,7 +362,6 @@ def load_rounds(
             )  # fmt: skip
             found = goes_on(round, flags, decided, W)
             round += 1
-            found = gl.where(round < most, found, 0)
 
 
 @gluon.jit(do_not_specialize=["X", "heads", "groups", "shared", "tiles", "most"])
@@ -402,7 +397,7 @@ def local_linear_steps(
         load_rounds,
         (
             k_desc, k_s, k_ready, k_free, flags, decided, item, p_rows, p_bounds, X, Y, Z,
-            heads, groups, most, W, M, C, AXES, STAGES,
+            heads, groups, W, M, C, AXES, STAGES,
         ),
         W,
     )  # fmt: skip

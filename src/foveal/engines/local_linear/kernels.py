@@ -88,7 +88,7 @@ def solve(
         (k, layout.k_strides(k), layout.k_grid), heads, heads // k.shape[2],
         unit(task), float(solver.tolerance), solver.max_iterations, layout.arguments,
     )  # fmt: skip
-    options = {**chosen.options, "ADJOINT": b is not None, "BEGUN": False}
+    options = {**chosen.options, "ADJOINT": b is not None}
     Launch(local_linear_solve, programs, arguments, {**options, "AGAIN": False})()
     if q.dtype != torch.float32:
         again = {**options, **stage("solve", task, q, v, precise=True).options, "AGAIN": True}

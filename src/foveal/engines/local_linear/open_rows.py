@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 
 from foveal.engines.common.early import gdc_launch_dependents, gdc_wait
-from foveal.engines.local_linear.solve import UNSOLVED
+
+UNSOLVED = tl.constexpr(3.0e38)
+"""What `reached` holds of rows that are not solved."""
 
 
 @triton.jit

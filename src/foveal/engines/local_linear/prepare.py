@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from foveal.engines.common.early import gdc_launch_dependents, gdc_wait
+from foveal.engines.common.early import gdc_launch_dependents
 from foveal.engines.common.tiles import load_rows
 
 
@@ -28,29 +28,31 @@ def local_linear_prepare(
 
 @triton.jit
 def local_linear_spread(
-    p_k, p_spread, k_strides, tokens, heads,
+    p_k, p_noise, p_marks, p_spread, k_strides, tokens, heads, total, rounding,
     D: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, SOME: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Of the keys of a head, the variance of the eigenvalues of their covariance, from SOME of them.
+    """As `local_linear_prepare`; and per head the variance of the eigenvalues of a covariance of SOME keys.
 
-    What a covariance of so few numbers has of it by chance, mean^2 D / SOME, is taken off.
+    What a covariance of so few has of it by chance, mean^2 D / SOME, is taken off.
     """
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(0)
+    if head == 0:
+        local_linear_prepare(
+            p_k, p_noise, p_marks, k_strides, tokens, heads, total, rounding, D, PAD, ROWS
+        )
     p_keys = p_k + (head // heads).to(tl.int64) * k_strides[0] + head % heads * k_strides[2]
     second = tl.zeros([PAD, PAD], tl.float32)
-    total = tl.zeros([PAD], tl.float32)
+    mean = tl.zeros([PAD], tl.float32)
     # Not a loop: the loads of all are under way at once.
     for part in tl.static_range(SOME // ROWS):
         at = (part * ROWS + tl.arange(0, ROWS)).to(tl.int64) * tokens // SOME
         k = load_rows(p_keys + at * k_strides[1], at < tokens, D, PAD, True)
         k = tl.where(k - k == 0.0, k, tl.zeros_like(k))
         second = tl.dot(tl.trans(k), k, second)
-        total += tl.sum(k.to(tl.float32), 0)
-    mean = total / SOME
+        mean += tl.sum(k.to(tl.float32), 0) / SOME
     second = second / SOME - mean[:, None] * mean[None, :]
     diagonal = tl.arange(0, PAD)[:, None] == tl.arange(0, PAD)[None, :]
     average = tl.sum(tl.sum(tl.where(diagonal, second, 0.0), 1), 0) / D

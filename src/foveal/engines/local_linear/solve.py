@@ -17,9 +17,6 @@ from foveal.engines.common.tiles import (
 )
 from foveal.engines.local_linear.pairs import finite, key_box, product_with, row_levels
 
-UNSOLVED = tl.constexpr(3.0e38)
-"""What `reached` holds of rows that are not solved."""
-
 
 @triton.jit
 def _add_image(s, k, lse, d, shift, rows, SPEC: tl.constexpr, MASKED: tl.constexpr):
@@ -72,9 +69,9 @@ def _scaled(d):
 
 @triton.jit
 def local_linear_solve(
-    p_q, p_b, p_mean, p_lse, p_ridge, p_noise, p_x, p_residual, p_direction, p_reached, p_count, begun,
+    p_q, p_b, p_mean, p_lse, p_ridge, p_noise, p_x, p_residual, p_direction, p_reached, p_count, told,
     q_strides, b_strides, strides, q_lengths, keys, heads, groups, unit, tolerance, most, route,
-    SPEC: tl.constexpr, ADJOINT: tl.constexpr, AGAIN: tl.constexpr, BEGUN: tl.constexpr,
+    SPEC: tl.constexpr, ADJOINT: tl.constexpr, AGAIN: tl.constexpr,
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """x with (sum_j p_j c_j c_j^T + ridge I) x = b for one tile of queries; b is mean - q, or p_b if ADJOINT.
@@ -86,14 +83,15 @@ def local_linear_solve(
     reached float32 [N, heads, Lq]: residual over that limit, or noise over eight times it if that is
     more; AGAIN solves only tiles in which it is above 1, and finds their means again.
     count int32 [N, heads, Lq]: iterations of the tile of a row; in the end direction is x in the dtype of k.
-    BEGUN goes on where `reached` is UNSOLVED, from x and residual; begun: (squares of the residuals that
-    are allowed [N, heads, Lq], two marks, of which the first makes every tile start anew and the second is
-    set as by `take_step`, iterations so far, longest, and what the rounding of the mean took from x.mean
-    [N, heads, Lq]), of which AGAIN takes the last alone.
+    told, for AGAIN, may be (two marks, of which one is set if any tile has work, and all have if it is the
+    first, and what the rounding of the mean took from x.mean [N, heads, Lq], which is 0 then).
     """
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    if len(told) > 0:  # noqa: SIM102
+        if (tl.load(told[0]) == 0) & (tl.load(told[0] + 1) == 0):
+            return
     K_TILE: tl.constexpr = SPEC.k_tile
     Q_TILE: tl.constexpr = SPEC.q_tile
     RANK: tl.constexpr = SPEC.rank
@@ -114,14 +112,11 @@ def local_linear_solve(
     p_row = p_reached + first_query + i_q
     if AGAIN:
         reached = tl.load(p_row, mask=in_grid, other=0.0)
-        if tl.max(reached, 0) <= 1.0:
+        every = 0
+        if len(told) > 0:
+            every = tl.load(told[0])
+        if (tl.max(reached, 0) <= 1.0) & (every == 0):
             return
-    if BEGUN:
-        anew = tl.load(begun[1]) > 0
-        reached = tl.load(p_row, mask=in_grid, other=0.0)
-        if (tl.max(reached, 0) < UNSOLVED) & (not anew):
-            return
-        most = tl.where(anew, most, most - begun[2])
     state = SPEC.route.open(route, tile, n, h, q_lengths, keys[2], Q_TILE, K_TILE, RANK)
     limits = SPEC.route.rows(route, places, in_grid, RANK)
     lse = row_levels(p_lse + first_query, i_q, in_grid)
@@ -147,21 +142,8 @@ def local_linear_solve(
     allowed = size if ADJOINT else tl.minimum(size, 4.0 * ridge)
     allowed = allowed * tolerance * tolerance
     drift = tl.zeros([ROWS], tl.float32)
-    lost = tl.zeros([ROWS], tl.float32)
-    if BEGUN:
-        if not anew:
-            # Rows that are solved rest.
-            b = load_rows(p_residual + place, in_grid & (reached >= UNSOLVED), D, PAD, True)
-            store_rows(p_residual + place, b, in_grid, D, PAD)
-            size = tl.sum(b * b, 1)
-            allowed = tl.load(begun[0] + first_query + i_q, mask=in_grid, other=0.0)
-            lost = tl.load(begun[4] + first_query + i_q, mask=in_grid, other=0.0)
-        else:
-            store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
-            store_rows(p_residual + place, b, in_grid, D, PAD)
-    else:
-        store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
-        store_rows(p_residual + place, b, in_grid, D, PAD)
+    store_rows(p_x + place, tl.zeros([ROWS, PAD], tl.float32), in_grid, D, PAD)
+    store_rows(p_residual + place, b, in_grid, D, PAD)
     floor = allowed
     store_rows(p_direction + place, _scaled(b).to(q.dtype), in_grid, D, PAD)
     count = 0
@@ -202,7 +184,6 @@ def local_linear_solve(
         residual -= step[:, None] * image
         size = tl.sum(residual * residual, 1)
         drift += step * step * noise * squares
-        lost += step * total
         turn = -tl.sum(residual * image, 1) / energy
         tl.debug_barrier()
         store_rows(p_residual + place, residual, in_grid, D, PAD)
@@ -224,19 +205,7 @@ def local_linear_solve(
     if AGAIN:
         counts += tl.load(p_count + first_query + i_q, mask=in_grid, other=0)
     ratio = tl.sqrt(size / tl.where(allowed > 0.0, allowed, 1.0))
-    if len(begun) > 0:
-        # AGAIN finds a mean that is not rounded.
-        tl.store(
-            begun[-1] + first_query + i_q,
-            tl.zeros([ROWS], tl.float32) if AGAIN else lost,
-            mask=in_grid,
-        )
-    told = in_grid
-    if BEGUN:
-        told = in_grid & (tl.where(anew, UNSOLVED, reached) >= UNSOLVED)
-        counts += tl.where(anew, 0, begun[2])
-        longest = tl.max(tl.where(in_grid, tl.sum(x * x, 1), 0.0), 0)
-        if (longest > begun[3] * begun[3]) | (tl.max(tl.where(told, ratio, 0.0), 0) > 1.0):
-            tl.store(begun[1] + 1, 1)
-    tl.store(p_count + first_query + i_q, counts, mask=told)
-    tl.store(p_row, ratio, mask=told)
+    if len(told) > 0:
+        tl.store(told[1] + first_query + i_q, tl.zeros([ROWS], tl.float32), mask=in_grid)
+    tl.store(p_count + first_query + i_q, counts, mask=in_grid)
+    tl.store(p_row, ratio, mask=in_grid)
