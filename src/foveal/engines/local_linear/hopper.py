@@ -138,13 +138,12 @@ class _Call:
     def steps(self) -> list[Launch]:
         """Steps of the rows that are not solved, until they are."""
         task, q, k = self.task, self.q, self.k
-        find_walk = forward_walk if k.shape[3] <= 64 else queries_walk
-        walk = dataclasses.replace(find_walk(task.pattern, task.extent, 128), consumers=1)
+        walk = queries_walk(task.pattern, task.extent, 128)
         (X, Y, Z), axes, bounds = packed_bounds(task.pattern, task.extent, q.device, False)
         kv_grid = task.extent.kv_grid if axes > 1 else (task.extent.Lk,)
         heads, groups, D = q.shape[2], q.shape[2] // k.shape[2], q.shape[3]
         lines, length = q.shape[0] * heads, math.prod(walk.rows)
-        tiles = -(-X * Y * Z // (walk.consumers * length))
+        tiles = -(-X * Y * Z // length)
         state = (
             self.x, self.residual, self.direction, self.reached.ratio, self.reached.count,
             self.levels, self.levels.stride(0), self.solver.ridge, self.noise, LONG,
@@ -162,9 +161,9 @@ class _Call:
         # Rows of a tile come from anywhere: without hidden pairs only where all see the same.
         hides = walk.hides or not isinstance(task.pattern, Dense)
         options = {
-            "W": walk.consumers, "M": length, "C": walk.columns, "AXES": axes, "STAGES": 4,
+            "M": length, "C": walk.columns, "AXES": axes, "STAGES": 4,
             "HIDES": hides, "D": D, "PAD": head_pad(D), "num_warps": 4, "enable_fp_fusion": True,
-            **_registers(walk.consumers), **follows(q),
+            **_registers(1), **follows(q),
         }  # fmt: skip
         return [find, Launch(local_linear_steps, lines * tiles, arguments, options)]
 

@@ -356,15 +356,22 @@ def average_rows(
             k = k_s.index(last).reshape([N, PAD])
             k_next = k_s.index(stage).reshape([N, PAD]).permute((1, 0))
             none = gl.zeros([M, N], gl.float32, S)
+            s_run = warpgroup_mma(q, k_next, none, use_acc=False, is_async=True)
             run = warpgroup_mma(weights, k, acc, is_async=True)
             image_run = warpgroup_mma(more, k, image, is_async=True)
-            s_run = warpgroup_mma(q, k_next, none, use_acc=False, is_async=True)
-            acc, image, s = warpgroup_mma_wait(0, deps=(run, image_run, s_run))
-            mbarrier.arrive(k_free.index(last), count=1)
+            # Where the weights of two boxes fit in registers the sums go on while the next are found.
+            if PAD <= 64:
+                s = warpgroup_mma_wait(2, deps=(s_run,))
+            else:
+                acc, image, s = warpgroup_mma_wait(0, deps=(run, image_run, s_run))
+                mbarrier.arrive(k_free.index(last), count=1)
             s = hide(s, (x, y, z), seen, C, AXES, HIDES, HIDDEN)
             p, ps, m, shrink, l, along, squares = more_weights(
                 s, m, l, along, squares, centre, unit
             )
+            if PAD <= 64:
+                acc, image = warpgroup_mma_wait(0, deps=(run, image_run))
+                mbarrier.arrive(k_free.index(last), count=1)
             weights = gl.convert_layout(p.to(q_s.dtype), P)
             more = gl.convert_layout(ps.to(q_s.dtype), P)
             wide = gl.convert_layout(shrink, E_ROW)

@@ -59,11 +59,6 @@ def rows_that(rows, hold):
 
 
 @gluon.jit
-def own_query(q_s, there, E: gl.constexpr):
-    return gl.where(there[:, None], q_s.load(E).to(gl.float32), 0.0)
-
-
-@gluon.jit
 def settled(size, before, limit, image, length, rate, spread):
     """Which rows are done, which of them take a last step, and the share of size that it would leave.
 
@@ -115,23 +110,23 @@ def settle_start(
     ridge = gl.load(state[7] + head)
     tolerance = state[9]
     along = gl.convert_layout(along, ROW)
-    met = gl.sum(own_query(q_s, there, E) * mean, 1)
-    length = gl.sum(own_query(q_s, there, E) * own_query(q_s, there, E), 1)
+    met = gl.sum(q_s.load(E).to(gl.float32) * mean, 1)
+    length = gl.sum(q_s.load(E).to(gl.float32) * q_s.load(E).to(gl.float32), 1)
     lost = along + gl.convert_layout(centre, ROW) - met
     image = gl.where(there[:, None], image - along[:, None] * mean, 0.0)
     # What is loaded behind a barrier takes registers from there on only.
     thread_barrier()
-    image += ridge * own_query(q_s, there, E)
-    energy = gl.sum(own_query(q_s, there, E) * image, 1)
-    good = energy > 0.0
+    image += ridge * q_s.load(E).to(gl.float32)
+    energy = gl.sum(q_s.load(E).to(gl.float32) * image, 1)
+    good = there & (energy > 0.0)
     energy = gl.where(good, energy, 1.0)
     alpha = gl.where(good, (met - length) / energy, 0.0)
     thread_barrier()
-    residual = mean - own_query(q_s, there, E)
-    before = gl.sum(residual * residual, 1)
+    residual = mean - q_s.load(E).to(gl.float32)
+    before = gl.where(there, gl.sum(residual * residual, 1), 0.0)
     limit = gl.minimum(before, 4.0 * ridge) * tolerance * tolerance
     residual -= alpha[:, None] * image
-    size = gl.sum(residual * residual, 1)
+    size = gl.where(there, gl.sum(residual * residual, 1), 0.0)
     turn = gl.where(good, gl.sum(residual * image, 1) / energy, 0.0)
     product = gl.sum(image * image, 1)
     drift = alpha * alpha * gl.load(state[8]) * gl.convert_layout(squares, ROW)
@@ -144,11 +139,12 @@ def settle_start(
     short, steps, left = settled(size, before, limit, product, length, rate, spread)
     store_at(state[1], rows_that(rows, short == 0), residual)
     thread_barrier()
-    new = residual - turn[:, None] * own_query(q_s, there, E)
+    new = residual - turn[:, None] * q_s.load(E).to(gl.float32)
     square = gl.sum(new * new, 1)
     at = size - turn * (met - length - alpha * energy)
     last, end = last_step(steps, size, left, at, square, rate)
-    x = alpha[:, None] * own_query(q_s, there, E) + last[:, None] * new
+    x = alpha[:, None] * q_s.load(E).to(gl.float32) + last[:, None] * new
+    x = gl.where(there[:, None], x, 0.0)
     store_at(state[0], rows_that(rows, short), x)
     store_at(state[2], rows_that(rows, short), x)
     ratio = gl.sqrt(gl.maximum(end, drift / 64.0) / gl.where(limit > 0.0, limit, 1.0))

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The solve on Hopper: rows that are not solved, together in work items, walk their keys until they are.
 
-`open_rows` lists them.  Behind a pass a consumer takes the step of conjugate gradients on its rows in the
+`open_rows` lists them.  Behind a pass the consumer takes the step of conjugate gradients on its rows in the
 layout of the product, which stays in registers; the direction stays in shared memory, residual and x go
 through the cache once a step.
 """
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.local_linear.early import follow
-from foveal.engines.local_linear.hopper_pass import between, hide, scores
+from foveal.engines.local_linear.hopper_pass import hide, scores
 from foveal.engines.local_linear.hopper_solve import (
     last_step,
     load_at,
@@ -32,7 +32,6 @@ from foveal.engines.tile.hopper_walk import (
     barriers,
     following,
     load_columns,
-    skip_boxes,
     specialised,
 )
 
@@ -96,48 +95,31 @@ def item_boxes(
 
 
 @gluon.jit
-def own_walk(low, up, corner, counts, C: gl.constexpr, AXES: gl.constexpr):
-    """What hides pairs of the rows of a consumer, where its walk begins and ends, and how many boxes it is.
-
-    Boxes of the first axis that none of its rows sees are not walked: (own, before, behind).
-    """
+def what_hides(low, up, AXES: gl.constexpr):
+    """Of rows that see low to up: low, width, and what all of them see."""
     ly, uy, lz, uz = 0, 1, 0, 1
     if AXES > 1:
         ly, uy = gl.max(low[1], 0), gl.min(up[1], 0)
     if AXES > 2:
         lz, uz = gl.max(low[2], 0), gl.min(up[2], 0)
-    last_low = (gl.max(low[0], 0), ly, lz)
-    first_up = (gl.min(up[0], 0), uy, uz)
     width = (up[0] - low[0], up[1] - low[1], up[2] - low[2])
-    first = gl.minimum((gl.min(low[0], 0) - corner[0]) // C[0], counts[0] - 1)
-    stop = gl.minimum(gl.cdiv(gl.max(up[0], 0) - corner[0], C[0]), counts[0])
-    stop = gl.maximum(stop, first + 1)
-    here, ends, walk = between(corner, counts, first, stop, C)
-    return (low, width, last_low, first_up), here, ends, walk
+    return low, width, (gl.max(low[0], 0), ly, lz), (gl.min(up[0], 0), uy, uz)
 
 
 @gluon.jit
-def announce(open_rows, flags, decided, slot):
-    """Tells all warps whether rows of this consumer are open behind a step."""
+def announce(open_rows, flag, decided):
+    """Tells the producer whether rows are open behind a step."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    flags.index(slot).store(gl.full([32], 0, gl.int32, L) + open_rows)
+    flag.store(gl.full([32], 0, gl.int32, L) + open_rows)
     thread_barrier()
     mbarrier.arrive(decided.index(0), count=1)
 
 
 @gluon.jit
-def goes_on(round, flags, decided, W: gl.constexpr):
-    """Whether rows of the item are open, once all consumers have said so.
-
-    Flags of two rounds take turns: nobody writes those of a round before all have read those of the one
-    before it.
-    """
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+def goes_on(round, flag, decided):
+    """What the consumer announced.  It does not announce more before it has more keys."""
     mbarrier.wait(decided.index(0), round & 1)
-    found = 0
-    for which in gl.static_range(W):
-        found = gl.maximum(found, gl.max(flags.index((round & 1) * W + which).load(L), 0))
-    return found
+    return gl.max(flag.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
@@ -149,9 +131,9 @@ def scale(square):
 @gluon.jit
 def take_step(
     acc, sums, squares, q_s, d_s, rows, token, still, plane, head, spread, p_mean, state, p_marks,
-    flags, decided, slot, taken, most,
+    flag, decided, taken, most,
 ):  # fmt: skip
-    """One step of the rows of a consumer with acc = sum w k of their direction; which rows are open then.
+    """One step of the rows of a program with acc = sum w k of their direction; which rows are open then.
 
     sums, squares: of w and of w^2; still: which rows were open.  spread and state as of
     `settle_start`, less the tolerance.  taken: steps before this one, of at most `most`.
@@ -195,7 +177,7 @@ def take_step(
     short, steps, part = settled(size_left, before, limit, product, length, rate, spread)
     short = short | odd | (taken + 1 >= most)
     left = gl.where(held & (short == 0), 1, 0)
-    announce(gl.max(left, 0), flags, decided, slot)
+    announce(gl.max(left, 0), flag, decided)
     gl.store(p_level + 3 * pitch, lost, mask=held)
     gl.store(p_level + 2 * pitch, drift, mask=held)
     store_at(state[1], rows_that(rows, short == 0), residual)
@@ -239,15 +221,23 @@ def own_rows(p, token, PAD: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def visible_weights(
+    s, box, seen, lse, unit, C: gl.constexpr, AXES: gl.constexpr, HIDES: gl.constexpr
+):
+    return gl.exp2(hide(s, box, seen, C, AXES, HIDES) * unit - lse[:, None])
+
+
+@gluon.jit
 def solve_rows(
-    WHICH: gl.constexpr, q_s, d_s, k_s, k_ready, k_free, flags, decided, item,
+    WHICH: gl.constexpr, q, d, k_s, k_ready, k_free, flag, decided, item,
     p_rows, p_q, q_strides, p_lse, p_mean, p_spread, state, p_marks, p_bounds, X, Y, Z,
-    heads, groups, unit, most, W: gl.constexpr, M: gl.constexpr, C: gl.constexpr,
-    AXES: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr, D: gl.constexpr,
+    heads, groups, unit, most, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    HIDES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """A consumer of `local_linear_steps`."""
+    """The consumer of `local_linear_steps`."""
+    M: gl.constexpr = q.shape[0]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    PAD: gl.constexpr = q_s.shape[-1]
+    PAD: gl.constexpr = q.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
     )
@@ -256,20 +246,19 @@ def solve_rows(
     )
     P: gl.constexpr = gl.DotOperandLayout(0, E, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    q = q_s.index(WHICH)
-    d = d_s.index(WHICH)
     n, head, first, count = item
     if count > 0:
         tokens = X * Y * Z
         plane = (n.to(gl.int64) * heads + head) * tokens
         p_list = p_rows + plane
         spread = gl.load(p_spread + (n * heads + head) // groups)
-        corner, counts = item_boxes(p_list, first, count, p_bounds, X, Y, Z, W * M, C, AXES)
-        row = WHICH * M + gl.arange(0, M, ROW)
+        corner, counts = item_boxes(p_list, first, count, p_bounds, X, Y, Z, M, C, AXES)
+        ends = corner[1], corner[2], corner[1] + counts[1] * C[1], corner[2] + counts[2] * C[2]
+        row = gl.arange(0, M, ROW)
         token = listed(p_list, first, count, row)
         still = gl.where(first + row < count, 1, 0)
         low, up = seen_by(p_bounds, X, Y, Z, token, AXES)
-        seen, here, ends, walk = own_walk(low, up, corner, counts, C, AXES)
+        seen = what_hides(low, up, AXES)
         lse = gl.load(p_lse + plane + token)
         lse = gl.where(lse - lse == 0.0, lse, float("inf"))
         p_head = p_q + n.to(gl.int64) * q_strides[0] + head.to(gl.int64) * q_strides[2]
@@ -279,76 +268,73 @@ def solve_rows(
         d.store((residual * scale(gl.sum(residual * residual, 1))[:, None]).to(d.dtype))
         fence_async_shared()
         thread_barrier()
-        active = gl.max(still, 0) > 0
         g = 0
         round = 0
         found = 1
         while found > 0:
-            boxes, before, behind = walk
-            before = gl.where(active, before, before + boxes + behind)
-            boxes = gl.where(active, boxes, 0)
-            behind = gl.where(active, behind, 0)
-            shift = gl.zeros([M], gl.float32, ROW)
-            if active:
-                # Found anew (nothing in `found` or `g` is negative): addresses that are kept from round
-                # to round, or beside the products, would not fit in registers.
-                own = token + gl.minimum(found, 0)
-                rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
-                along = gl.sum(d.load(E).to(gl.float32) * load_at(p_mean, rows), 1)
-                shift = gl.convert_layout(along, ROW)
-            g = skip_boxes(g, before, (k_ready,), (k_free,), STAGES)
-            sums = gl.zeros([M], gl.float32, ROW)
-            squares = gl.zeros([M], gl.float32, ROW)
+            stage = g % STAGES
+            s_run, t_run = scores(q, d, k_s, k_ready, stage, (g // STAGES) & 1, N, S)
+            # Found anew (nothing in `found` or `g` is negative): addresses that are kept from round
+            # to round, or beside the products, would not fit in registers.
+            own = token + gl.minimum(found, 0)
+            rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
+            along = gl.sum(d.load(E).to(gl.float32) * load_at(p_mean, rows), 1)
+            shift = gl.convert_layout(along, ROW)
+            s, t = warpgroup_mma_wait(0, deps=(s_run, t_run))
+            x, y, z = corner
+            w = visible_weights(s, (x, y, z), seen, lse, unit, C, AXES, HIDES) * (
+                t - shift[:, None]
+            )
+            sums = gl.sum(w, 1)
+            squares = gl.sum(w * w, 1)
+            weights = gl.convert_layout(w.to(q.dtype), P)
             acc = gl.zeros([M, PAD], gl.float32, E)
-            x, y, z = here
-            for j in range(boxes):
+            for j in range(1, counts[0] * counts[1] * counts[2]):
+                x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
+                last = stage
+                g += 1
                 stage = g % STAGES
-                s, t = scores(q, d, k_s, k_ready, stage, (g // STAGES) & 1, N, S)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                s = hide(s, (x, y, z), seen, C, AXES, HIDES)
-                p = gl.exp2(s * unit - lse[:, None])
+                s_run, t_run = scores(q, d, k_s, k_ready, stage, (g // STAGES) & 1, N, S)
+                # Goes on while the next weights are found.
+                run = warpgroup_mma(weights, k_s.index(last).reshape([N, PAD]), acc, is_async=True)
+                s = warpgroup_mma_wait(2, deps=(s_run,))
+                p = visible_weights(s, (x, y, z), seen, lse, unit, C, AXES, HIDES)
                 # Over by now: without it ptxas puts exponentials behind the second product.
                 mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
-                t = warpgroup_mma_wait(0, deps=(t,))
+                t = warpgroup_mma_wait(1, deps=(t_run,))
                 w = p * (t - shift[:, None])
                 sums += gl.sum(w, 1)
                 squares += gl.sum(w * w, 1)
-                weights = gl.convert_layout(w.to(q_s.dtype), P)
-                run = warpgroup_mma(weights, k_s.index(stage).reshape([N, PAD]), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(run,))
-                mbarrier.arrive(k_free.index(stage), count=1)
-                x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
-                g += 1
-            g = skip_boxes(g, behind, (k_ready,), (k_free,), STAGES)
-            slot = (round & 1) * W + WHICH
-            if active:
-                own = token + gl.minimum(g, 0)
-                rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
-                left = take_step(
-                    acc, sums, squares, q, d, rows, own, still, plane, head, spread, p_mean, state, p_marks,
-                    flags, decided, slot, round, most,
-                )  # fmt: skip
-                still = gl.convert_layout(left, ROW)
-                active = gl.max(left, 0) > 0
-                fence_async_shared()
-                thread_barrier()
-            else:
-                announce(0, flags, decided, slot)
-            found = goes_on(round, flags, decided, W)
+                mbarrier.arrive(k_free.index(last), count=1)
+                weights = gl.convert_layout(w.to(q.dtype), P)
+            run = warpgroup_mma(weights, k_s.index(stage).reshape([N, PAD]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(run,))
+            mbarrier.arrive(k_free.index(stage), count=1)
+            g += 1
+            own = token + gl.minimum(g, 0)
+            rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
+            left = take_step(
+                acc, sums, squares, q, d, rows, own, still, plane, head, spread, p_mean, state, p_marks,
+                flag, decided, round, most,
+            )  # fmt: skip
+            still = gl.convert_layout(left, ROW)
+            found = gl.max(left, 0)
+            fence_async_shared()
+            thread_barrier()
             round += 1
 
 
 @gluon.jit
 def load_rounds(
-    k_desc, k_s, k_ready, k_free, flags, decided, item, p_rows, p_bounds, X, Y, Z,
-    heads, groups, W: gl.constexpr, M: gl.constexpr, C: gl.constexpr,
-    AXES: gl.constexpr, STAGES: gl.constexpr,
+    k_desc, k_s, k_ready, k_free, flag, decided, item, p_rows, p_bounds, X, Y, Z,
+    heads, groups, M: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer of `local_linear_steps`: the keys once a round."""
     n, head, first, count = item
     if count > 0:
         p_list = p_rows + (n.to(gl.int64) * heads + head) * (X * Y * Z)
-        corner, counts = item_boxes(p_list, first, count, p_bounds, X, Y, Z, W * M, C, AXES)
+        corner, counts = item_boxes(p_list, first, count, p_bounds, X, Y, Z, M, C, AXES)
         _, y, z = corner
         nx, ny, nz = counts
         g = 0
@@ -360,7 +346,7 @@ def load_rounds(
                 (y + ny * C[1], z + nz * C[2]), (k_desc,), (k_s,), (), (), (k_ready,), (k_free,), (),
                 C, AXES, STAGES,
             )  # fmt: skip
-            found = goes_on(round, flags, decided, W)
+            found = goes_on(round, flag, decided)
             round += 1
 
 
@@ -368,36 +354,35 @@ def load_rounds(
 def local_linear_steps(
     k_desc, p_q, q_strides, p_lse, p_mean, p_spread, state, p_marks, p_rows, p_counts, p_bounds, X, Y, Z,
     heads, groups, shared, tiles, unit, most,
-    W: gl.constexpr, M: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
+    M: gl.constexpr, C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr,
     HIDES: gl.constexpr, D: gl.constexpr, PAD: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """At most `most` steps of the rows [N, heads, tokens] that are listed, counts [N, heads] of a head.
 
-    q by strides (batch, token, head); state as of `take_step`.
+    M rows a program.  q by strides (batch, token, head); state as of `take_step`.
     """
     follow(EARLY)
-    item = work_item(p_counts, tiles, heads, shared, W * M)
+    item = work_item(p_counts, tiles, heads, shared, M)
     DTYPE: gl.constexpr = k_desc.dtype
     BOX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, PAD], DTYPE)
-    q_s = gl.allocate_shared_memory(DTYPE, [W, M, PAD], BOX)
-    d_s = gl.allocate_shared_memory(DTYPE, [W, M, PAD], BOX)
+    q_s = gl.allocate_shared_memory(DTYPE, [M, PAD], BOX)
+    d_s = gl.allocate_shared_memory(DTYPE, [M, PAD], BOX)
     k_s = gl.allocate_shared_memory(DTYPE, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    FLAGS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    flags = gl.allocate_shared_memory(gl.int32, [2 * W, 32], FLAGS)
+    flag = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_ready = barriers(STAGES, 1)
-    k_free = barriers(STAGES, W)
-    decided = barriers(1, W)
+    k_free = barriers(STAGES, 1)
+    decided = barriers(1, 1)
     specialised(
         solve_rows,
         (
-            q_s, d_s, k_s, k_ready, k_free, flags, decided, item,
+            q_s, d_s, k_s, k_ready, k_free, flag, decided, item,
             p_rows, p_q, q_strides, p_lse, p_mean, p_spread, state, p_marks, p_bounds, X, Y, Z,
-            heads, groups, unit, most, W, M, C, AXES, STAGES, HIDES, D,
+            heads, groups, unit, most, C, AXES, STAGES, HIDES, D,
         ),
         load_rounds,
         (
-            k_desc, k_s, k_ready, k_free, flags, decided, item, p_rows, p_bounds, X, Y, Z,
-            heads, groups, W, M, C, AXES, STAGES,
+            k_desc, k_s, k_ready, k_free, flag, decided, item, p_rows, p_bounds, X, Y, Z,
+            heads, groups, M, C, AXES, STAGES,
         ),
-        W,
+        1,
     )  # fmt: skip
