@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.engines.local_linear.early import follow
-from foveal.engines.local_linear.hopper_pass import hide, scores
+from foveal.engines.local_linear.hopper_pass import hide, own_sum, scores, whole_sum
 from foveal.engines.local_linear.hopper_solve import (
     last_step,
     load_at,
@@ -142,8 +142,6 @@ def take_step(
     ROW: gl.constexpr = gl.SliceLayout(1, E)
     held = gl.convert_layout(still, ROW) > 0
     p_row = plane + gl.convert_layout(token, ROW)
-    sums = gl.convert_layout(sums, ROW)
-    squares = gl.convert_layout(squares, ROW)
     odd = gl.max((gl.sum(acc * 0.0, 1) != 0.0).to(gl.int32), 0) > 0
     p_level = state[5] + p_row
     pitch = state[6]
@@ -221,10 +219,86 @@ def own_rows(p, token, PAD: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def visible_weights(
-    s, box, seen, lse, unit, C: gl.constexpr, AXES: gl.constexpr, HIDES: gl.constexpr
-):
-    return gl.exp2(hide(s, box, seen, C, AXES, HIDES) * unit - lse[:, None])
+def weigh(
+    s_run, t_run, BEHIND: gl.constexpr, ready, phase, box, seen, shift, lse, unit,
+    C: gl.constexpr, AXES: gl.constexpr, HIDES: gl.constexpr,
+):  # fmt: skip
+    """w = p (d.k - shift) of a box; BEHIND: products that may go on meanwhile."""
+    s = warpgroup_mma_wait(1 + BEHIND, deps=(s_run,))
+    p = gl.exp2(hide(s, box, seen, C, AXES, HIDES) * unit - lse[:, None])
+    # Over by now: without it ptxas puts exponentials behind the second product.
+    mbarrier.wait(ready, phase)
+    return p * (warpgroup_mma_wait(BEHIND, deps=(t_run,)) - shift[:, None])
+
+
+@gluon.jit
+def image(
+    g, count, corner, ends, q, d, k_s, k_ready, k_free, seen, shift, lse, unit, E: gl.constexpr,
+    C: gl.constexpr, AXES: gl.constexpr, STAGES: gl.constexpr, HIDES: gl.constexpr,
+):  # fmt: skip
+    """Sums over `count` boxes of w k, w and w^2 of the directions d, and how many boxes there were so far."""
+    M: gl.constexpr = q.shape[0]
+    N: gl.constexpr = C[0] * C[1] * C[2]
+    PAD: gl.constexpr = q.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
+    )
+    P: gl.constexpr = gl.DotOperandLayout(0, E, 2)
+    acc = gl.zeros([M, PAD], gl.float32, E)
+    sums = own_sum(gl.zeros([M, N], gl.float32, S))
+    squares = sums
+    x, y, z = corner
+    if PAD > 64:
+        for j in range(count):
+            stage = g % STAGES
+            phase = (g // STAGES) & 1
+            s, t = scores(q, d, k_s, k_ready, stage, phase, N, S)
+            box = (x, y, z)
+            w = weigh(
+                s, t, 0, k_ready.index(stage), phase, box, seen, shift, lse, unit, C, AXES, HIDES
+            )
+            sums += own_sum(w)
+            squares += own_sum(w * w)
+            weights = gl.convert_layout(w.to(q.dtype), P)
+            run = warpgroup_mma(weights, k_s.index(stage).reshape([N, PAD]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(run,))
+            mbarrier.arrive(k_free.index(stage), count=1)
+            x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
+            g += 1
+    else:
+        # There are registers to find the next weights while those of a box are used.
+        stage = g % STAGES
+        phase = (g // STAGES) & 1
+        s, t = scores(q, d, k_s, k_ready, stage, phase, N, S)
+        w = weigh(
+            s, t, 0, k_ready.index(stage), phase, corner, seen, shift, lse, unit, C, AXES, HIDES
+        )
+        for j in range(1, count):
+            sums += own_sum(w)
+            squares += own_sum(w * w)
+            x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
+            last = stage
+            g += 1
+            stage = g % STAGES
+            phase = (g // STAGES) & 1
+            s, t = scores(q, d, k_s, k_ready, stage, phase, N, S)
+            weights = gl.convert_layout(w.to(q.dtype), P)
+            run = warpgroup_mma(weights, k_s.index(last).reshape([N, PAD]), acc, is_async=True)
+            box = (x, y, z)
+            w = weigh(
+                s, t, 1, k_ready.index(stage), phase, box, seen, shift, lse, unit, C, AXES, HIDES
+            )
+            acc = warpgroup_mma_wait(0, deps=(run,))
+            mbarrier.arrive(k_free.index(last), count=1)
+        sums += own_sum(w)
+        squares += own_sum(w * w)
+        weights = gl.convert_layout(w.to(q.dtype), P)
+        run = warpgroup_mma(weights, k_s.index(stage).reshape([N, PAD]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(run,))
+        mbarrier.arrive(k_free.index(stage), count=1)
+        g += 1
+    ROW: gl.constexpr = gl.SliceLayout(1, E)
+    return acc, whole_sum(sums, ROW), whole_sum(squares, ROW), g
 
 
 @gluon.jit
@@ -244,7 +318,6 @@ def solve_rows(
     E: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], instr_shape=[16, PAD, 16]
     )
-    P: gl.constexpr = gl.DotOperandLayout(0, E, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     n, head, first, count = item
     if count > 0:
@@ -272,46 +345,15 @@ def solve_rows(
         round = 0
         found = 1
         while found > 0:
-            stage = g % STAGES
-            s_run, t_run = scores(q, d, k_s, k_ready, stage, (g // STAGES) & 1, N, S)
             # Found anew (nothing in `found` or `g` is negative): addresses that are kept from round
             # to round, or beside the products, would not fit in registers.
             own = token + gl.minimum(found, 0)
             rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
             along = gl.sum(d.load(E).to(gl.float32) * load_at(p_mean, rows), 1)
-            shift = gl.convert_layout(along, ROW)
-            s, t = warpgroup_mma_wait(0, deps=(s_run, t_run))
-            x, y, z = corner
-            w = visible_weights(s, (x, y, z), seen, lse, unit, C, AXES, HIDES) * (
-                t - shift[:, None]
-            )
-            sums = gl.sum(w, 1)
-            squares = gl.sum(w * w, 1)
-            weights = gl.convert_layout(w.to(q.dtype), P)
-            acc = gl.zeros([M, PAD], gl.float32, E)
-            for j in range(1, counts[0] * counts[1] * counts[2]):
-                x, y, z = following(x, y, z, ends[0], ends[1], ends[2], ends[3], C[0], C[1], C[2])
-                last = stage
-                g += 1
-                stage = g % STAGES
-                s_run, t_run = scores(q, d, k_s, k_ready, stage, (g // STAGES) & 1, N, S)
-                # Goes on while the next weights are found.
-                run = warpgroup_mma(weights, k_s.index(last).reshape([N, PAD]), acc, is_async=True)
-                s = warpgroup_mma_wait(2, deps=(s_run,))
-                p = visible_weights(s, (x, y, z), seen, lse, unit, C, AXES, HIDES)
-                # Over by now: without it ptxas puts exponentials behind the second product.
-                mbarrier.wait(k_ready.index(stage), (g // STAGES) & 1)
-                t = warpgroup_mma_wait(1, deps=(t_run,))
-                w = p * (t - shift[:, None])
-                sums += gl.sum(w, 1)
-                squares += gl.sum(w * w, 1)
-                acc = warpgroup_mma_wait(0, deps=(run,))
-                mbarrier.arrive(k_free.index(last), count=1)
-                weights = gl.convert_layout(w.to(q.dtype), P)
-            run = warpgroup_mma(weights, k_s.index(stage).reshape([N, PAD]), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(run,))
-            mbarrier.arrive(k_free.index(stage), count=1)
-            g += 1
+            acc, sums, squares, g = image(
+                g, counts[0] * counts[1] * counts[2], corner, ends, q, d, k_s, k_ready, k_free, seen,
+                gl.convert_layout(along, ROW), lse, unit, E, C, AXES, STAGES, HIDES,
+            )  # fmt: skip
             own = token + gl.minimum(g, 0)
             rows = rows_at(own, still > 0, n, head, heads, tokens, D, E)
             left = take_step(
