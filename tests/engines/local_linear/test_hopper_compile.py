@@ -18,7 +18,7 @@ pytestmark = [
 LONG_LINE = (128, 1, 1)
 F = "*fp32"
 WORDS = ("p_marks", "p_rows", "p_counts", "p_bounds")
-STEPS = (F, F, "*bf16", F, F, "*i32", F, "i32", F, F, "fp32")
+STEPS = (F, F, "*bf16", F, "*i32", F, "i32", F, F, "fp32")
 BEGUN = (*STEPS, "fp32")
 SPACE = 227 << 10
 """Bytes of shared memory of a program."""
@@ -38,7 +38,7 @@ def kernel(name: str, dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     if name == "means":
         made = hopper_pass.local_linear_means
         signature |= {"k_desc": kv, "p_lse": F, "p_mean": F, "p_spread": F, "state": BEGUN}
-        constants |= {"STAGES": 4, "D": dim}
+        constants |= {"STAGES": 4, "D": dim, "W": 2 if dim > 64 else 1}
     elif name == "given":
         made = hopper_given.local_linear_given
         signature |= {"r_desc": q, "k_desc": kv, "v_desc": kv, "p_lse": F, **written}
@@ -59,7 +59,7 @@ def steps(dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel of the steps, as `kernel` gives others."""
     from foveal.engines.local_linear.hopper_steps import local_linear_steps
 
-    signature: dict[str, Any] = {"k_desc": box_type(LONG_LINE, 1, dim), "p_q": "*bf16"}
+    signature: dict[str, Any] = {"k_desc": box_type(LINE, 1, dim), "p_q": "*bf16"}
     signature |= {
         "q_strides": ("i32", "i32", "i32"),
         "p_lse": F,
@@ -70,7 +70,7 @@ def steps(dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     signature |= {**dict.fromkeys(WORDS, "*i32")}
     sizes = ("X", "Y", "Z", "heads", "groups", "shared", "tiles")
     signature |= dict.fromkeys(sizes, "i32") | {"unit": "fp32", "most": "i32"}
-    constants = {"W": 2, "M": 64, "C": LONG_LINE, "AXES": 1, "STAGES": 4, "HIDES": True}
+    constants = {"M": 64, "C": LINE, "AXES": 1, "STAGES": 4, "HIDES": True}
     return local_linear_steps, signature, constants | {"D": dim, "PAD": dim, "EARLY": True}
 
 
@@ -88,8 +88,10 @@ def steps(dim: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     ],
 )
 def test_compiles(name: str, dim: int, stack: int) -> None:
-    result = compiled(*kernel(name, dim))
-    assert result.metadata.shared <= SPACE
+    # Two programs of a single consumer share a processor.
+    shares = name == "steps" or (name, dim) == ("means", 64)
+    result = compiled(*kernel(name, dim), **({"maxnreg": 128} if shares else {}))
+    assert result.metadata.shared <= SPACE // (1 + shares) - (1 << 10)
     found, products, _ = resources(result)
     assert products > 0
     assert found <= stack

@@ -54,7 +54,9 @@ def numbers_type(sides: tuple[int, int, int], axes: int) -> str:
     return f"tensordesc<fp32[{','.join(map(str, shape))}],{layout!r}>"
 
 
-def compiled(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any]) -> Any:
+def compiled(
+    kernel: Any, signature: dict[str, Any], constants: dict[Any, Any], **options: Any
+) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -66,7 +68,7 @@ def compiled(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any]) 
     signature |= {name: "constexpr" for name in constants if isinstance(name, str)}
     names = list(signature)
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n.startswith("p_")}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "enable_fp_fusion": True, **options}
     source = GluonASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
