@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import foveal as fv
@@ -16,6 +18,7 @@ __all__ = [
     "decoded_beside_its_keys",
     "first_rows",
     "lists_open_rows",
+    "marked",
     "ready",
     "small_gradients",
     "solved_again",
@@ -82,21 +85,48 @@ def small_gradients(seed: int) -> bool:
     return all(torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in zip(*found, strict=True))
 
 
-def solved_again(seed: int) -> list[bool]:
-    """Whether tiles that a mark or a row with too much noise names are solved anew, and no others."""
+def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: fv.Pattern) -> Any:
+    """The launches of the Hopper edition, of which an interpreter runs the portable ones."""
     from foveal._problem import describe
     from foveal.engines.local_linear import hopper, kernels
     from foveal.engines.tile.parts import whole_task
     from foveal.scores.base import Geometry
     from foveal.scores.normal import NormalForm
 
-    q, k = (x.half() for x in _draw(seed, (1, 70, 2, 16), (1, 70, 1, 16)))
-    problem = describe(q, k, k, True)
-    pattern = fv.Causal().simplify(problem.extent)
+    problem = describe(q, k, v, True)
+    pattern = pattern.simplify(problem.extent)
     geometry = Geometry(pattern, problem.extent, 1, 2, 1)
-    form = NormalForm(0.25, None, None, ())
-    task = whole_task(problem, pattern, form, geometry, q.device)
-    solver = kernels.Solver(torch.tensor([2.0, 10.0]), 1e-3, 50)
+    task = whole_task(problem, pattern, NormalForm(0.25, None, None, ()), geometry, q.device)
+    return hopper._Call(task, kernels.Solver(torch.tensor([2.0, 10.0]), 1e-3, 50), q, k, v)
+
+
+def marked(seed: int, pattern: fv.Pattern, odd: float) -> bool:
+    """Whether o is found anew, and not finite in the rows alone that see it, where a sum was not finite."""
+    q, k, v = (x.half() for x in _draw(seed, (1, 70, 2, 16), (1, 70, 1, 16), (1, 70, 1, 16)))
+    k[0, 10 + seed % 50, 0, 3] = odd
+    call = _call(q, k, v, pattern)
+    for x in (call.mean, call.lse, call.x, call.o, call.levels, call.residual, call.direction):
+        x.fill_(torch.nan)
+    call.reached.ratio.fill_(torch.nan)
+    call.reached.count.zero_()
+    call.noise.zero_()
+    call.marks.copy_(torch.tensor([1, 0], dtype=torch.int32))
+    for one in (*call.rest(), call.output()[1]):
+        one()
+    wide = (x.double() for x in (q, k, v))
+    score = fv.LocalLinear(torch.tensor([2.0, 10.0]))
+    exact = fv.attend(*wide, pattern, score, implementation="reference")
+    if not torch.equal(call.o.isnan(), exact.isnan()):
+        return False
+    return torch.allclose(call.o.double(), exact, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+def solved_again(seed: int) -> list[bool]:
+    """Whether tiles that a mark or a row with too much noise names are solved anew, and no others."""
+    from foveal.engines.local_linear import kernels
+
+    q, k = (x.half() for x in _draw(seed, (1, 70, 2, 16), (1, 70, 1, 16)))
+    task, solver = (getattr(_call(q, k, k, fv.Causal()), name) for name in ("task", "solver"))
     mean, lse = kernels.moments(task, q, k, k)
     exact, _ = kernels.solve(task, solver, q, k, k, mean, lse)
     noisy = int(torch.randint(70, (), generator=torch.Generator().manual_seed(seed)))
@@ -109,7 +139,7 @@ def solved_again(seed: int) -> list[bool]:
         ((0, 1), named),
         ((1, 0), torch.ones_like(named)),
     ):
-        call = hopper._Call(task, solver, q, k, k)
+        call = _call(q, k, k, fv.Causal())
         call.mean.copy_(mean)
         call.lse.copy_(lse)
         call.noise.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -86,6 +87,14 @@ def test_lists_open_rows(interpreter: Run, source: torch.Generator) -> None:
 
 def test_solves_noisy_tiles_again(interpreter: Run, source: torch.Generator) -> None:
     assert all(interpreter(interpreted.solved_again, seed(source)))
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("pattern", [fv.Causal(), fv.Sliding(9)], ids=repr)
+def test_finds_all_anew_where_a_sum_is_not_finite(
+    pattern: fv.Pattern, odd: float, interpreter: Run, source: torch.Generator
+) -> None:
+    assert interpreter(interpreted.marked, seed(source), pattern, odd)
 
 
 def test_small_gradients(interpreter: Run, source: torch.Generator) -> None:
