@@ -104,7 +104,7 @@ def test_sees_one_pair_too_few_or_too_many(
         return tuple(torch.cat([x[:, :-1], y], 1) for x, y in zip((o, lse), last, strict=True))
 
     monkeypatch.setitem(TILE_IMPLEMENTATIONS, "cpu", Edition(attend))
-    q, k, v = qkv(Sizes((70,), q_heads=2, head_dim=16), source, dtype)
+    q, k, v = qkv(Sizes((70,), q_heads=4, head_dim=16), source, dtype)
     with pytest.raises(AssertionError, match=r"> .* allowed"):
         check_attend(q, k, v, fv.Sliding(left), implementation="cpu")
 
