@@ -20,6 +20,7 @@ from foveal.engines.tile.hopper_walk import (
     barriers,
     following,
     load_boxes,
+    product_layout,
     skip_boxes,
     specialised,
 )
@@ -41,12 +42,8 @@ def given_rows(
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q_s.shape[-1]
     V_PAD: gl.constexpr = v_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, V_PAD, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    O: gl.constexpr = product_layout(V_PAD)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)

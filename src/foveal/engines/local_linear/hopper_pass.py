@@ -25,6 +25,7 @@ from foveal.engines.tile.hopper_walk import (
     load_boxes,
     own_boxes,
     place,
+    product_layout,
     seen_by_rows,
     seen_whole,
     skip_boxes,
@@ -111,15 +112,9 @@ def weigh_values(
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q_s.shape[-1]
     V_PAD: gl.constexpr = v_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    E: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, PAD, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, V_PAD, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    E: gl.constexpr = product_layout(PAD)
+    O: gl.constexpr = product_layout(V_PAD)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     row = gl.arange(0, M, ROW)
@@ -304,12 +299,8 @@ def average_rows(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    E: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, PAD, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    E: gl.constexpr = product_layout(PAD)
     P: gl.constexpr = gl.DotOperandLayout(0, E, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     E_ROW: gl.constexpr = gl.SliceLayout(1, E)

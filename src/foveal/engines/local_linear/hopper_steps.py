@@ -32,6 +32,7 @@ from foveal.engines.tile.hopper_walk import (
     barriers,
     following,
     load_columns,
+    product_layout,
     specialised,
 )
 
@@ -240,9 +241,7 @@ def image(
     M: gl.constexpr = q.shape[0]
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q.shape[1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
+    S: gl.constexpr = product_layout(N)
     P: gl.constexpr = gl.DotOperandLayout(0, E, 2)
     acc = gl.zeros([M, PAD], gl.float32, E)
     sums = own_sum(gl.zeros([M, N], gl.float32, S))
@@ -312,12 +311,8 @@ def solve_rows(
     M: gl.constexpr = q.shape[0]
     N: gl.constexpr = C[0] * C[1] * C[2]
     PAD: gl.constexpr = q.shape[1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    E: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, PAD, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    E: gl.constexpr = product_layout(PAD)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     n, head, first, count = item
     if count > 0:

@@ -38,6 +38,7 @@ from foveal.engines.tile.hopper_walk import (
     numbered,
     part_slot,
     place,
+    product_layout,
     row_bounds,
     seen_by_rows,
     seen_whole,
@@ -137,9 +138,7 @@ def part_of_dq(
     W: gl.constexpr = k_s.shape[0]
     M: gl.constexpr = ds_s.shape[1]
     N: gl.constexpr = ds_s.shape[2]
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, H, 16]
-    )
+    O: gl.constexpr = product_layout(H)
     dq = gl.zeros([N, H], gl.float32, O)
     for w in gl.static_range(W):
         k = k_s.index(w).reshape([M, k_s.shape[-1]]).slice(FIRST, H, 1)
@@ -234,12 +233,8 @@ def accumulate_member(
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
     H: gl.constexpr = dq_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    O: gl.constexpr = product_layout(D)
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     OTHER: gl.constexpr = 1 - WHICH
     buffer = dq_s.index(0 if APART else WHICH)
@@ -346,12 +341,8 @@ def accumulate_item(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    O: gl.constexpr = product_layout(D)
     t, first, stop = taken(turn, total, split)
     bx, by, ny, bz, nz, y0, z0 = 0, 0, 1, 0, 1, 0, 0
     y1, z1, count, position = 0, 0, 0, 0
@@ -428,9 +419,7 @@ def accumulate(
     """
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
+    S: gl.constexpr = product_layout(N)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     k = k_s.index(WHICH).reshape([M, k_s.shape[-1]])
     v = v_s.index(WHICH).reshape([M, v_s.shape[-1]])

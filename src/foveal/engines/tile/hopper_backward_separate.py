@@ -26,6 +26,7 @@ from foveal.engines.tile.hopper_walk import (
     numbered,
     own_boxes,
     place,
+    product_layout,
     seen_by_rows,
     seen_whole,
     skip_boxes,
@@ -64,12 +65,8 @@ def accumulate_dq_item(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    O: gl.constexpr = product_layout(D)
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, True)
     starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 1)
@@ -155,9 +152,7 @@ def accumulate_dq(
     """A consumer: dQ of its box of queries over the boxes of keys."""
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
+    S: gl.constexpr = product_layout(N)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     q = q_s.index(WHICH).reshape([M, q_s.shape[-1]])
     do = do_s.index(WHICH).reshape([M, do_s.shape[-1]])
@@ -185,12 +180,8 @@ def accumulate_dk_dv_item(
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, D, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    O: gl.constexpr = product_layout(D)
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     n, head, x0, y0, z0 = place(t, X, Y, Z, heads, shared, W, R, False)
     starts, counts = boxes(p_bounds, X, Y, Z, x0, y0, z0, W, R, C, AXES, 4)
@@ -273,9 +264,7 @@ def accumulate_dk_dv(
     """
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
+    S: gl.constexpr = product_layout(N)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     k = k_s.index(WHICH).reshape([M, k_s.shape[-1]])
     v = v_s.index(WHICH).reshape([M, v_s.shape[-1]])

@@ -55,6 +55,7 @@ from foveal.engines.tile.hopper_walk import (
     own_boxes,
     part_slot,
     place,
+    product_layout,
     seen_by_rows,
     seen_whole,
     skip_boxes,
@@ -128,12 +129,8 @@ def attend_item(
     N: gl.constexpr = C[0] * C[1] * C[2]
     D: gl.constexpr = q.shape[-1]
     DV: gl.constexpr = v_s.shape[-1]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
-    O: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, DV, 16]
-    )
+    S: gl.constexpr = product_layout(N)
+    O: gl.constexpr = product_layout(DV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     # As the producer: the copy of biases starts at 16 bytes.
@@ -315,9 +312,7 @@ def attend_rows(
     """A consumer: its box of queries of every work item."""
     M: gl.constexpr = R[0] * R[1] * R[2]
     N: gl.constexpr = C[0] * C[1] * C[2]
-    S: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], instr_shape=[16, N, 16]
-    )
+    S: gl.constexpr = product_layout(N)
     row = gl.arange(0, M, gl.SliceLayout(1, S))
     own = WHICH * M + row
     key = gl.arange(0, N, gl.SliceLayout(0, S))

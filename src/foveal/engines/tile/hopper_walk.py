@@ -37,6 +37,12 @@ def alone(producer: gl.constexpr, arguments):
     traced()
 
 
+@gluon.constexpr_function
+def product_layout(columns):
+    """Of the products of a consumer, which has four warps: 16 rows a warp, `columns` an instruction."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, columns, 16])
+
+
 @gluon.jit
 def specialised(
     consumer: gl.constexpr, consumed, producer: gl.constexpr, produced, W: gl.constexpr
